@@ -1,0 +1,102 @@
+// The communicator's contract: what a user calls, whatever carries the bytes. Names and meanings are MPI's and NCCL's.
+// Checks, order and tracing live once in `communicator.ts`; moving bytes lives in a transport (`transport.ts`).
+
+import type { DType, TypedArray } from "../tensor/dtype.ts";
+import type { Stream } from "../tensor/device.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+
+/** What carries a communicator's bytes. `self` is a world of one. */
+export type Backend = "self" | "shm" | "mpi" | "nccl";
+
+/** Elementwise reduction. `avg` is the sum divided by the number of ranks; integers round toward zero. */
+export type ReduceOp = "sum" | "min" | "max" | "prod" | "avg";
+
+/** Data that a collective takes or fills: a typed array on the host (`Uint16Array` is bf16), or a tensor of the rank's device. */
+export type Data = TypedArray | Tensor;
+
+/** How many elements go to, or come from, each rank: one whole number ≥ 0 per rank. */
+export type Counts = readonly number[] | Int32Array;
+
+/**
+ * An operation that has been started. Awaiting it is completion as the host sees it: results may be read, buffers reused.
+ * Buffers must not be touched in between.
+ */
+export interface Work extends PromiseLike<void> {
+  /** Whether the operation is complete as the host sees it; never blocks, and lets pending operations progress. */
+  readonly done: boolean;
+  /**
+   * Orders a device stream after the operation. On a GPU the host goes on at once (nothing is returned); on a CPU the stream is the
+   * host's own thread, so what is returned must be awaited. Write `await work.wait(stream)` for both.
+   */
+  wait(stream: Stream): void | PromiseLike<void>;
+}
+
+/** Options of {@linkcode Communicator.allReduce}. */
+export interface AllReduceOptions {
+  /** Elementwise reduction. @default {"sum"} */
+  readonly op?: ReduceOp;
+  /** Where the result goes; in place without it. */
+  readonly out?: Data;
+}
+
+/**
+ * A group of ranks that exchange data. All ranks of a communicator call the same operations in the same order; an operation starts at
+ * the call and is complete when its {@linkcode Work} is. Wrong sizes, dtypes, roots and counts throw at the call, before
+ * anything is sent.
+ */
+export interface Communicator extends AsyncDisposable {
+  /** This process's number, 0 to size − 1. */
+  readonly rank: number;
+  /** Number of ranks. */
+  readonly size: number;
+  /** What carries the bytes. */
+  readonly backend: Backend;
+  /** Name for traces and errors: `world`, `world/dup1`, `world/split1.0`. */
+  readonly name: string;
+
+  /** Reduces over all ranks; every rank gets the result. In place unless `out` is given. MPI_Allreduce, ncclAllReduce. */
+  allReduce(x: Data, options?: AllReduceOptions): Work;
+  /** Reduces `x` (size · n elements) over all ranks; rank r gets the r-th n elements in `out`. MPI_Reduce_scatter_block, ncclReduceScatter. */
+  reduceScatter(x: Data, out: Data, options?: { readonly op?: ReduceOp }): Work;
+  /** Every rank gets the n elements of each rank, in rank order, in `out` (size · n). MPI_Allgather, ncclAllGather. */
+  allGather(x: Data, out: Data): Work;
+  /** As allGather, with `counts[r]` elements from rank r. MPI_Allgatherv. */
+  allGatherV(x: Data, out: Data, counts: Counts): Work;
+  /** Copies `x` from `root` to every rank, in place. MPI_Bcast, ncclBroadcast. */
+  broadcast(x: Data, root?: number): Work;
+  /** Reduces over all ranks; only `root` gets the result, in `out` or in place. MPI_Reduce, ncclReduce. */
+  reduce(
+    x: Data,
+    options?: { readonly op?: ReduceOp; readonly root?: number; readonly out?: Data },
+  ): Work;
+  /** `root` gets the n elements of each rank in `out` (size · n); the others pass null. MPI_Gather. */
+  gather(x: Data, out: Data | null, root?: number): Work;
+  /** Rank r gets the r-th n elements of the root's `x` in `out`; the others pass null for x. MPI_Scatter. */
+  scatter(x: Data | null, out: Data, root?: number): Work;
+  /** The r-th block of `x` goes to rank r; block s of `out` comes from rank s. Equal blocks. MPI_Alltoall, ncclAlltoAll. */
+  allToAll(x: Data, out: Data): Work;
+  /**
+   * `sendCounts[r]` elements go to rank r, taken one after another from `send`; `recvCounts[s]` come from rank s, laid one after another in
+   * `recv`. Rank s's sendCounts[r] must be rank r's recvCounts[s]. MPI_Alltoallv.
+   */
+  allToAllV(send: Data, sendCounts: Counts, recv: Data, recvCounts: Counts): Work;
+  /** Sends `x` to rank `to`; matched by a recv of the same size, in order per (sender, tag). MPI_Send. */
+  send(x: Data, to: number, options?: { readonly tag?: number }): Work;
+  /** Receives from rank `from` into `out`. MPI_Recv. */
+  recv(out: Data, from: number, options?: { readonly tag?: number }): Work;
+  /** Complete once every rank has called it. MPI_Barrier. */
+  barrier(): Work;
+  /**
+   * Ranks of one color form a new communicator, ordered by key, then by rank; null color gives null. MPI_Comm_split, ncclCommSplit.
+   * @param color A whole number ≥ 0, or null to stay out.
+   * @param key Order within the color. @default {rank}
+   */
+  split(color: number | null, key?: number): Promise<Communicator | null>;
+  /** A communicator of the same ranks whose operations are independent of this one's. MPI_Comm_dup. */
+  dup(): Promise<Communicator>;
+  /** Ends every rank of the job with an error that says why. MPI_Abort. */
+  abort(why: string): never;
+}
+
+/** Element types, for tables in the docs and checks. */
+export type { DType };

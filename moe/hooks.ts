@@ -1,0 +1,162 @@
+// Where schedulers and placements plug in: plain data that describes a training step, and two interfaces that decide on it.
+// The model runs with the plain implementations of `moe/` (first in, first out; static placement); `lina/` brings others.
+// Policies are pure: the engine and a simulator call the same functions.
+
+/** Reference to a node of a {@linkcode StepGraph}. */
+export type NodeId = number;
+
+/** A piece of computation between collectives. */
+export interface ComputeNode {
+  /** Which kind of node. */
+  readonly kind: "compute";
+  /** Index in the graph. */
+  readonly id: NodeId;
+  /** Layer, or −1 outside the blocks. */
+  readonly layer: number;
+  /** Half of the step. */
+  readonly phase: "forward" | "backward";
+  /** What it computes: `attention`, `gate`, `experts`, `combine`, `head`, … */
+  readonly name: string;
+  /** Nodes that must be complete before. */
+  readonly after: readonly NodeId[];
+}
+
+/** An all-to-all of a MoE layer. */
+export interface AllToAllNode {
+  /** Which kind of node. */
+  readonly kind: "allToAll";
+  /** Index in the graph. */
+  readonly id: NodeId;
+  /** Layer. */
+  readonly layer: number;
+  /** Half of the step. */
+  readonly phase: "forward" | "backward";
+  /** Dispatch carries tokens to experts, combine carries them back; their gradients go the other way. */
+  readonly role: "dispatch" | "combine";
+  /** Bytes that this rank sends to others, as the balanced case has it. */
+  readonly bytes: number;
+  /** Nodes that must be complete before. */
+  readonly after: readonly NodeId[];
+}
+
+/** A gradient that is to be reduced over ranks. */
+export interface GradientNode {
+  /** Which kind of node. */
+  readonly kind: "gradient";
+  /** Index in the graph. */
+  readonly id: NodeId;
+  /** The parameter's name. */
+  readonly name: string;
+  /** Elements. */
+  readonly elements: number;
+  /** Size in bytes, in the dtype that is reduced. */
+  readonly bytes: number;
+  /** Over which ranks: all, or those that hold a replica of the expert. */
+  readonly group: "world" | "replicas";
+  /** Nodes that must be complete before. */
+  readonly after: readonly NodeId[];
+}
+
+/** A node of a step graph. */
+export type StepNode = ComputeNode | AllToAllNode | GradientNode;
+
+/** One training step in program order, alike on all ranks. */
+export interface StepGraph {
+  /** Nodes; `nodes[i].id === i`. */
+  readonly nodes: readonly StepNode[];
+}
+
+/** A part of a gradient that is reduced by one collective. */
+export interface MicroOpPart {
+  /** The gradient's node. */
+  readonly gradient: NodeId;
+  /** First element. */
+  readonly start: number;
+  /** Element after the last. */
+  readonly end: number;
+}
+
+/** One allreduce: a part of a gradient (micro-op), a whole one, or several together (a bucket). */
+export interface MicroOp {
+  /** What is reduced, in order; the collective is launched once every gradient of it is ready. */
+  readonly parts: readonly MicroOpPart[];
+  /** Sum of the parts in bytes. */
+  readonly bytes: number;
+}
+
+/** What a scheduler decides once per graph. */
+export interface Schedule {
+  /** Every element of every gradient of group `world` exactly once, in the order in which they are launched. */
+  readonly microOps: readonly MicroOp[];
+  /** Chunks that each all-to-all is cut into; 1 where absent. */
+  readonly chunks: ReadonlyMap<NodeId, number>;
+}
+
+/** What has just happened, in the order of the program; every boundary is alike on all ranks. */
+export type Boundary =
+  | { readonly kind: "gradientReady"; readonly gradient: NodeId }
+  | { readonly kind: "allToAllStarts"; readonly node: NodeId }
+  | { readonly kind: "allToAllEnds"; readonly node: NodeId }
+  | { readonly kind: "combineBackwardStarts"; readonly layer: number }
+  | { readonly kind: "layerBackwardEnds"; readonly layer: number }
+  | { readonly kind: "microOpEnds" }
+  | { readonly kind: "stepEnds" };
+
+/** What a launch decision may look at. */
+export interface LaunchState {
+  /** The schedule in force. */
+  readonly schedule: Schedule;
+  /** Index of the next micro-op to launch. */
+  readonly next: number;
+  /** Micro-ops from `next` on whose gradients are all ready. */
+  readonly ready: number;
+  /** Micro-ops launched and not complete. */
+  readonly running: number;
+  /** All-to-alls started and not complete. */
+  readonly allToAlls: number;
+}
+
+/**
+ * Decides how a step's collectives interleave. `plan` runs once per graph and must give the same result on every rank; `launch` says at
+ * every boundary how many of the ready micro-ops go now. Micro-ops always go in the order of the schedule, on a communicator of their own,
+ * so the order on each communicator is agreed whatever `launch` says. At `stepEnds` all that is left goes.
+ */
+export interface CollectiveScheduler {
+  /** Name for traces and tables. */
+  readonly name: string;
+  /** Partitions gradients and all-to-alls. */
+  plan(graph: StepGraph): Schedule;
+  /** How many of the ready micro-ops to launch now, 0 to `state.ready`. */
+  launch(boundary: Boundary, state: LaunchState): number;
+}
+
+/** Which ranks hold which experts of a layer, and how tokens are split over replicas. */
+export interface PlacementPlan {
+  /** `seats[rank]` lists the experts that the rank holds, each at most once, in the order in which its rows are laid out. */
+  readonly seats: readonly (readonly number[])[];
+  /**
+   * How many of the `count` rows that `source` has for `expert` go to each of its replicas, in ascending order of rank.
+   * The sum is `count`. With one replica: `[count]`.
+   */
+  split(source: number, expert: number, count: number): readonly number[];
+}
+
+/** What a placement may look at before layer `layer` runs. */
+export interface PlacementContext {
+  /** Layer, from 0. */
+  readonly layer: number;
+  /** Number of experts E. */
+  readonly experts: number;
+  /** Number of expert-parallel ranks. */
+  readonly ranks: number;
+  /** Rows per (source rank, expert), [ranks · E], exchanged by allGather, or null before the gate has spoken. */
+  readonly counts: Int32Array | null;
+}
+
+/** Decides where experts sit. Must give the same plan on every rank. */
+export interface ExpertPlacement {
+  /** Name for traces and tables. */
+  readonly name: string;
+  /** The placement for this layer and batch. */
+  plan(context: PlacementContext): PlacementPlan;
+}

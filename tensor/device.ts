@@ -1,0 +1,242 @@
+// What a device offers to the rest of the house: memory, streams, and the kernels that a Mixture-of-Experts
+// language model needs, forward and backward. The CPU and CUDA implement this one interface.
+// Kernels here are unchecked: `tensor/ops.ts` checks shapes, dtypes and devices once, for every device.
+
+import type { DType, TypedArray } from "./dtype.ts";
+import type { Tensor } from "./tensor.ts";
+
+/**
+ * An ordered queue of device work. Operations on one stream run in order, operations on two streams may overlap.
+ * The CPU has one stream whose work is done when the call returns.
+ */
+export interface Stream {
+  /** A name for traces: `compute`, `dispatch`, `gradients`, `copy`. */
+  readonly name: string;
+  /** Marks the present end of the stream's work. */
+  record(): StreamEvent;
+  /** Orders all later work of this stream after the event, without blocking the host. */
+  wait(event: StreamEvent): void;
+  /** Resolves when all work enqueued so far is done, without blocking the event loop. */
+  synchronize(): Promise<void>;
+}
+
+/** A point in a stream's work. */
+export interface StreamEvent {
+  /** Whether the device has passed the point; never blocks. */
+  done(): boolean;
+  /** Host-clock time in µs at which the device passed the point, once it is done; used by traces. */
+  time(): number;
+}
+
+/** Bytes of device memory: what is in use, what the allocator holds, the highest use so far. */
+export interface MemoryStats {
+  /** Bytes of live allocations. */
+  readonly used_bytes: number;
+  /** Bytes taken from the system, live or cached. */
+  readonly reserved_bytes: number;
+  /** Highest `used_bytes` since the start or the last `resetPeak()`. */
+  readonly peak_bytes: number;
+}
+
+/** A place where tensors live and kernels run. */
+export interface Device {
+  /** Which family of devices. */
+  readonly kind: "cpu" | "cuda";
+  /** The name that a person reads: processor or GPU model. */
+  readonly name: string;
+  /** The stream that kernels are enqueued on. */
+  readonly stream: Stream;
+  /** The kernels of this device. */
+  readonly kernels: Kernels;
+  /**
+   * Memory of at least `bytes` bytes, aligned to 64 bytes (CPU) or 256 (CUDA), contents undefined.
+   * @returns Byte offset in the CPU's linear memory, or the device address.
+   */
+  allocate(bytes: number): number;
+  /** Gives back what {@linkcode Device.allocate} returned; stream-ordered, so pending kernels may still use it. */
+  free(address: number): void;
+  /** Copies a host array into a tensor of the same size and dtype. */
+  write(source: TypedArray, target: Tensor): void;
+  /** A copy of a tensor's elements on the host, once all work enqueued before is done. */
+  read(source: Tensor): Promise<TypedArray>;
+  /** Memory statistics. */
+  memory(): MemoryStats;
+  /** Makes the present use the peak. */
+  resetPeak(): void;
+}
+
+/** Options of {@linkcode Kernels.gemm}. */
+export interface GemmOptions {
+  /** Takes `a` as stored [K, M] instead of [M, K]. @default {false} */
+  readonly transposeA?: boolean;
+  /** Takes `b` as stored [N, K] instead of [K, N]. @default {false} */
+  readonly transposeB?: boolean;
+  /** Factor of the product. @default {1} */
+  readonly alpha?: number;
+  /** Factor of the old contents of `out`; 0 never reads them. @default {0} */
+  readonly beta?: number;
+}
+
+/** The activation between the two layers of an expert or of a dense feed-forward network. */
+export type Activation = "swiglu" | "relu" | "gelu";
+
+/** Sizes of an attention call over sequences that lie one after another. */
+export interface AttentionShape {
+  /** First row of each sequence and, last, the number of rows: length sequences + 1, host array. */
+  readonly offsets: Int32Array;
+  /** Query heads H. */
+  readonly heads: number;
+  /** Key and value heads G; divides H. */
+  readonly kvHeads: number;
+  /** Width C of one head. */
+  readonly headDim: number;
+}
+
+/** Constants of one AdamW update. */
+export interface AdamWOptions {
+  /** Learning rate of this step. */
+  readonly lr: number;
+  /** Decay of the first moment. */
+  readonly beta1: number;
+  /** Decay of the second moment. */
+  readonly beta2: number;
+  /** Added to the root of the second moment. */
+  readonly eps: number;
+  /** Decoupled weight decay. */
+  readonly weightDecay: number;
+  /** Number of this step, from 1. */
+  readonly step: number;
+  /** Factor applied to the gradient first (clipping, averaging). */
+  readonly gradScale: number;
+}
+
+/**
+ * The kernels of a device. Shape letters: N rows (tokens), D model width, F hidden width, V vocabulary, H query heads,
+ * G key/value heads, C head width, E experts, K choices per token, R routed rows. Matrices are row-major; a weight is
+ * stored [out, in] as PyTorch's `Linear`. Outputs come last, are written whole unless said otherwise, and must not
+ * overlap inputs unless said otherwise. Floating types of one call agree unless said otherwise.
+ */
+export interface Kernels {
+  /** `x = value` */
+  fill(x: Tensor, value: number): void;
+  /** `out = x`, converting the dtype if they differ. */
+  copy(x: Tensor, out: Tensor): void;
+  /** `out = x + y`; `out` may be `x` or `y`. */
+  add(x: Tensor, y: Tensor, out: Tensor): void;
+  /** `y += alpha · x` */
+  axpy(alpha: number, x: Tensor, y: Tensor): void;
+  /** `x *= alpha` */
+  scale(x: Tensor, alpha: number): void;
+  /** `out = alpha · a b + beta · out` with a [M, K], b [K, N], out [M, N]. */
+  gemm(a: Tensor, b: Tensor, out: Tensor, options?: GemmOptions): void;
+  /**
+   * One GEMM per group over uneven row groups: rows `offsets[g]..offsets[g+1]` of x meet weights[g].
+   * `out_g = x_g w_gᵀ` (weight [out, in]); with `transposeWeight`, `out_g = x_g w_g` (the input's gradient).
+   * Empty groups are allowed.
+   */
+  groupedGemm(
+    x: Tensor,
+    weights: readonly Tensor[],
+    offsets: Int32Array,
+    out: Tensor,
+    options?: { readonly transposeWeight?: boolean; readonly beta?: number },
+  ): void;
+  /** `grads[g] += dy_gᵀ x_g` per group: the weights' gradients. */
+  groupedGemmWeightGrad(
+    dy: Tensor,
+    x: Tensor,
+    offsets: Int32Array,
+    grads: readonly Tensor[],
+  ): void;
+  /** `out[i] = x[rows[i]]` for rows i32; a negative index writes zeros. x [*, D], out [rows, D]. */
+  gatherRows(x: Tensor, rows: Tensor, out: Tensor): void;
+  /** `out[rows[i]] += x[i]`; a negative index is skipped. Deterministic: adds in order of i. */
+  scatterAddRows(x: Tensor, rows: Tensor, out: Tensor): void;
+  /** `out[n] = Σ_k weights[n,k] · y[slots[n,k]]`; slots i32 [N, K], a negative slot adds nothing; y [R, D]. */
+  combineRows(y: Tensor, slots: Tensor, weights: Tensor, out: Tensor): void;
+  /**
+   * Gradient of {@linkcode Kernels.combineRows}: `dY[slots[n,k]] = weights[n,k] · dOut[n]` and
+   * `dWeights[n,k] = dOut[n] · y[slots[n,k]]`. Every row of y belongs to at most one (n, k).
+   */
+  combineRowsBackward(
+    dOut: Tensor,
+    y: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    dY: Tensor,
+    dWeights: Tensor,
+  ): void;
+  /** `out = x / rms(x) · gain`, `rms(x) = √(mean(x²) + eps)`; saves invRms [N] in f32 (f64 for f64). */
+  rmsNorm(x: Tensor, gain: Tensor, out: Tensor, invRms: Tensor, eps: number): void;
+  /** Gradient of {@linkcode Kernels.rmsNorm}: writes dX, adds to dGain. */
+  rmsNormBackward(
+    dOut: Tensor,
+    x: Tensor,
+    gain: Tensor,
+    invRms: Tensor,
+    dX: Tensor,
+    dGain: Tensor,
+  ): void;
+  /**
+   * Rotary positions in place: x [N, heads·C] with pairs (i, i + C/2) as Hugging Face's Llama has them, positions i32 [N].
+   * `inverse` turns back, which is the gradient.
+   */
+  rope(
+    x: Tensor,
+    positions: Tensor,
+    options: { readonly headDim: number; readonly theta: number; readonly inverse?: boolean },
+  ): void;
+  /**
+   * Causal attention, scale 1/√C: q [N, H·C], k and v [N, G·C] → out [N, H·C]; saves the log-sum-exp lse [N, H]
+   * (f32; f64 for f64). Memory is linear in the sequence.
+   */
+  attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    shape: AttentionShape,
+  ): void;
+  /** Gradient of {@linkcode Kernels.attention}. */
+  attentionBackward(
+    dOut: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    shape: AttentionShape,
+    dQ: Tensor,
+    dK: Tensor,
+    dV: Tensor,
+  ): void;
+  /** `relu(x)`, tanh-approximated `gelu(x)`, or `silu(x[:, :F]) · x[:, F:]` for swiglu with x [N, 2F] → out [N, F]. */
+  activation(kind: Activation, x: Tensor, out: Tensor): void;
+  /** Gradient of {@linkcode Kernels.activation}; dX has the shape of x. */
+  activationBackward(kind: Activation, dOut: Tensor, x: Tensor, dX: Tensor): void;
+  /** Row-wise softmax, `out` may be `x`. */
+  softmax(x: Tensor, out: Tensor): void;
+  /** `dX = y ⊙ (dY − (y · dY))` for y = softmax(x), row-wise; dX may be dY. */
+  softmaxBackward(dY: Tensor, y: Tensor, dX: Tensor): void;
+  /**
+   * Softmax cross-entropy: losses [N] in f32 (f64 for f64), and logits [N, V] are replaced by
+   * `scale · d loss / d logits`. A negative target (i32) is ignored: loss 0, gradient 0.
+   */
+  crossEntropy(logits: Tensor, targets: Tensor, losses: Tensor, scale: number): void;
+  /** `out[0] += Σ x²`, out f64 [1]. */
+  sumSquares(x: Tensor, out: Tensor): void;
+  /** `out[0] += Σ x`, out f64 [1]. */
+  sum(x: Tensor, out: Tensor): void;
+  /** One AdamW step in place with decoupled decay (Loshchilov and Hutter); moments f32 (f64 for f64). */
+  adamW(
+    parameter: Tensor,
+    gradient: Tensor,
+    moment1: Tensor,
+    moment2: Tensor,
+    options: AdamWOptions,
+  ): void;
+}
+
+/** Element types that kernels compute in. */
+export const FLOAT_DTYPES: readonly DType[] = ["f32", "f64", "f16", "bf16"];

@@ -1,0 +1,199 @@
+// A dense, row-major array on a device. It owns memory or looks into memory that another tensor owns; there is no
+// autograd, no lazy evaluation and no stride: operations live in `tensor/ops.ts`, gradients beside them.
+
+import { bytesOf, type DType, dtypeOf, newArray, type TypedArray } from "./dtype.ts";
+import type { Device } from "./device.ts";
+
+/** Sizes of the dimensions, outermost first. */
+export type Shape = readonly number[];
+
+/**
+ * The number of elements of a shape.
+ *
+ * @param shape Sizes of the dimensions; an empty shape is a scalar.
+ * @returns Their product.
+ */
+export function sizeOf(shape: Shape): number {
+  let size = 1;
+  for (const n of shape) size *= n;
+  return size;
+}
+
+/**
+ * A dense, row-major array on a device. A tensor made by {@linkcode empty}, {@linkcode zeros} or {@linkcode fromArray}
+ * owns its memory and frees it when disposed (`using`); views do not.
+ */
+export class Tensor implements Disposable {
+  /** Where the elements live. */
+  readonly device: Device;
+  /** Element type. */
+  readonly dtype: DType;
+  /** Sizes of the dimensions. */
+  readonly shape: Shape;
+  /** Number of elements. */
+  readonly size: number;
+  /** First byte: offset in the CPU's linear memory, or device address. */
+  readonly address: number;
+  #owned: boolean;
+  #live: { yes: boolean };
+
+  /**
+   * Looks at memory that exists. Prefer {@linkcode empty}, {@linkcode zeros} and {@linkcode fromArray}.
+   *
+   * @param device Where the memory is.
+   * @param dtype Element type.
+   * @param shape Sizes of the dimensions.
+   * @param memory Address, and the owner whose life the view shares; without an owner the tensor owns the address.
+   */
+  constructor(
+    device: Device,
+    dtype: DType,
+    shape: Shape,
+    memory: { readonly address: number; readonly owner?: Tensor },
+  ) {
+    this.device = device;
+    this.dtype = dtype;
+    this.shape = shape;
+    this.size = sizeOf(shape);
+    this.address = memory.address;
+    this.#owned = memory.owner === undefined;
+    this.#live = memory.owner === undefined ? { yes: true } : memory.owner.#live;
+  }
+
+  /** Size in bytes. */
+  get bytes(): number {
+    return this.size * bytesOf(this.dtype);
+  }
+
+  /** Whether the memory has been freed, by this tensor or by the one whose memory it views. */
+  get disposed(): boolean {
+    return !this.#live.yes;
+  }
+
+  /**
+   * The same elements under another shape of the same size.
+   *
+   * @param shape The new shape.
+   * @returns A view; it shares memory.
+   * @throws {RangeError} If the sizes differ.
+   */
+  reshape(...shape: number[]): Tensor {
+    if (sizeOf(shape) !== this.size) {
+      throw new RangeError(
+        `Cannot reshape as the size must stay ${this.size} ([${this.shape}]): current value is [${shape}]`,
+      );
+    }
+    return new Tensor(this.device, this.dtype, shape, { address: this.address, owner: this });
+  }
+
+  /**
+   * Rows `start` to `end` of the first dimension.
+   *
+   * @param start First row.
+   * @param end Row after the last.
+   * @returns A view; it shares memory.
+   * @throws {RangeError} If the rows are not inside the tensor.
+   */
+  rows(start: number, end: number): Tensor {
+    const n = this.shape[0] ?? 0;
+    if (
+      !(Number.isInteger(start) && Number.isInteger(end) && 0 <= start && start <= end && end <= n)
+    ) {
+      throw new RangeError(
+        `Cannot take rows as the range must lie in 0..${n}: current value is ${start}..${end}`,
+      );
+    }
+    const rest = this.shape.slice(1);
+    return new Tensor(this.device, this.dtype, [end - start, ...rest], {
+      address: this.address + start * sizeOf(rest) * bytesOf(this.dtype),
+      owner: this,
+    });
+  }
+
+  /**
+   * A copy of the elements on the host, once the device has computed them.
+   *
+   * @returns A typed array of `size` elements.
+   */
+  toArray(): Promise<TypedArray> {
+    return this.device.read(this);
+  }
+
+  /** Frees the memory if this tensor owns it; further use of it or of its views is an error. */
+  [Symbol.dispose](): void {
+    if (!this.#owned || !this.#live.yes) return;
+    this.#live.yes = false;
+    this.device.free(this.address);
+  }
+}
+
+/**
+ * A tensor whose contents are undefined.
+ *
+ * @param device Where.
+ * @param shape Sizes of the dimensions.
+ * @param dtype Element type. @default {"f32"}
+ * @returns The tensor; dispose of it.
+ * @throws {RangeError} If a dimension is not a whole number ≥ 0, or the memory does not suffice.
+ */
+export function empty(device: Device, shape: Shape, dtype: DType = "f32"): Tensor {
+  for (const n of shape) {
+    if (!Number.isSafeInteger(n) || n < 0) {
+      throw new RangeError(
+        `Cannot make a tensor as every dimension must be a whole number >= 0: current value is [${shape}]`,
+      );
+    }
+  }
+  const bytes = sizeOf(shape) * bytesOf(dtype);
+  return new Tensor(device, dtype, shape, { address: device.allocate(bytes) });
+}
+
+/**
+ * A tensor of zeros.
+ *
+ * @param device Where.
+ * @param shape Sizes of the dimensions.
+ * @param dtype Element type. @default {"f32"}
+ * @returns The tensor; dispose of it.
+ */
+export function zeros(device: Device, shape: Shape, dtype: DType = "f32"): Tensor {
+  const tensor = empty(device, shape, dtype);
+  device.kernels.fill(tensor, 0);
+  return tensor;
+}
+
+/**
+ * A tensor with the elements of a host array.
+ *
+ * @param device Where.
+ * @param array The elements, row-major; their type gives the dtype (`Uint16Array` is bf16).
+ * @param shape Sizes of the dimensions. @default {[array.length]}
+ * @returns The tensor; dispose of it.
+ * @throws {RangeError} If the shape has another size than the array.
+ */
+export function fromArray(
+  device: Device,
+  array: TypedArray,
+  shape: Shape = [array.length],
+): Tensor {
+  if (sizeOf(shape) !== array.length) {
+    throw new RangeError(
+      `Cannot make a tensor as [${shape}] must hold ${
+        sizeOf(shape)
+      } elements: current value is ${array.length}`,
+    );
+  }
+  const tensor = empty(device, shape, dtypeOf(array));
+  device.write(array, tensor);
+  return tensor;
+}
+
+/**
+ * A host array of the same dtype and size as a tensor, for results.
+ *
+ * @param tensor The tensor.
+ * @returns Zeros.
+ */
+export function hostLike(tensor: Tensor): TypedArray {
+  return newArray(tensor.dtype, tensor.size);
+}
