@@ -1,0 +1,31 @@
+// What a layer tells the step it runs in: the boundaries at which a scheduler may launch gradients, and its all-to-alls.
+// The layers know only this interface; `gradients.ts` drives a `CollectiveScheduler` behind it.
+
+import type { Work } from "../collectives/types.ts";
+
+/** One step of training or inference, as a layer sees it. */
+export interface Step {
+  /** Whether gradients will be asked for: activations are kept, dropout and noise are on. */
+  readonly training: boolean;
+  /** Number of the step, which seeds noise. */
+  readonly number: number;
+  /**
+   * Runs an all-to-all of a MoE layer: tells the scheduler, starts it, and orders the device after it.
+   * @param where Which of the layer's all-to-alls.
+   * @param start Starts it.
+   */
+  allToAll(
+    where: {
+      readonly layer: number;
+      readonly phase: "forward" | "backward";
+      readonly role: "dispatch" | "combine";
+    },
+    start: () => Work,
+  ): Promise<void>;
+  /** The backward pass of a layer's combine begins: an all-to-all is imminent. */
+  combineBackwardStarts(layer: number): void;
+  /** The backward pass of a layer has ended. */
+  layerBackwardEnds(layer: number): void;
+  /** A parameter's gradient is complete on this rank for this step. */
+  gradientReady(name: string): void;
+}
