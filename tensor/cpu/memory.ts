@@ -36,6 +36,16 @@ export function linearBuffer(): ArrayBuffer {
 }
 
 /**
+ * Where a host array lies in the linear memory.
+ *
+ * @param array Any view.
+ * @returns Its byte offset there, or −1 for ordinary memory. Never creates the linear memory.
+ */
+export function linearOffset(array: ArrayBufferView): number {
+  return memory !== undefined && array.buffer === memory.buffer ? array.byteOffset : -1;
+}
+
+/**
  * The machine address of a place in the linear memory, for calls into C libraries.
  *
  * @param offset Byte offset in the linear memory.

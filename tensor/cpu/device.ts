@@ -1,0 +1,74 @@
+// The CPU as a device: its tensors live in the linear memory of `memory.ts`, and work is done when a call returns, so its
+// one stream and its events have nothing to wait for.
+
+import process from "node:process";
+import os from "node:os";
+import type { TypedArray } from "../dtype.ts";
+import type { Device, MemoryStats, Stream, StreamEvent } from "../device.ts";
+import type { Tensor } from "../tensor.ts";
+import { now } from "../../trace/mod.ts";
+import { allocate, free, heapStats, resetPeak } from "./memory.ts";
+import { referenceKernels } from "./reference/mod.ts";
+import { hostView } from "./view.ts";
+
+export { hostView } from "./view.ts";
+
+/** A point that has been passed already. */
+class HostEvent implements StreamEvent {
+  #time = now();
+  done(): boolean {
+    return true;
+  }
+  time(): number {
+    return this.#time;
+  }
+}
+
+const hostStream: Stream = {
+  name: "compute",
+  record: () => new HostEvent(),
+  wait: () => {},
+  synchronize: () => Promise.resolve(),
+};
+
+function write(source: TypedArray, target: Tensor): void {
+  if (source.length !== target.size) {
+    throw new RangeError(
+      `Cannot write as the array must have ${target.size} elements: current value is ${source.length}`,
+    );
+  }
+  const view = hostView(target);
+  if (source.constructor !== view.constructor) {
+    throw new TypeError(
+      `Cannot write as the array must be a ${view.constructor.name} for ${target.dtype}: current value is ${source.constructor.name}`,
+    );
+  }
+  (view as Float32Array).set(source as Float32Array);
+}
+
+function memory(): MemoryStats {
+  const { used, reserved, peak } = heapStats();
+  return { used_bytes: used, reserved_bytes: reserved, peak_bytes: peak };
+}
+
+let device: Device | undefined;
+
+/**
+ * The CPU of this process.
+ *
+ * @returns The one CPU device; tensors on it share its linear memory.
+ */
+export function cpuDevice(): Device {
+  return device ??= {
+    kind: "cpu",
+    name: os.cpus()[0]?.model.trim() || process.arch,
+    stream: hostStream,
+    kernels: referenceKernels,
+    allocate,
+    free,
+    write,
+    read: (source) => Promise.resolve(hostView(source).slice()),
+    memory,
+    resetPeak,
+  };
+}

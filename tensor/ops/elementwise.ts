@@ -1,0 +1,209 @@
+// Checked element-wise operations and sums. See `Kernels` in device.ts for the formulas; shapes may be anything as long as
+// they agree.
+
+import { now } from "../../trace/mod.ts";
+import type { Activation, AdamWOptions } from "../device.ts";
+import type { Tensor } from "../tensor.ts";
+import { alive, disjoint, disjointOrSame, elements, fail, lead, ran, statistics } from "./check.ts";
+
+/**
+ * `x = value`, for every dtype.
+ *
+ * @param x Any tensor.
+ * @param value What every element becomes.
+ * @throws {RangeError} If x is disposed.
+ */
+export function fill(x: Tensor, value: number): void {
+  alive("fill", "x", x, x.device, x.dtype);
+  const start = now();
+  x.device.kernels.fill(x, value);
+  ran("fill", "compute", start);
+}
+
+/**
+ * `out = x`, converting the dtype if they differ (to nearest, ties to even; to an integer: toward zero).
+ *
+ * @param x Any tensor.
+ * @param out As many elements, of any dtype.
+ * @throws {RangeError} If sizes or devices differ or memory overlaps.
+ */
+export function copy(x: Tensor, out: Tensor): void {
+  alive("copy", "x", x, out.device, x.dtype);
+  alive("copy", "out", out, out.device, out.dtype);
+  if (x.size !== out.size) fail("copy", `out must have ${x.size} elements`, `[${out.shape}]`);
+  disjoint("copy", "x", out, x);
+  const start = now();
+  x.device.kernels.copy(x, out);
+  ran("copy", "compute", start);
+}
+
+/**
+ * `out = x + y`; out may be x or y.
+ *
+ * @param x Floats.
+ * @param y As many of the same dtype.
+ * @param out As many of the same dtype.
+ * @throws {RangeError} If sizes or devices differ.
+ * @throws {TypeError} If dtypes differ.
+ */
+export function add(x: Tensor, y: Tensor, out: Tensor): void {
+  lead("add", "x", x);
+  elements("add", "y", y, x, x.size);
+  elements("add", "out", out, x, x.size);
+  disjointOrSame("add", "x", out, x);
+  disjointOrSame("add", "y", out, y);
+  const start = now();
+  x.device.kernels.add(x, y, out);
+  ran("add", "compute", start);
+}
+
+/**
+ * `y += alpha · x`
+ *
+ * @param alpha The factor.
+ * @param x Floats.
+ * @param y As many of the same dtype.
+ * @throws {RangeError} If sizes or devices differ.
+ * @throws {TypeError} If dtypes differ.
+ */
+export function axpy(alpha: number, x: Tensor, y: Tensor): void {
+  lead("axpy", "x", x);
+  elements("axpy", "y", y, x, x.size);
+  disjointOrSame("axpy", "x", y, x);
+  const start = now();
+  x.device.kernels.axpy(alpha, x, y);
+  ran("axpy", "compute", start);
+}
+
+/**
+ * `x *= alpha`
+ *
+ * @param x Floats.
+ * @param alpha The factor.
+ * @throws {TypeError} If x is not floating.
+ */
+export function scale(x: Tensor, alpha: number): void {
+  lead("scale", "x", x);
+  const start = now();
+  x.device.kernels.scale(x, alpha);
+  ran("scale", "compute", start);
+}
+
+/** The last dimension of an activation's input per output column. */
+function checkActivation(op: string, kind: Activation, x: Tensor, out: Tensor): void {
+  const columns = x.shape.at(-1) ?? 1;
+  if (kind !== "swiglu") {
+    if (out.size !== x.size) fail(op, `the output must have shape [${x.shape}]`, `[${out.shape}]`);
+  } else if (
+    x.shape.length !== out.shape.length || x.size !== 2 * out.size ||
+    columns !== 2 * (out.shape.at(-1) ?? 0)
+  ) {
+    fail(op, "the columns of x must be gate and up, twice those of the output", `[${x.shape}]`);
+  }
+}
+
+/**
+ * `relu(x)`, tanh-approximated `gelu(x)`, or `silu(x[:, :F]) · x[:, F:]` for swiglu.
+ *
+ * @param kind Which activation.
+ * @param x [N, F], or [N, 2F] for swiglu.
+ * @param out [N, F].
+ * @throws {RangeError} If shapes or devices do not fit.
+ * @throws {TypeError} If dtypes differ.
+ */
+export function activation(kind: Activation, x: Tensor, out: Tensor): void {
+  lead("activate", "x", x);
+  alive("activate", "out", out, x.device, x.dtype);
+  checkActivation("activate", kind, x, out);
+  disjoint("activate", "x", out, x);
+  const start = now();
+  x.device.kernels.activation(kind, x, out);
+  ran("activation", "compute", start);
+}
+
+/**
+ * Gradient of {@linkcode activation}.
+ *
+ * @param kind Which activation.
+ * @param dOut [N, F].
+ * @param x The input, [N, F] or [N, 2F].
+ * @param dX Like x.
+ * @throws {RangeError} If shapes or devices do not fit.
+ * @throws {TypeError} If dtypes differ.
+ */
+export function activationBackward(kind: Activation, dOut: Tensor, x: Tensor, dX: Tensor): void {
+  const op = "take the activation's gradient";
+  lead(op, "x", x);
+  alive(op, "dOut", dOut, x.device, x.dtype);
+  checkActivation(op, kind, x, dOut);
+  elements(op, "dX", dX, x, x.size);
+  disjoint(op, "x", dX, x);
+  disjoint(op, "dOut", dX, dOut);
+  const start = now();
+  x.device.kernels.activationBackward(kind, dOut, x, dX);
+  ran("activationBackward", "compute", start);
+}
+
+/** The place of a sum: one f64. */
+function checkSum(op: string, x: Tensor, out: Tensor): void {
+  lead(op, "x", x);
+  alive(op, "out", out, x.device, "f64");
+  if (out.size !== 1) fail(op, "out must have one element", `[${out.shape}]`);
+}
+
+/**
+ * `out[0] += Σ x²`, added in f64 in a fixed order.
+ *
+ * @param x Floats.
+ * @param out f64 [1].
+ * @throws {TypeError} If out is not f64.
+ */
+export function sumSquares(x: Tensor, out: Tensor): void {
+  checkSum("sum squares", x, out);
+  const start = now();
+  x.device.kernels.sumSquares(x, out);
+  ran("sumSquares", "compute", start);
+}
+
+/**
+ * `out[0] += Σ x`, added in f64 in a fixed order.
+ *
+ * @param x Floats.
+ * @param out f64 [1].
+ * @throws {TypeError} If out is not f64.
+ */
+export function sum(x: Tensor, out: Tensor): void {
+  checkSum("sum", x, out);
+  const start = now();
+  x.device.kernels.sum(x, out);
+  ran("sum", "compute", start);
+}
+
+/**
+ * One AdamW step in place with decoupled decay (Loshchilov and Hutter).
+ *
+ * @param parameter Updated.
+ * @param gradient As many elements of the same dtype.
+ * @param moment1 First moment, f32 (f64 for f64); updated.
+ * @param moment2 Second moment, f32 (f64 for f64); updated.
+ * @param options Constants of this step; `step` counts from 1.
+ * @throws {RangeError} If sizes or devices differ, or the step is below 1.
+ * @throws {TypeError} If dtypes do not fit.
+ */
+export function adamW(
+  parameter: Tensor,
+  gradient: Tensor,
+  moment1: Tensor,
+  moment2: Tensor,
+  options: AdamWOptions,
+): void {
+  const op = "take an AdamW step";
+  lead(op, "parameter", parameter);
+  elements(op, "gradient", gradient, parameter, parameter.size);
+  statistics(op, "moment1", moment1, parameter, parameter.size);
+  statistics(op, "moment2", moment2, parameter, parameter.size);
+  if (!(options.step >= 1)) fail(op, "step must be >= 1", options.step);
+  const start = now();
+  parameter.device.kernels.adamW(parameter, gradient, moment1, moment2, options);
+  ran("adamW", "compute", start);
+}

@@ -1,0 +1,198 @@
+// Checked matrix products and attention. See `Kernels` in device.ts for the formulas.
+
+import { now } from "../../trace/mod.ts";
+import type { AttentionShape, GemmOptions } from "../device.ts";
+import type { Tensor } from "../tensor.ts";
+import { ascending, disjoint, fail, isMatrix, lead, matrix, ran, statistics } from "./check.ts";
+
+/**
+ * `out = alpha · a b + beta · out`.
+ *
+ * @param a [M, K], or [K, M] with `transposeA`.
+ * @param b [K, N], or [N, K] with `transposeB`.
+ * @param out [M, N].
+ * @param options Transposes and factors.
+ * @throws {RangeError} If shapes or devices do not fit or out overlaps an input.
+ * @throws {TypeError} If dtypes differ.
+ */
+export function gemm(a: Tensor, b: Tensor, out: Tensor, options?: GemmOptions): void {
+  lead("multiply", "a", a);
+  isMatrix("multiply", "a", a);
+  isMatrix("multiply", "out", out);
+  const [rows, columns] = a.shape;
+  const M = options?.transposeA ? columns : rows, K = options?.transposeA ? rows : columns;
+  const N = out.shape[1];
+  if (options?.transposeB) matrix("multiply", "b", b, a, N, K);
+  else matrix("multiply", "b", b, a, K, N);
+  matrix("multiply", "out", out, a, M, N);
+  disjoint("multiply", "a", out, a);
+  disjoint("multiply", "b", out, b);
+  const start = now();
+  a.device.kernels.gemm(a, b, out, options);
+  ran("gemm", "gemm", start);
+}
+
+/**
+ * One GEMM per group over uneven row groups: `out_g = x_g w_gᵀ`, or `x_g w_g` with `transposeWeight`. Rows outside the
+ * groups are left as they are.
+ *
+ * @param x [R, in] ([R, out] with `transposeWeight`).
+ * @param weights One [out, in] per group.
+ * @param offsets First row of each group and the row after the last; groups may be empty.
+ * @param out [R, out] ([R, in] with `transposeWeight`).
+ * @param options Whether weights are taken transposed, and the factor of the old contents of out.
+ * @throws {RangeError} If shapes, offsets or devices do not fit or out overlaps x.
+ * @throws {TypeError} If dtypes differ.
+ */
+export function groupedGemm(
+  x: Tensor,
+  weights: readonly Tensor[],
+  offsets: Int32Array,
+  out: Tensor,
+  options?: { readonly transposeWeight?: boolean; readonly beta?: number },
+): void {
+  const op = "multiply groups";
+  lead(op, "x", x);
+  isMatrix(op, "x", x);
+  isMatrix(op, "out", out);
+  const [R, from] = x.shape, to = out.shape[1];
+  matrix(op, "out", out, x, R, to);
+  for (let g = 0; g < weights.length; g++) {
+    if (options?.transposeWeight) matrix(op, "a weight", weights[g], x, from, to);
+    else matrix(op, "a weight", weights[g], x, to, from);
+  }
+  ascending(op, offsets, weights.length, R);
+  disjoint(op, "x", out, x);
+  const start = now();
+  x.device.kernels.groupedGemm(x, weights, offsets, out, options);
+  ran("groupedGemm", "gemm", start);
+}
+
+/**
+ * `grads[g] += dy_gᵀ x_g`: the weights' gradients of {@linkcode groupedGemm}.
+ *
+ * @param dy [R, out].
+ * @param x [R, in].
+ * @param offsets First row of each group and the row after the last.
+ * @param grads One [out, in] per group; added to.
+ * @throws {RangeError} If shapes, offsets or devices do not fit.
+ * @throws {TypeError} If dtypes differ.
+ */
+export function groupedGemmWeightGrad(
+  dy: Tensor,
+  x: Tensor,
+  offsets: Int32Array,
+  grads: readonly Tensor[],
+): void {
+  const op = "take the weights' gradients";
+  lead(op, "x", x);
+  isMatrix(op, "x", x);
+  isMatrix(op, "dy", dy);
+  const [R, from] = x.shape, to = dy.shape[1];
+  matrix(op, "dy", dy, x, R, to);
+  for (let g = 0; g < grads.length; g++) {
+    matrix(op, "a gradient", grads[g], x, to, from);
+    disjoint(op, "x", grads[g], x);
+    disjoint(op, "dy", grads[g], dy);
+  }
+  ascending(op, offsets, grads.length, R);
+  const start = now();
+  x.device.kernels.groupedGemmWeightGrad(dy, x, offsets, grads);
+  ran("groupedGemmWeightGrad", "gemm", start);
+}
+
+function checkAttention(
+  op: string,
+  tensors: { q: Tensor; k: Tensor; v: Tensor; out: Tensor; lse: Tensor },
+  shape: AttentionShape,
+): void {
+  const { q, k, v, out, lse } = tensors;
+  const { heads: H, kvHeads: G, headDim: C, offsets } = shape;
+  if (!(Number.isInteger(G) && G > 0 && Number.isInteger(H / G) && H > 0)) {
+    fail(op, "heads must be a multiple of kvHeads", `${H} heads, ${G} kvHeads`);
+  }
+  if (!(Number.isInteger(C) && C > 0)) fail(op, "headDim must be a whole number > 0", C);
+  lead(op, "q", q);
+  isMatrix(op, "q", q);
+  const N = q.shape[0];
+  matrix(op, "q", q, q, N, H * C);
+  matrix(op, "k", k, q, N, G * C);
+  matrix(op, "v", v, q, N, G * C);
+  matrix(op, "out", out, q, N, H * C);
+  statistics(op, "lse", lse, q, N * H);
+  if (offsets.length < 1) fail(op, "offsets must not be empty", offsets.length);
+  ascending(op, offsets, offsets.length - 1, N);
+  if (offsets[0] !== 0 || offsets.at(-1) !== N) {
+    fail(op, `offsets must run from 0 to ${N}`, `[${offsets}]`);
+  }
+}
+
+/**
+ * Causal attention within each sequence, scale 1/√C; saves the log-sum-exp of each row for the gradient.
+ *
+ * @param q [N, H·C].
+ * @param k [N, G·C].
+ * @param v [N, G·C].
+ * @param out [N, H·C].
+ * @param lse [N, H], f32 (f64 for f64).
+ * @param shape Heads, their width, and where each sequence begins.
+ * @throws {RangeError} If shapes, offsets or devices do not fit.
+ * @throws {TypeError} If dtypes do not fit.
+ */
+export function attention(
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  out: Tensor,
+  lse: Tensor,
+  shape: AttentionShape,
+): void {
+  const op = "attend";
+  checkAttention(op, { q, k, v, out, lse }, shape);
+  disjoint(op, "q", out, q);
+  disjoint(op, "k", out, k);
+  disjoint(op, "v", out, v);
+  const start = now();
+  q.device.kernels.attention(q, k, v, out, lse, shape);
+  ran("attention", "compute", start);
+}
+
+/**
+ * Gradient of {@linkcode attention}.
+ *
+ * @param dOut [N, H·C].
+ * @param q [N, H·C].
+ * @param k [N, G·C].
+ * @param v [N, G·C].
+ * @param out What attention wrote.
+ * @param lse What attention saved.
+ * @param shape As in attention.
+ * @param dQ Like q.
+ * @param dK Like k.
+ * @param dV Like v.
+ * @throws {RangeError} If shapes, offsets or devices do not fit.
+ * @throws {TypeError} If dtypes do not fit.
+ */
+export function attentionBackward(
+  dOut: Tensor,
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  out: Tensor,
+  lse: Tensor,
+  shape: AttentionShape,
+  dQ: Tensor,
+  dK: Tensor,
+  dV: Tensor,
+): void {
+  const op = "take the attention's gradient";
+  checkAttention(op, { q, k, v, out, lse }, shape);
+  const N = q.shape[0], { heads: H, kvHeads: G, headDim: C } = shape;
+  matrix(op, "dOut", dOut, q, N, H * C);
+  matrix(op, "dQ", dQ, q, N, H * C);
+  matrix(op, "dK", dK, q, N, G * C);
+  matrix(op, "dV", dV, q, N, G * C);
+  const start = now();
+  q.device.kernels.attentionBackward(dOut, q, k, v, out, lse, shape, dQ, dK, dV);
+  ran("attentionBackward", "compute", start);
+}
