@@ -2,6 +2,7 @@
 // The layers know only this interface; `gradients.ts` drives a `CollectiveScheduler` behind it.
 
 import type { Work } from "../collectives/types.ts";
+import type { Device } from "../tensor/device.ts";
 
 /** One step of training or inference, as a layer sees it. */
 export interface Step {
@@ -28,4 +29,27 @@ export interface Step {
   layerBackwardEnds(layer: number): void;
   /** A parameter's gradient is complete on this rank for this step. */
   gradientReady(name: string): void;
+}
+
+/**
+ * A step that reduces nothing: inference, evaluation, and all passes but the last of a step that accumulates gradients.
+ *
+ * @param device Whose stream all-to-alls are ordered with.
+ * @param options Whether gradients will be asked for, and the number that seeds noise. @default {{training: false, number: 0}}
+ * @returns The step.
+ */
+export function plainStep(
+  device: Device,
+  options: { readonly training?: boolean; readonly number?: number } = {},
+): Step {
+  return {
+    training: options.training ?? false,
+    number: options.number ?? 0,
+    allToAll: async (_where, start) => {
+      await start().wait(device.stream);
+    },
+    combineBackwardStarts: () => {},
+    layerBackwardEnds: () => {},
+    gradientReady: () => {},
+  };
 }

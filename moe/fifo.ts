@@ -1,0 +1,79 @@
+// The plain scheduler, first in, first out, as DeepSpeed and PyTorch's DistributedDataParallel do it: gradients are collected in
+// buckets in the order in which they become ready, and a full bucket is reduced at once, beside whatever all-to-all is running.
+
+import { worldGradients } from "./graph.ts";
+import type {
+  Boundary,
+  CollectiveScheduler,
+  LaunchState,
+  MicroOp,
+  MicroOpPart,
+  Schedule,
+  StepGraph,
+} from "./hooks.ts";
+
+/** Bytes of a bucket of DistributedDataParallel: 25 MiB. */
+export const BUCKET_BYTES: number = 25 * 2 ** 20;
+
+/** Options of {@linkcode Fifo}. */
+export interface FifoOptions {
+  /** Most bytes of one bucket; a gradient that is larger has a bucket of its own. @default {26_214_400} */
+  readonly bucketBytes?: number;
+}
+
+/** Buckets that are launched as their gradients become ready. */
+export class Fifo implements CollectiveScheduler {
+  /** Name for traces and tables. */
+  readonly name: string = "fifo";
+  readonly #bucketBytes: number;
+
+  /**
+   * @param options Size of the buckets.
+   * @throws {RangeError} If the size is not positive.
+   */
+  constructor(options: FifoOptions = {}) {
+    this.#bucketBytes = options.bucketBytes ?? BUCKET_BYTES;
+    if (!(this.#bucketBytes > 0)) {
+      throw new RangeError(
+        `Cannot bucket gradients as the bucket must be larger than 0 bytes: current value is ${this.#bucketBytes}`,
+      );
+    }
+  }
+
+  /**
+   * Fills buckets with whole gradients, in the order of the graph. A bucket holds one element type only.
+   *
+   * @param graph The step.
+   * @returns One micro-op per bucket; all-to-alls stay whole.
+   */
+  plan(graph: StepGraph): Schedule {
+    const microOps: MicroOp[] = [];
+    let parts: MicroOpPart[] = [], bytes = 0, elementBytes = 0;
+    const close = () => {
+      if (parts.length > 0) microOps.push({ parts, bytes });
+      parts = [];
+      bytes = 0;
+    };
+    for (const gradient of worldGradients(graph)) {
+      if (gradient.elements === 0) continue;
+      const size = gradient.bytes / gradient.elements;
+      if (bytes + gradient.bytes > this.#bucketBytes || size !== elementBytes) close();
+      elementBytes = size;
+      parts.push({ gradient: gradient.id, start: 0, end: gradient.elements });
+      bytes += gradient.bytes;
+    }
+    close();
+    return { microOps, chunks: new Map() };
+  }
+
+  /**
+   * Everything that is ready goes.
+   *
+   * @param _boundary What has happened; of no interest here.
+   * @param state What is ready.
+   * @returns All of it.
+   */
+  launch(_boundary: Boundary, state: LaunchState): number {
+    return state.ready;
+  }
+}

@@ -1,0 +1,39 @@
+// The matrix product of every projection, and its gradients. No bias: the models here have none.
+
+import * as ops from "../tensor/ops.ts";
+import { empty, type Tensor } from "../tensor/tensor.ts";
+import type { Parameter } from "./parameter.ts";
+
+/**
+ * `out = x wᵀ`
+ *
+ * @param x_NI Input, N rows of I.
+ * @param weight Weights [O, I].
+ * @returns A new tensor [N, O].
+ */
+export function linear(x_NI: Tensor, weight: Tensor): Tensor {
+  const out_NO = empty(x_NI.device, [x_NI.shape[0], weight.shape[0]], x_NI.dtype);
+  ops.gemm(x_NI, weight, out_NO, { transposeB: true });
+  return out_NO;
+}
+
+/**
+ * Gradient of {@linkcode linear}: `dX = dOut w` and `dW += dOutᵀ x`.
+ *
+ * @param dOut_NO Gradient of the output.
+ * @param x_NI The input.
+ * @param weight The weights, whose gradient is added to.
+ * @param dX_NI Where the input's gradient is added; a new tensor without it.
+ * @returns The input's gradient [N, I].
+ */
+export function linearBackward(
+  dOut_NO: Tensor,
+  x_NI: Tensor,
+  weight: Pick<Parameter, "value" | "grad">,
+  dX_NI?: Tensor,
+): Tensor {
+  const out = dX_NI ?? empty(x_NI.device, x_NI.shape, x_NI.dtype);
+  ops.gemm(dOut_NO, weight.value, out, { beta: dX_NI ? 1 : 0 });
+  ops.gemm(dOut_NO, x_NI, weight.grad, { transposeA: true, beta: 1 });
+  return out;
+}

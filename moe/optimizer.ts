@@ -1,0 +1,161 @@
+// AdamW with decoupled decay, the learning rate's course, and clipping by the global norm. Each rank updates the parameters that it
+// holds: replicated ones alike on all ranks, an expert where it sits. The moments are kept by name, for checkpoints.
+
+import type { Device } from "../tensor/device.ts";
+import * as ops from "../tensor/ops.ts";
+import { type Tensor, zeros } from "../tensor/tensor.ts";
+import type { Parameter } from "./parameter.ts";
+
+/** Course of the learning rate: a linear warm-up, then half a cosine down to a floor. */
+export interface LearningRateOptions {
+  /** Highest rate. */
+  readonly peak: number;
+  /** Steps until the highest rate. */
+  readonly warmup: number;
+  /** Steps of the whole run. */
+  readonly steps: number;
+  /** Rate at the end, as a part of the highest. @default {0.1} */
+  readonly floor?: number;
+}
+
+/**
+ * The learning rate of a step.
+ *
+ * @param step Number of the step, from 1.
+ * @param options The course.
+ * @returns The rate; after the last step it stays at the floor.
+ *
+ * @example
+ * ```ts
+ * import { learningRate } from "./optimizer.ts";
+ * import assert from "node:assert/strict";
+ *
+ * const course = { peak: 1, warmup: 10, steps: 100, floor: 0.1 };
+ * assert.equal(learningRate(5, course), 0.5);
+ * assert.equal(learningRate(10, course), 1);
+ * assert.equal(learningRate(100, course), 0.1);
+ * ```
+ */
+export function learningRate(step: number, options: LearningRateOptions): number {
+  const { peak, warmup, steps } = options;
+  const low = peak * (options.floor ?? 0.1);
+  if (step < warmup) return peak * step / warmup;
+  if (step >= steps) return low;
+  const progress = (step - warmup) / (steps - warmup);
+  return low + (peak - low) * (1 + Math.cos(Math.PI * progress)) / 2;
+}
+
+/** Constants of {@linkcode AdamW}. */
+export interface AdamWSettings {
+  /** Decay of the first moment. @default {0.9} */
+  readonly beta1?: number;
+  /** Decay of the second moment. @default {0.95} */
+  readonly beta2?: number;
+  /** Added to the root of the second moment. @default {1e-8} */
+  readonly eps?: number;
+  /** Decoupled weight decay, of matrices only. @default {0.1} */
+  readonly weightDecay?: number;
+}
+
+/** The two moments of a parameter; same shape as it. */
+export interface Moments {
+  /** Mean of the gradient. */
+  readonly moment1: Tensor;
+  /** Mean of the squared gradient. */
+  readonly moment2: Tensor;
+}
+
+/** AdamW (Loshchilov and Hutter) over a set of parameters. */
+export class AdamW implements Disposable {
+  /** Updates done so far; a resumed run sets it. */
+  steps = 0;
+  /** The moments by name of their parameter. */
+  readonly moments: ReadonlyMap<string, Moments>;
+  readonly #parameters: readonly Parameter[];
+  readonly #settings: Required<AdamWSettings>;
+
+  /**
+   * @param device Where the moments live.
+   * @param parameters What to update.
+   * @param settings Constants.
+   */
+  constructor(device: Device, parameters: readonly Parameter[], settings: AdamWSettings = {}) {
+    this.#parameters = parameters;
+    this.#settings = { beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, ...settings };
+    const moments = new Map<string, Moments>();
+    for (const { name, value } of parameters) {
+      const dtype = value.dtype === "f64" ? "f64" : "f32";
+      moments.set(name, {
+        moment1: zeros(device, value.shape, dtype),
+        moment2: zeros(device, value.shape, dtype),
+      });
+    }
+    this.moments = moments;
+  }
+
+  /**
+   * One update of every parameter, which also sets every gradient to zero.
+   *
+   * @param lr Learning rate.
+   * @param gradScale Factor applied to the gradients first: see {@linkcode clipScale}.
+   */
+  update(lr: number, gradScale: number = 1): void {
+    const step = ++this.steps;
+    const { beta1, beta2, eps, weightDecay } = this.#settings;
+    for (const { name, value, grad, decay } of this.#parameters) {
+      const { moment1, moment2 } = this.moments.get(name)!;
+      const options = {
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weightDecay: decay ? weightDecay : 0,
+        step,
+        gradScale,
+      };
+      ops.adamW(value, grad, moment1, moment2, options);
+      ops.fill(grad, 0);
+    }
+  }
+
+  /** Frees the moments. */
+  [Symbol.dispose](): void {
+    for (const { moment1, moment2 } of this.moments.values()) {
+      moment1[Symbol.dispose]();
+      moment2[Symbol.dispose]();
+    }
+  }
+}
+
+/**
+ * Adds the squared norms of the gradients that this rank answers for. Replicated gradients are alike on all ranks once they are
+ * reduced, so every rank counts them and their sum must not be reduced; an expert is counted by one rank, however many replicas it
+ * has, and the sum must be.
+ *
+ * @param parameters The rank's parameters.
+ * @param counts Whether this rank is the one that counts an expert's parameter.
+ * @param replicated f64 [1], where the squares of replicated gradients are added.
+ * @param sharded f64 [1], where those of experts are added: to be summed over ranks.
+ */
+export function addSquaredNorms(
+  parameters: readonly Parameter[],
+  counts: (parameter: Parameter) => boolean,
+  replicated: Tensor,
+  sharded: Tensor,
+): void {
+  for (const parameter of parameters) {
+    if (parameter.group === "world") ops.sumSquares(parameter.grad, replicated);
+    else if (counts(parameter)) ops.sumSquares(parameter.grad, sharded);
+  }
+}
+
+/**
+ * The factor that brings a gradient's norm down to a limit.
+ *
+ * @param norm The global norm.
+ * @param limit The limit; 0 means none.
+ * @returns At most 1.
+ */
+export function clipScale(norm: number, limit: number): number {
+  return limit > 0 && norm > limit ? limit / norm : 1;
+}

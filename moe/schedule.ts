@@ -1,0 +1,140 @@
+// Runs a schedule over the boundaries of a step: keeps what is ready, asks the scheduler, and says which micro-ops go now. Pure
+// bookkeeping on plain data: the training engine and a simulator drive the very same object. No communication here.
+
+import { worldGradients } from "./graph.ts";
+import type {
+  Boundary,
+  CollectiveScheduler,
+  MicroOp,
+  NodeId,
+  Schedule,
+  StepGraph,
+} from "./hooks.ts";
+
+/**
+ * Checks that a schedule reduces every element of every gradient of group `world` exactly once.
+ *
+ * @param graph The step.
+ * @param schedule What a scheduler planned for it.
+ * @throws {RangeError} If an element is missing, doubled or outside its gradient; names the gradient.
+ */
+export function checkSchedule(graph: StepGraph, schedule: Schedule): void {
+  const gradients = worldGradients(graph);
+  const ranges = new Map<NodeId, [number, number][]>(gradients.map(({ id }) => [id, []]));
+  schedule.microOps.forEach((microOp, i) => {
+    if (microOp.parts.length === 0) {
+      throw new RangeError(`Cannot run micro-op ${i} as it must have parts`);
+    }
+    for (const { gradient, start, end } of microOp.parts) {
+      const list = ranges.get(gradient);
+      if (!list) {
+        throw new RangeError(
+          `Cannot run micro-op ${i} as its gradient must be reduced over the world: current value is node ${gradient}`,
+        );
+      }
+      list.push([start, end]);
+    }
+  });
+  for (const { id, name, elements } of gradients) {
+    let covered = 0;
+    for (const [start, end] of ranges.get(id)!.sort((a, b) => a[0] - b[0])) {
+      if (start !== covered || end <= start) {
+        throw new RangeError(
+          `Cannot reduce ${name} as its parts must follow one another from ${covered}: current value is ${start}..${end}`,
+        );
+      }
+      covered = end;
+    }
+    if (covered !== elements) {
+      throw new RangeError(
+        `Cannot reduce ${name} as its parts must cover ${elements} elements: current value is ${covered}`,
+      );
+    }
+  }
+}
+
+/** One step under a schedule. */
+export class ScheduleRun {
+  readonly #scheduler: CollectiveScheduler;
+  readonly #schedule: Schedule;
+  /** Gradients of each micro-op that are not ready yet. */
+  readonly #missing: number[];
+  /** Micro-ops that wait for a gradient. */
+  readonly #waiting = new Map<NodeId, number[]>();
+  #next = 0;
+  #ready = 0;
+  #running = 0;
+  #allToAlls = 0;
+
+  /**
+   * @param scheduler Decides when to launch.
+   * @param schedule What it planned.
+   */
+  constructor(scheduler: CollectiveScheduler, schedule: Schedule) {
+    this.#scheduler = scheduler;
+    this.#schedule = schedule;
+    this.#missing = schedule.microOps.map((microOp, i) => {
+      const gradients = new Set(microOp.parts.map((part) => part.gradient));
+      for (const gradient of gradients) {
+        const list = this.#waiting.get(gradient);
+        if (list) list.push(i);
+        else this.#waiting.set(gradient, [i]);
+      }
+      return gradients.size;
+    });
+  }
+
+  /** Micro-ops that have not been launched. */
+  get left(): number {
+    return this.#schedule.microOps.length - this.#next;
+  }
+
+  /** Gradients that have not become ready, by node. */
+  get unready(): readonly NodeId[] {
+    return [...this.#waiting.keys()];
+  }
+
+  /**
+   * Something has happened.
+   *
+   * @param boundary What.
+   * @returns The micro-ops to launch now, in this order.
+   * @throws {RangeError} If the scheduler asks for more than is ready, or keeps something back at the step's end.
+   */
+  on(boundary: Boundary): readonly MicroOp[] {
+    switch (boundary.kind) {
+      case "gradientReady":
+        for (const i of this.#waiting.get(boundary.gradient) ?? []) this.#missing[i]--;
+        this.#waiting.delete(boundary.gradient);
+        while (this.#missing[this.#next + this.#ready] === 0) this.#ready++;
+        break;
+      case "allToAllStarts":
+        this.#allToAlls++;
+        break;
+      case "allToAllEnds":
+        this.#allToAlls--;
+        break;
+      case "microOpEnds":
+        this.#running--;
+        break;
+    }
+    const count = this.#scheduler.launch(boundary, {
+      schedule: this.#schedule,
+      next: this.#next,
+      ready: this.#ready,
+      running: this.#running,
+      allToAlls: this.#allToAlls,
+    });
+    const least = boundary.kind === "stepEnds" ? this.left : 0;
+    if (!(Number.isInteger(count) && count >= 0 && count <= this.#ready) || count < least) {
+      throw new RangeError(
+        `Cannot launch micro-ops of "${this.#scheduler.name}" at ${boundary.kind} as their number must lie in ${least}..${this.#ready}: current value is ${count}`,
+      );
+    }
+    const launched = this.#schedule.microOps.slice(this.#next, this.#next + count);
+    this.#next += count;
+    this.#ready -= count;
+    this.#running += count;
+    return launched;
+  }
+}
