@@ -1,0 +1,156 @@
+// One layer of the model: `x1 = x + attention(norm(x))`, `out = x1 + feedForward(norm(x1))`, where the feed-forward part is a mixture of
+// experts or a dense network. Shapes: N rows, D model width.
+
+import type { Device } from "../tensor/device.ts";
+import * as ops from "../tensor/ops.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { Attention, type AttentionSaved, type Rows } from "./attention.ts";
+import type { ModelConfig } from "./config.ts";
+import { Norm, type Normed } from "./norm.ts";
+import type { Parameter } from "./parameter.ts";
+import type { Step } from "./step.ts";
+
+/** What a block asks of its feed-forward part; what the forward pass returns besides `out_ND` is the part's own affair. */
+export interface FeedForwardPart<
+  Result extends { readonly out_ND: Tensor; readonly saved: unknown },
+> extends Disposable {
+  /** The rank's parameters. */
+  readonly parameters: readonly Parameter[];
+  /** New output for an input that lives until the backward pass. */
+  forward(x_ND: Tensor, step: Step): Result | Promise<Result>;
+  /** Gradient of the input; adds to the parameters' gradients and frees what was saved. */
+  backward(dOut_ND: Tensor, saved: Result["saved"], step: Step): Tensor | Promise<Tensor>;
+  /** Frees what a forward pass saved. */
+  release(saved: Result["saved"]): void;
+}
+
+/** What the backward pass of a block needs; all of it is owned. */
+export interface BlockSaved<S> {
+  /** The input. */
+  readonly x_ND: Tensor;
+  /** The input, normed. */
+  readonly norm1: Normed;
+  /** From attention. */
+  readonly attention: AttentionSaved;
+  /** After attention. */
+  readonly x1_ND: Tensor;
+  /** After attention, normed. */
+  readonly norm2: Normed;
+  /** From the feed-forward part. */
+  readonly feedForward: S;
+}
+
+/** One layer. */
+export class Block<Result extends { readonly out_ND: Tensor; readonly saved: unknown }>
+  implements Disposable {
+  /** The feed-forward part. */
+  readonly feedForward: FeedForwardPart<Result>;
+  /** The attention. */
+  readonly attention: Attention;
+  /** The norm before attention, and the one before the feed-forward part. */
+  readonly norms: readonly [Norm, Norm];
+
+  /**
+   * @param device Where the weights live.
+   * @param layer Number of the layer.
+   * @param config Sizes of the model.
+   * @param options The feed-forward part, which the block then owns, and the seed of the weights.
+   */
+  constructor(
+    device: Device,
+    layer: number,
+    config: ModelConfig,
+    options: { readonly feedForward: FeedForwardPart<Result>; readonly seed: number },
+  ) {
+    const prefix = `model.layers.${layer}.`;
+    this.feedForward = options.feedForward;
+    this.attention = new Attention(device, layer, config, options.seed);
+    this.norms = [
+      new Norm(device, `${prefix}input_layernorm.weight`, config),
+      new Norm(device, `${prefix}post_attention_layernorm.weight`, config),
+    ];
+  }
+
+  /** The rank's parameters outside the feed-forward part, in the order in which their gradients become ready. */
+  get denseParameters(): readonly Parameter[] {
+    return [this.norms[1].gain, ...this.attention.parameters, this.norms[0].gain];
+  }
+
+  /**
+   * Runs the layer.
+   *
+   * @param x_ND Input, which the block frees: at once in inference, else in the backward pass.
+   * @param rows Sequences and positions.
+   * @param step The step.
+   * @returns What the feed-forward part returned, with `out_ND` the output of the block and `saved` what the backward pass
+   * needs: null in inference.
+   */
+  async forward(
+    x_ND: Tensor,
+    rows: Rows,
+    step: Step,
+  ): Promise<{ out_ND: Tensor; saved: BlockSaved<Result["saved"]> | null; result: Result }> {
+    const norm1 = this.norms[0].forward(x_ND);
+    const { out_ND: x1_ND, saved: attention } = this.attention.forward(norm1.out_ND, rows);
+    ops.add(x_ND, x1_ND, x1_ND);
+    const norm2 = this.norms[1].forward(x1_ND);
+    const result = await this.feedForward.forward(norm2.out_ND, step);
+    const { out_ND } = result;
+    ops.add(x1_ND, out_ND, out_ND);
+    const saved = { x_ND, norm1, attention, x1_ND, norm2, feedForward: result.saved };
+    if (step.training) return { out_ND, saved, result };
+    this.release(saved);
+    return { out_ND, saved: null, result };
+  }
+
+  /**
+   * Gradient of {@linkcode Block.forward}; adds to the parameters' gradients and frees what was saved.
+   *
+   * @param dOut_ND Gradient of the output, which the block frees.
+   * @param saved From the forward pass.
+   * @param rows Sequences and positions.
+   * @param step Told of boundaries and gradients.
+   * @returns Gradient of the input.
+   */
+  async backward(
+    dOut_ND: Tensor,
+    saved: BlockSaved<Result["saved"]>,
+    rows: Rows,
+    step: Step,
+  ): Promise<Tensor> {
+    const [first, second] = this.norms;
+    using dOut = dOut_ND;
+    using dNorm2 = await this.feedForward.backward(dOut, saved.feedForward, step);
+    using dX1 = second.backward(dNorm2, saved.x1_ND, saved.norm2.invRms_N, step);
+    ops.add(dX1, dOut, dX1);
+    using dNorm1 = this.attention.backward(dX1, saved.attention, rows, step);
+    const dX = first.backward(dNorm1, saved.x_ND, saved.norm1.invRms_N, step);
+    ops.add(dX, dX1, dX);
+    this.#releaseRows(saved);
+    return dX;
+  }
+
+  /**
+   * Frees what a forward pass saved.
+   *
+   * @param saved From the forward pass.
+   */
+  release(saved: BlockSaved<Result["saved"]>): void {
+    this.feedForward.release(saved.feedForward);
+    this.attention.release(saved.attention);
+    this.#releaseRows(saved);
+  }
+
+  #releaseRows({ x_ND, x1_ND, norm1, norm2 }: BlockSaved<Result["saved"]>): void {
+    for (const tensor of [x_ND, x1_ND, ...Object.values(norm1), ...Object.values(norm2)]) {
+      tensor[Symbol.dispose]();
+    }
+  }
+
+  /** Frees the weights. */
+  [Symbol.dispose](): void {
+    this.feedForward[Symbol.dispose]();
+    this.attention[Symbol.dispose]();
+    for (const norm of this.norms) norm[Symbol.dispose]();
+  }
+}

@@ -1,0 +1,80 @@
+import assert from "node:assert/strict";
+import { cpuDevice } from "../tensor/cpu/device.ts";
+import { zeros } from "../tensor/tensor.ts";
+import { checkGradients } from "../tests/lib/finite_difference.ts";
+import { modelConfig, type ModelOptions } from "./config.ts";
+import { random } from "./init.ts";
+import { plainStep } from "./step.ts";
+import { type Batch, Transformer } from "./transformer.ts";
+
+const device = cpuDevice();
+
+function batchOf(vocab: number, lengths: readonly number[]): Batch {
+  const next = random(7, "batch");
+  const offsets = Int32Array.from([0, ...lengths]);
+  for (let i = 1; i < offsets.length; i++) offsets[i] += offsets[i - 1];
+  const draw = () => Math.floor(next() * vocab);
+  const size = offsets[lengths.length];
+  const targets = Int32Array.from({ length: size }, draw);
+  targets[2] = -1;
+  return { tokens: Int32Array.from({ length: size }, draw), targets, offsets };
+}
+
+const SMALL: ModelOptions = {
+  vocab: 11,
+  width: 12,
+  layers: 2,
+  heads: 4,
+  headDim: 6,
+  kvHeads: 2,
+  hidden: 10,
+  initStd: 0.3,
+  dtype: "f64",
+};
+
+for (const change of [{}, { tied: true, activation: "gelu" }, { kvHeads: 4, activation: "relu" }]) {
+  Deno.test(`dense model: gradients are those of the loss ${JSON.stringify(change)}`, async () => {
+    const config = modelConfig({ ...SMALL, ...change } as ModelOptions);
+    const before = device.memory().used_bytes;
+    {
+      using model = new Transformer({
+        device,
+        config,
+        seed: 3,
+        mixture: () => assert.fail("no mixture"),
+      });
+      const batch = batchOf(config.vocab, [5, 1, 4]);
+      const ready: string[] = [];
+      const step = {
+        ...plainStep(device, { training: true }),
+        gradientReady: (name: string) => ready.push(name),
+      };
+      const loss = async () => {
+        using sum = zeros(device, [1], "f64");
+        await model.pass(batch, plainStep(device), { lossSum: sum });
+        return (await sum.toArray())[0] as number / 10;
+      };
+      const start = await loss();
+      {
+        using sum = zeros(device, [1], "f64");
+        await model.pass(batch, step, { lossSum: sum, gradScale: 1 / 10 });
+        assert.equal((await sum.toArray())[0] as number / 10, start);
+      }
+      await checkGradients(loss, model.parameters);
+      assert.deepEqual(ready.toSorted(), model.parameters.map((p) => p.name).toSorted());
+    }
+    assert.equal(device.memory().used_bytes, before, "memory is freed");
+  });
+}
+
+Deno.test("model: logits of the last rows are those of the whole pass", async () => {
+  const config = modelConfig(SMALL);
+  using model = new Transformer({ device, config, seed: 3, mixture: () => assert.fail() });
+  const { tokens, offsets } = batchOf(config.vocab, [5, 1, 4]);
+  using together = await model.logits(tokens, offsets, plainStep(device));
+  const all = await together.toArray() as Float64Array;
+  using alone = await model.logits(tokens.slice(6), Int32Array.of(0, 4), plainStep(device));
+  const last = await alone.toArray() as Float64Array;
+  assert.equal(all.length, 3 * 11);
+  last.forEach((x, i) => assert.ok(Math.abs(x - all[22 + i]) < 1e-12));
+});
