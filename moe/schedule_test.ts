@@ -1,0 +1,131 @@
+import assert from "node:assert/strict";
+import fc from "fast-check";
+import { Fifo } from "./fifo.ts";
+import { buildStepGraph, type GradientOutline, type StepOutline, worldGradients } from "./graph.ts";
+import type { Boundary, CollectiveScheduler, MicroOp, Schedule, StepGraph } from "./hooks.ts";
+import { checkSchedule, ScheduleRun } from "./schedule.ts";
+
+const gradient: fc.Arbitrary<Omit<GradientOutline, "name">> = fc.record({
+  elements: fc.integer({ min: 1, max: 5000 }),
+  elementBytes: fc.constantFrom(2, 4),
+  group: fc.constantFrom("world", "replicas"),
+});
+
+const gradients = fc.array(gradient, { maxLength: 4 }).map((list) =>
+  list.map((g, i): GradientOutline => ({ ...g, name: `g${i}` }))
+);
+
+const outline: fc.Arbitrary<StepOutline> = fc.record({
+  layers: fc.array(
+    fc.record({
+      moe: fc.option(
+        fc.record({ allToAllBytes: fc.integer({ min: 0, max: 1e6 }), experts: gradients }),
+        { nil: undefined },
+      ),
+      feedForward: gradients,
+      attention: gradients,
+    }),
+    { maxLength: 4 },
+  ),
+  head: gradients,
+  embedding: gradients,
+});
+
+Deno.test("step graph: program order, dependencies before dependants", () => {
+  fc.assert(fc.property(outline, (outline) => {
+    const { nodes } = buildStepGraph(outline);
+    nodes.forEach((node, i) => {
+      assert.equal(node.id, i);
+      for (const before of node.after) assert.ok(before < i);
+    });
+    const allToAlls = nodes.filter((node) => node.kind === "allToAll");
+    assert.equal(allToAlls.length, 4 * outline.layers.filter((layer) => layer.moe).length);
+  }));
+});
+
+Deno.test("fifo: every element once, in order of readiness, no bucket over its size", () => {
+  fc.assert(fc.property(outline, fc.integer({ min: 1, max: 20_000 }), (outline, bucketBytes) => {
+    const graph = buildStepGraph(outline);
+    const schedule = new Fifo({ bucketBytes }).plan(graph);
+    checkSchedule(graph, schedule);
+    assert.deepEqual(
+      schedule.microOps.flatMap((m) => m.parts.map((part) => part.gradient)),
+      worldGradients(graph).map(({ id }) => id),
+    );
+    for (const { parts, bytes } of schedule.microOps) {
+      assert.ok(bytes <= bucketBytes || parts.length === 1);
+    }
+    assert.deepEqual(new Fifo({ bucketBytes }).plan(graph), schedule);
+  }));
+});
+
+Deno.test("schedule run: micro-ops go once each, in order, only when ready, whatever the scheduler's mood", () => {
+  fc.assert(fc.property(outline, fc.integer(), fc.boolean(), (outline, seed, reverse) => {
+    const graph = buildStepGraph(outline);
+    const plain = new Fifo({ bucketBytes: 4000 });
+    let state = seed >>> 0;
+    const moody: CollectiveScheduler = {
+      name: "moody",
+      plan: (graph) => plain.plan(graph),
+      launch: (boundary, { ready }) => {
+        state = Math.imul(state, 1664525) + 1013904223 >>> 0;
+        return boundary.kind === "stepEnds" ? ready : Math.floor(state / 2 ** 32 * (ready + 1));
+      },
+    };
+    const schedule = moody.plan(graph);
+    const run = new ScheduleRun(moody, schedule);
+    const launched: MicroOp[] = [], ready = new Set<number>();
+    const on = (boundary: Boundary) => {
+      for (const microOp of run.on(boundary)) {
+        for (const part of microOp.parts) assert.ok(ready.has(part.gradient));
+        launched.push(microOp);
+      }
+    };
+    // Gradients may become ready in another order than the graph's.
+    const order = reverse ? worldGradients(graph).reverse() : worldGradients(graph);
+    for (const { id } of order) {
+      ready.add(id);
+      on({ kind: "gradientReady", gradient: id });
+      if (launched.length > 0) on({ kind: "microOpEnds" });
+    }
+    assert.deepEqual(run.unready, []);
+    on({ kind: "stepEnds" });
+    assert.deepEqual(launched, schedule.microOps);
+    assert.equal(run.left, 0);
+  }));
+});
+
+Deno.test("schedule: gaps, overlaps, strangers and held back micro-ops are errors", () => {
+  const graph: StepGraph = buildStepGraph({
+    layers: [],
+    head: [{ name: "w", elements: 10, elementBytes: 4, group: "world" }],
+    embedding: [],
+  });
+  const id = worldGradients(graph)[0].id;
+  const plan = (...parts: [number, number, number][]): Schedule => ({
+    microOps: parts.map(([gradient, start, end]) => ({
+      parts: [{ gradient, start, end }],
+      bytes: 4 * (end - start),
+    })),
+    chunks: new Map(),
+  });
+  checkSchedule(graph, plan([id, 6, 10], [id, 0, 6]));
+  assert.throws(
+    () => checkSchedule(graph, plan([id, 0, 4], [id, 5, 10])),
+    /follow one another from 4/,
+  );
+  assert.throws(
+    () => checkSchedule(graph, plan([id, 0, 6], [id, 5, 10])),
+    /current value is 5\.\.10/,
+  );
+  assert.throws(() => checkSchedule(graph, plan([id, 0, 9])), /must cover 10/);
+  assert.throws(() => checkSchedule(graph, plan([0, 0, 10])), /over the world/);
+  const run = (count: number) => {
+    const scheduler = { name: "bad", plan: () => plan([id, 0, 10]), launch: () => count };
+    return new ScheduleRun(scheduler, plan([id, 0, 10]));
+  };
+  assert.throws(() => run(1).on({ kind: "layerBackwardEnds", layer: 0 }), /must lie in 0\.\.0/);
+  const stingy = run(0);
+  stingy.on({ kind: "gradientReady", gradient: id });
+  assert.throws(() => stingy.on({ kind: "stepEnds" }), /must lie in 1\.\.1/);
+});
