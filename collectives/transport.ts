@@ -80,6 +80,10 @@ export interface Transport {
   split(members: readonly number[], id: string): Promise<Transport>;
   /** Ranks (of this transport) that have not begun operation `sequence`, as far as can be known; for the watchdog. */
   missing(sequence: number): Promise<readonly number[]> | readonly number[];
+  /** Tells the other ranks, where that is possible without their help, that the job ends; their operations then fail with `why`. */
+  abort?(why: string): void;
+  /** Most elements that one region of a request may have. @default {Number.MAX_SAFE_INTEGER} */
+  readonly maxElements?: number;
   /** Frees what the transport holds, once all ranks have stopped using it. */
   close(): Promise<void>;
 }
@@ -94,6 +98,11 @@ export interface BootContext {
   readonly localRank: number;
   /** Where ranks leave each other small messages. */
   readonly store: Store;
+  /**
+   * Ranks that have left the job and how ("has ended without leaving the job"), as the rendezvous has told so far; it fills while the
+   * job runs. A transport that waits for such a rank for more than a second throws and names it.
+   */
+  readonly departed?: ReadonlyMap<number, string>;
 }
 
 /** The rendezvous: a small key-value store that all ranks of a job reach before they can talk otherwise. */

@@ -1,0 +1,187 @@
+// A job from start to end: the rendezvous, one attempt after another, who failed first and why, signals, and the exit code.
+
+import { StoreServer } from "../rendezvous/store_server.ts";
+import type { LaunchOptions } from "./arguments.ts";
+import { Children, type Exit } from "./children.ts";
+import { countGpus, jobEnvironment, type JobPlace, rankEnvironment } from "./environment.ts";
+import { Guard } from "./guard.ts";
+import { startMpi } from "./mpirun.ts";
+import { Nodes } from "./nodes.ts";
+import { headlineOf, JobOutput, processSink } from "./output.ts";
+
+const SIGNALS: Readonly<Partial<Record<Deno.Signal, number>>> = {
+  SIGHUP: 1,
+  SIGINT: 2,
+  SIGTERM: 15,
+};
+
+/** Where a job meets. */
+type Address = Pick<JobPlace, "hostname" | "port" | "token">;
+
+/** How an attempt has ended. */
+interface Outcome {
+  /** Exit code of the rank that failed first, else 0. */
+  readonly code: number;
+  /** What failed, for people; "" when nothing has. */
+  readonly why: string;
+}
+
+/**
+ * Runs a job.
+ *
+ * @param options What was asked for.
+ * @returns The launcher's exit code: 0, or that of the first rank to fail.
+ * @throws {Error} If the rendezvous cannot be served; nothing has been started then.
+ */
+export async function runJob(options: LaunchOptions): Promise<number> {
+  const token = options.rendezvous === null
+    ? crypto.randomUUID()
+    : Deno.env.get("LINA_TOKEN") ?? "";
+  const server = options.nodeRank > 0 ? null : StoreServer.listen({
+    hostname: options.rendezvous?.hostname,
+    port: options.rendezvous?.port,
+    token,
+  });
+  const place = {
+    hostname: options.rendezvous?.hostname ?? "127.0.0.1",
+    port: options.rendezvous?.port ?? server!.port,
+    token,
+  };
+  const job = new Job(options, place);
+  try {
+    return await job.run();
+  } finally {
+    server?.close();
+  }
+}
+
+class Job {
+  #options: LaunchOptions;
+  #address: Address;
+  #guard = new Guard();
+  #children: Children | undefined;
+  #output: JobOutput | undefined;
+  #signal: Deno.Signal | undefined;
+
+  constructor(options: LaunchOptions, address: Address) {
+    this.#options = options;
+    this.#address = address;
+  }
+
+  async run(): Promise<number> {
+    const listeners = Object.keys(SIGNALS).map((name) => {
+      const signal = name as Deno.Signal;
+      const listener = () => this.#interrupt(signal);
+      Deno.addSignalListener(signal, listener);
+      return () => Deno.removeSignalListener(signal, listener);
+    });
+    const nodes = await Nodes.join(this.#options, this.#address);
+    try {
+      for (let attempt = 0;; attempt++) {
+        const outcome = await this.#attempt(attempt, nodes);
+        if (this.#signal) return 128 + SIGNALS[this.#signal]!;
+        if (outcome.code === 0 || attempt >= this.#options.maxRestarts) return outcome.code;
+        processSay(`restart ${attempt + 1} of ${this.#options.maxRestarts}`);
+      }
+    } finally {
+      await nodes?.close();
+      for (const remove of listeners) remove();
+      await this.#guard.close();
+    }
+  }
+
+  #interrupt(signal: Deno.Signal): void {
+    if (!this.#signal) this.#output?.say(`${signal}: ending all ranks`);
+    this.#signal ??= signal;
+    this.#children?.end();
+  }
+
+  async #attempt(attempt: number, nodes: Nodes | null): Promise<Outcome> {
+    const options = this.#options;
+    const first = options.nodeRank * options.ranks;
+    const output = this.#output = new JobOutput({
+      ranks: Array.from({ length: options.ranks }, (_, i) => first + i),
+      logDir: options.logDir,
+      append: attempt > 0,
+    });
+    const children = this.#children = new Children(this.#guard);
+    const failed = Promise.withResolvers<Outcome>();
+    const place: JobPlace = {
+      ...this.#address,
+      attempt,
+      cores: navigator.hardwareConcurrency,
+      gpus: countGpus(),
+      columns: terminalColumns(),
+    };
+    void nodes?.failure(attempt).then(failed.resolve);
+    const ends = options.backend === "mpi"
+      ? [(await startMpi(options, place, children, output)).ended]
+      : await this.#startRanks(place, children, output);
+    if (this.#signal) children.end();
+    for (const end of ends) {
+      void end.then((exit) => {
+        if (exit.code === 0 || this.#signal) return;
+        const outcome = this.#judge(exit, output);
+        failed.resolve(outcome);
+        void nodes?.tell(attempt, outcome);
+      });
+    }
+    const outcome = await Promise.race([
+      failed.promise,
+      Promise.all(ends).then(() => nodes?.finish(attempt)).then(() => ({ code: 0, why: "" })),
+    ]);
+    if (outcome.code !== 0) children.end();
+    await children.settled();
+    if (outcome.code !== 0 && !this.#signal) output.say(outcome.why);
+    output.close();
+    if (outcome.code !== 0 && !this.#signal) await nodes?.settle(attempt);
+    return outcome;
+  }
+
+  async #startRanks(
+    place: JobPlace,
+    children: Children,
+    output: JobOutput,
+  ): Promise<Promise<Exit>[]> {
+    const options = this.#options;
+    const common = jobEnvironment(Deno.env.toObject(), options, place);
+    const ends: Promise<Exit>[] = [];
+    for (let local = 0; local < options.ranks && !this.#signal; local++) {
+      const rank = options.nodeRank * options.ranks + local;
+      const { ended } = await children.start(rank, {
+        program: Deno.execPath(),
+        args: ["run", "-A", options.script, ...options.args],
+        env: rankEnvironment(common, options, place, local),
+        stdin: rank === 0 && !Deno.stdin.isTerminal(),
+      }, (stream, chunk) => {
+        if (chunk) output.push(rank, stream, chunk);
+        else output.end(rank, stream);
+      });
+      ends.push(ended);
+    }
+    return ends;
+  }
+
+  /** What a failed rank means for people and for the exit code. */
+  #judge(exit: Exit, output: JobOutput): Outcome {
+    const who = exit.number < 0
+      ? "mpirun"
+      : `rank ${exit.number} of ${this.#options.nodes * this.#options.ranks}`;
+    const how = exit.signal ? `was ended by ${exit.signal}` : `failed with exit code ${exit.code}`;
+    const headline = headlineOf(output.tail(exit.number));
+    return { code: exit.code, why: `${who} ${how}${headline === "" ? "" : `: ${headline}`}` };
+  }
+}
+
+function processSay(text: string): void {
+  processSink.write("stderr", new TextEncoder().encode(`launch: ${text}\n`));
+}
+
+function terminalColumns(): number | null {
+  if (!Deno.stdout.isTerminal() && !Deno.stderr.isTerminal()) return null;
+  try {
+    return Math.max(20, Deno.consoleSize().columns - "[0] ".length);
+  } catch {
+    return 76;
+  }
+}

@@ -1,0 +1,341 @@
+// `init()`: finds out which rank this process is, meets the other ranks, chooses a backend and gives the world, the communicator
+// of all ranks. Start-up time is part of the contract, so backends and the device are loaded only where they are used.
+
+import type { Device } from "../tensor/device.ts";
+import { createCommunicator } from "./communicator.ts";
+import {
+  BACKEND_CHOICES,
+  type BackendChoice,
+  type RankEnvironment,
+  readEnvironment,
+} from "./rendezvous/environment.ts";
+import { hostIdentity } from "./rendezvous/host.ts";
+import { LocalStore } from "./rendezvous/local_store.ts";
+import { rangesOf } from "./rendezvous/ranges.ts";
+import { connectStore, DEFAULT_TIMEOUT_MS } from "./rendezvous/store_client.ts";
+import { StoreServer } from "./rendezvous/store_server.ts";
+import type { BootContext, Store, Transport } from "./transport.ts";
+import type {
+  AllReduceOptions,
+  Backend,
+  Communicator,
+  Counts,
+  Data,
+  ReduceOp,
+  Traffic,
+  Work,
+} from "./types.ts";
+
+/** Options of {@linkcode init}. */
+export interface InitOptions {
+  /** What carries the data. @default {the launcher's --backend, or "auto"} */
+  readonly backend?: BackendChoice;
+  /** Longest time to wait for the other ranks, in milliseconds. @default {60000} */
+  readonly timeout_ms?: number;
+}
+
+/** All ranks of the job: a communicator, and what belongs to this process. */
+export interface World extends Communicator {
+  /** Rank among the processes of this host. */
+  readonly localRank: number;
+  /** Number of ranks on this host. */
+  readonly localSize: number;
+  /** Where this rank's tensors live. */
+  readonly device: Device;
+  /** Where ranks can leave each other small messages. */
+  readonly store: Store;
+  /** Why this backend carries the data, in words. */
+  readonly backendReason: string;
+  /** How many times the job was restarted after a failure; 0 the first time. */
+  readonly attempt: number;
+}
+
+let initialised = false;
+
+/**
+ * Joins the job that this process belongs to. All ranks call it once; the world is left when it is disposed of.
+ *
+ * @param options Backend and time-out.
+ * @returns The world.
+ * @throws {Error} If the environment is malformed, ranks do not arrive in time, or the backend asked for is impossible.
+ *
+ * @example
+ * ```ts ignore
+ * import { init } from "./world.ts";
+ *
+ * await using world = await init();
+ * const x = Float32Array.of(world.rank);
+ * await world.allReduce(x);
+ * console.log(`rank ${world.rank} of ${world.size}: the sum of all ranks is ${x[0]}`);
+ * ```
+ */
+export async function init(options: InitOptions = {}): Promise<World> {
+  const env = readEnvironment(Deno.env.toObject());
+  const asked = options.backend ?? env.backend;
+  if (!BACKEND_CHOICES.includes(asked)) {
+    throw new TypeError(
+      `Cannot choose a backend as it must be one of ${
+        BACKEND_CHOICES.join(", ")
+      }: current value is ${asked}`,
+    );
+  }
+  if (initialised && env.size > 1) {
+    throw new Error("Cannot join the job as init() must be called once: current value is again");
+  }
+  initialised = true;
+  const device = import("../tensor/cpu/device.ts"); // loads while the ranks meet
+  device.catch(() => {}); // the await below reports it, unless something else fails first
+  const departed = new Map<number, string>();
+  const meeting = await meet(env, options.timeout_ms ?? DEFAULT_TIMEOUT_MS, departed);
+  try {
+    const context = { ...env, store: meeting.store, departed };
+    const { transport, reason } = await connect(asked, env, context);
+    const { cpuDevice } = await device;
+    return new JobWorld({ env, transport, reason, device: cpuDevice(), ...meeting });
+  } catch (error) {
+    await meeting.leave();
+    throw error;
+  }
+}
+
+/** The store, and how to leave it. */
+interface Meeting {
+  readonly store: Store;
+  leave(): Promise<void>;
+}
+
+async function meet(
+  env: RankEnvironment,
+  timeout_ms: number,
+  departed: Map<number, string>,
+): Promise<Meeting> {
+  if (env.store === null) {
+    if (env.size > 1 && !env.mpi) {
+      throw new Error(
+        `Cannot join the job of ${env.size} ranks as MASTER_ADDR must say where rank 0 is: current value is unset`,
+      );
+    }
+    return { store: new LocalStore(), leave: () => Promise.resolve() };
+  }
+  const { hostname, port, serve } = env.store;
+  if (serve) {
+    // A rank that serves the store goes on with that until the others have left, then its process ends by itself.
+    StoreServer.listen({ hostname, port, token: env.token }).unref();
+  }
+  const store = await connectStore({
+    hostname,
+    port,
+    token: env.token,
+    hello: { kind: "rank", number: env.rank, size: env.size, attempt: env.attempt },
+    timeout_ms,
+    onLeft: (rank, how) => departed.set(rank, how),
+    onLost: () => {
+      if (env.source !== "launcher") departed.set(0, "has ended, and the rendezvous with it");
+    },
+  });
+  return { store, leave: () => store.close() };
+}
+
+async function connect(
+  asked: BackendChoice,
+  env: RankEnvironment,
+  context: BootContext,
+): Promise<{ transport: Transport; reason: string }> {
+  if (asked === "nccl") {
+    throw new Error(
+      "Cannot use backend nccl as this build must have a CUDA device: current value is CPU only; use --backend auto, shm or mpi",
+    );
+  }
+  if (asked === "auto" && env.size === 1) return await openSelf("there is one rank");
+  if (asked === "mpi") return await openMpi(context, "it was asked for");
+  if (env.store === null) {
+    if (asked === "auto") return await openMpi(context, `${env.source} has started the ranks`);
+    if (env.size > 1) {
+      throw new Error(
+        `Cannot use backend shm as ${env.source} must have named a rendezvous: current value is none; set MASTER_ADDR, or start by launch.ts`,
+      );
+    }
+  }
+  const elsewhere = await ranksElsewhere(env, context.store);
+  if (elsewhere.length === 0) {
+    return await openShm(
+      context,
+      asked === "shm" ? "it was asked for" : "all ranks share this host",
+    );
+  }
+  const who = `rank ${
+    rangesOf(elsewhere)
+  } is on another host or in another namespace than rank ${env.rank}`;
+  if (asked === "auto" && env.mpi) return await openMpi(context, who);
+  throw new Error(
+    `Cannot use backend shm as all ranks must share one host and its namespaces: current value is: ${who}; use --backend mpi`,
+  );
+}
+
+/** Ranks that are not on this rank's host; every rank calls it. */
+async function ranksElsewhere(env: RankEnvironment, store: Store): Promise<number[]> {
+  const mine = hostIdentity();
+  await store.set(`host/${env.rank}`, new TextEncoder().encode(mine));
+  const all = await Promise.all(
+    Array.from({ length: env.size }, (_, rank) => store.get(`host/${rank}`)),
+  );
+  const decoder = new TextDecoder();
+  return all.flatMap((value, rank) => decoder.decode(value) === mine ? [] : [rank]);
+}
+
+async function openSelf(reason: string): Promise<{ transport: Transport; reason: string }> {
+  const { openSelf } = await import("./self.ts");
+  return { transport: openSelf(), reason };
+}
+
+async function openShm(
+  context: BootContext,
+  reason: string,
+): Promise<{ transport: Transport; reason: string }> {
+  const { openShm } = await import("./shm/mod.ts");
+  return { transport: await openShm(context), reason };
+}
+
+async function openMpi(
+  context: BootContext,
+  reason: string,
+): Promise<{ transport: Transport; reason: string }> {
+  const { openMpi } = await import("./mpi/mod.ts");
+  return { transport: await openMpi(context), reason };
+}
+
+/** Ends this process with an error, at once; the launcher, mpirun or the rendezvous ends the others. */
+function endProcess(rank: number, size: number, why: string): never {
+  console.error(`error: Rank ${rank} of ${size} has aborted the job: ${why}`);
+  Deno.exit(1);
+}
+
+/** A communicator and what belongs to this process; every operation is the communicator's. */
+class JobWorld implements World {
+  readonly localRank: number;
+  readonly localSize: number;
+  readonly device: Device;
+  readonly store: Store;
+  readonly backendReason: string;
+  readonly attempt: number;
+  #communicator: Communicator;
+  #leave: () => Promise<void>;
+
+  constructor(
+    parts: Meeting & {
+      readonly env: RankEnvironment;
+      readonly transport: Transport;
+      readonly reason: string;
+      readonly device: Device;
+    },
+  ) {
+    const { env, device } = parts;
+    this.localRank = env.localRank;
+    this.localSize = env.localSize;
+    this.device = device;
+    this.store = parts.store;
+    this.backendReason = parts.reason;
+    this.attempt = env.attempt;
+    this.#leave = parts.leave;
+    this.#communicator = createCommunicator(parts.transport, {
+      rank: env.rank,
+      size: env.size,
+      name: "world",
+      device,
+      onAbort: (why) => endProcess(env.rank, env.size, why),
+    });
+  }
+
+  get rank(): number {
+    return this.#communicator.rank;
+  }
+
+  get size(): number {
+    return this.#communicator.size;
+  }
+
+  get backend(): Backend {
+    return this.#communicator.backend;
+  }
+
+  get name(): string {
+    return this.#communicator.name;
+  }
+
+  get traffic(): Traffic {
+    return this.#communicator.traffic;
+  }
+
+  allReduce(x: Data, options?: AllReduceOptions): Work {
+    return this.#communicator.allReduce(x, options);
+  }
+
+  reduceScatter(x: Data, out: Data, options?: { readonly op?: ReduceOp }): Work {
+    return this.#communicator.reduceScatter(x, out, options);
+  }
+
+  allGather(x: Data, out: Data): Work {
+    return this.#communicator.allGather(x, out);
+  }
+
+  allGatherV(x: Data, out: Data, counts: Counts): Work {
+    return this.#communicator.allGatherV(x, out, counts);
+  }
+
+  broadcast(x: Data, root?: number): Work {
+    return this.#communicator.broadcast(x, root);
+  }
+
+  reduce(
+    x: Data,
+    options?: { readonly op?: ReduceOp; readonly root?: number; readonly out?: Data },
+  ): Work {
+    return this.#communicator.reduce(x, options);
+  }
+
+  gather(x: Data, out: Data | null, root?: number): Work {
+    return this.#communicator.gather(x, out, root);
+  }
+
+  scatter(x: Data | null, out: Data, root?: number): Work {
+    return this.#communicator.scatter(x, out, root);
+  }
+
+  allToAll(x: Data, out: Data): Work {
+    return this.#communicator.allToAll(x, out);
+  }
+
+  allToAllV(send: Data, sendCounts: Counts, recv: Data, recvCounts: Counts): Work {
+    return this.#communicator.allToAllV(send, sendCounts, recv, recvCounts);
+  }
+
+  send(x: Data, to: number, options?: { readonly tag?: number }): Work {
+    return this.#communicator.send(x, to, options);
+  }
+
+  recv(out: Data, from: number, options?: { readonly tag?: number }): Work {
+    return this.#communicator.recv(out, from, options);
+  }
+
+  barrier(): Work {
+    return this.#communicator.barrier();
+  }
+
+  split(color: number | null, key?: number): Promise<Communicator | null> {
+    return this.#communicator.split(color, key);
+  }
+
+  dup(): Promise<Communicator> {
+    return this.#communicator.dup();
+  }
+
+  abort(why: string): never {
+    return this.#communicator.abort(why);
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    // Data first, then the rendezvous: while the store is open, the others can tell a rank that leaves from one that is lost.
+    await this.#communicator[Symbol.asyncDispose]();
+    await this.#leave();
+  }
+}
