@@ -31,6 +31,17 @@ export interface Work extends PromiseLike<void> {
   wait(stream: Stream): void | PromiseLike<void>;
 }
 
+/** Calls of an operation, and bytes that this rank has sent to other ranks by them. */
+export interface OperationTraffic {
+  /** Number of calls. */
+  calls: number;
+  /** Bytes sent to other ranks. */
+  bytes: number;
+}
+
+/** Traffic per operation name; operations that were never called are absent. */
+export type Traffic = Readonly<Partial<Record<string, Readonly<OperationTraffic>>>>;
+
 /** Options of {@linkcode Communicator.allReduce}. */
 export interface AllReduceOptions {
   /** Elementwise reduction. @default {"sum"} */
@@ -53,6 +64,8 @@ export interface Communicator extends AsyncDisposable {
   readonly backend: Backend;
   /** Name for traces and errors: `world`, `world/dup1`, `world/split1.0`. */
   readonly name: string;
+  /** What this rank has sent to others on this communicator, per operation; the formulas are those of `volume.ts`. */
+  readonly traffic: Traffic;
 
   /** Reduces over all ranks; every rank gets the result. In place unless `out` is given. MPI_Allreduce, ncclAllReduce. */
   allReduce(x: Data, options?: AllReduceOptions): Work;

@@ -21,6 +21,8 @@ const SYMBOLS = {
   close: { parameters: ["i32"], result: "i32" },
   // int ftruncate(int fd, off_t length);
   ftruncate: { parameters: ["i32", "i64"], result: "i32" },
+  // int usleep(useconds_t usec);
+  usleep: { parameters: ["u32"], result: "i32" },
   // int sched_yield(void);
   sched_yield: { parameters: [], result: "i32" },
   // long syscall(long number, ...);  used for futex(2), with up to six arguments

@@ -58,7 +58,9 @@ export function machineAddress(offset: number): bigint {
 
 // Blocks: sizes are rounded to a class (eight classes per power of two), a freed block waits in its class for the next request
 // of it. Training asks for the same sizes every step, so nothing fragments and a request costs a map look-up.
-let heapEnd = ALIGN; // offset 0 stays unused, so that no tensor has address 0
+// The first 64 KiB hold the stack of the compiled kernels (kernels/build.sh).
+const HEAP_START = PAGE_BYTES;
+let heapEnd = HEAP_START;
 let sharedStart = CAPACITY_BYTES;
 const freeBlocks = new Map<number, number[]>();
 const blockBytes = new Map<number, number>();
@@ -129,7 +131,7 @@ export function free(offset: number): void {
 
 /** Bytes in use, taken from the heap, and in use at most. @returns The three counts. */
 export function heapStats(): { used: number; reserved: number; peak: number } {
-  return { used, reserved: heapEnd - ALIGN, peak };
+  return { used, reserved: heapEnd - HEAP_START, peak };
 }
 
 /** Makes the present use the peak. */

@@ -1,0 +1,537 @@
+// The communicator that users call, over any transport: it checks arguments, numbers the operations, starts them, watches
+// the time and keeps the trace. It moves no bytes itself.
+
+import { now, recorder } from "../trace/mod.ts";
+import type { Device } from "../tensor/device.ts";
+import { Tensor } from "../tensor/tensor.ts";
+import { orderChecked } from "./order.ts";
+import { COMPLETED, type Operation, PendingWork } from "./progress.ts";
+import {
+  argumentError,
+  beApart,
+  beRank,
+  blockOf,
+  type Caller,
+  firstOf,
+  haveLength,
+  regionOf,
+  sameDType,
+  sumOf,
+} from "./regions.ts";
+import { bytesSent } from "./volume.ts";
+import { timeoutError, timeoutOf } from "./watchdog.ts";
+import type {
+  CollectiveRequest,
+  Completion,
+  OperationName,
+  Region,
+  Transport,
+} from "./transport.ts";
+import type {
+  AllReduceOptions,
+  Backend,
+  Communicator,
+  Counts,
+  Data,
+  OperationTraffic,
+  ReduceOp,
+  Traffic,
+  Work,
+} from "./types.ts";
+
+/** Options of {@linkcode createCommunicator}. */
+export interface CommunicatorOptions {
+  /** This process's rank in the transport. */
+  readonly rank: number;
+  /** Number of ranks. */
+  readonly size: number;
+  /** Name for traces and errors. */
+  readonly name: string;
+  /** The device whose tensors are taken. @default {any CPU device} */
+  readonly device?: Device | null;
+  /** Called by `abort`, before it throws: ends the job. */
+  readonly onAbort?: (why: string) => void;
+  /** Time after which an operation fails, in ms. @default {LINA_TIMEOUT_MS, or 60000} */
+  readonly timeout_ms?: number;
+  /** Compares every operation with those of the other ranks before it starts. @default {whether LINA_DEBUG is 1} */
+  readonly debug?: boolean;
+}
+
+const OPS: readonly ReduceOp[] = ["sum", "min", "max", "prod", "avg"];
+const NO_COUNTS: Counts = [];
+
+/**
+ * Makes a communicator over a transport.
+ *
+ * @param transport Carries the bytes; the communicator owns it from now on.
+ * @param options Who this rank is.
+ * @returns The communicator.
+ */
+export function createCommunicator(
+  transport: Transport,
+  options: CommunicatorOptions,
+): Communicator {
+  return new TransportCommunicator(transport, options);
+}
+
+class TransportCommunicator implements Communicator {
+  readonly rank: number;
+  readonly size: number;
+  readonly backend: Backend;
+  readonly name: string;
+  readonly #transport: Transport;
+  readonly #options: CommunicatorOptions;
+  readonly #device: Device | null;
+  readonly #timeout_ms: number;
+  readonly #debug: boolean;
+  readonly #maxElements: number;
+  #callers = new Map<OperationName, Caller>();
+  #traffic: Partial<Record<string, OperationTraffic>> = {};
+  #sequence = 0; // of operations that all ranks call
+  #messages = 0; // of send and recv, which only two ranks call
+  #duplicates = 0;
+  #splits = 0;
+  #failure: unknown; // what broke the communicator, if anything did
+  #closed = false;
+  #last: Completion | undefined; // the latest operation under the order check
+
+  constructor(transport: Transport, options: CommunicatorOptions) {
+    this.rank = options.rank;
+    this.size = options.size;
+    this.name = options.name;
+    this.backend = transport.backend;
+    this.#transport = transport;
+    this.#options = options;
+    this.#device = options.device ?? null;
+    this.#timeout_ms = timeoutOf(options.timeout_ms);
+    this.#debug = options.debug ?? Deno.env.get("LINA_DEBUG") === "1";
+    this.#maxElements = transport.maxElements ?? Number.MAX_SAFE_INTEGER;
+  }
+
+  get traffic(): Traffic {
+    return this.#traffic;
+  }
+
+  allReduce(x: Data, options?: AllReduceOptions): Work {
+    const caller = this.#caller("allReduce");
+    const op = reduction(caller, options?.op);
+    const from = this.#region(caller, x, "x");
+    const out = options?.out;
+    const to = out === undefined ? from : this.#region(caller, out, "out");
+    if (to !== from) {
+      sameDType(caller, from, to);
+      haveLength(caller, to, from.length, "out");
+    }
+    return this.#start("allReduce", from, to, op);
+  }
+
+  reduceScatter(x: Data, out: Data, options?: { readonly op?: ReduceOp }): Work {
+    const caller = this.#caller("reduceScatter");
+    const op = reduction(caller, options?.op);
+    const from = this.#region(caller, x, "x");
+    const to = this.#region(caller, out, "out");
+    sameDType(caller, from, to);
+    haveLength(caller, from, to.length * this.size, "x");
+    return this.#start("reduceScatter", from, to, op);
+  }
+
+  allGather(x: Data, out: Data): Work {
+    const caller = this.#caller("allGather");
+    const from = this.#region(caller, x, "x");
+    const to = this.#region(caller, out, "out");
+    sameDType(caller, from, to);
+    haveLength(caller, to, from.length * this.size, "out");
+    return this.#start("allGather", from, to);
+  }
+
+  allGatherV(x: Data, out: Data, counts: Counts): Work {
+    const caller = this.#caller("allGatherV");
+    const from = this.#region(caller, x, "x");
+    const to = this.#region(caller, out, "out");
+    sameDType(caller, from, to);
+    const sum = sumOf(caller, counts, "counts");
+    haveLength(caller, from, counts[this.rank], "x");
+    haveLength(caller, to, sum, "out");
+    return this.#start("allGatherV", from, to, "sum", 0, 0, NO_COUNTS, counts);
+  }
+
+  broadcast(x: Data, root = 0): Work {
+    const caller = this.#caller("broadcast");
+    beRank(caller, root, "root");
+    const region = this.#region(caller, x, "x");
+    return this.#start("broadcast", region, region, "sum", root);
+  }
+
+  reduce(
+    x: Data,
+    options?: { readonly op?: ReduceOp; readonly root?: number; readonly out?: Data },
+  ): Work {
+    const caller = this.#caller("reduce");
+    const op = reduction(caller, options?.op);
+    const root = options?.root ?? 0;
+    beRank(caller, root, "root");
+    const from = this.#region(caller, x, "x");
+    const out = options?.out;
+    if (this.rank !== root) {
+      if (out !== undefined) {
+        throw argumentError(caller, `out must be absent but on root ${root}`, "given");
+      }
+      return this.#start("reduce", from, null, op, root);
+    }
+    const to = out === undefined ? from : this.#region(caller, out, "out");
+    if (to !== from) {
+      sameDType(caller, from, to);
+      haveLength(caller, to, from.length, "out");
+    }
+    return this.#start("reduce", from, to, op, root);
+  }
+
+  gather(x: Data, out: Data | null, root = 0): Work {
+    const caller = this.#caller("gather");
+    beRank(caller, root, "root");
+    const from = this.#region(caller, x, "x");
+    const to = this.#rooted(caller, out, root, "out");
+    if (to !== null) {
+      sameDType(caller, from, to);
+      haveLength(caller, to, from.length * this.size, "out");
+    }
+    return this.#start("gather", from, to, "sum", root);
+  }
+
+  scatter(x: Data | null, out: Data, root = 0): Work {
+    const caller = this.#caller("scatter");
+    beRank(caller, root, "root");
+    const from = this.#rooted(caller, x, root, "x");
+    const to = this.#region(caller, out, "out");
+    if (from !== null) {
+      sameDType(caller, from, to);
+      haveLength(caller, from, to.length * this.size, "x");
+    }
+    return this.#start("scatter", from, to, "sum", root);
+  }
+
+  allToAll(x: Data, out: Data): Work {
+    const caller = this.#caller("allToAll");
+    const from = this.#region(caller, x, "x");
+    const to = this.#region(caller, out, "out");
+    sameDType(caller, from, to);
+    blockOf(caller, from, "x");
+    haveLength(caller, to, from.length, "out");
+    beApart(caller, from, to);
+    return this.#start("allToAll", from, to);
+  }
+
+  allToAllV(send: Data, sendCounts: Counts, recv: Data, recvCounts: Counts): Work {
+    const caller = this.#caller("allToAllV");
+    const from = this.#counted(caller, send, sendCounts, "send");
+    const to = this.#counted(caller, recv, recvCounts, "recv");
+    sameDType(caller, from, to);
+    const { rank } = this;
+    if (sendCounts[rank] !== recvCounts[rank]) {
+      throw argumentError(
+        caller,
+        `recvCounts[${rank}] must be sendCounts[${rank}] = ${sendCounts[rank]}`,
+        recvCounts[rank],
+      );
+    }
+    beApart(caller, from, to);
+    return this.#start("allToAllV", from, to, "sum", 0, 0, sendCounts, recvCounts);
+  }
+
+  send(x: Data, to: number, options?: { readonly tag?: number }): Work {
+    const caller = this.#caller("send");
+    beRank(caller, to, "to");
+    const region = this.#region(caller, x, "x");
+    return this.#start("send", region, null, "sum", to, tagOf(caller, options?.tag));
+  }
+
+  recv(out: Data, from: number, options?: { readonly tag?: number }): Work {
+    const caller = this.#caller("recv");
+    beRank(caller, from, "from");
+    const region = this.#region(caller, out, "out");
+    return this.#start("recv", null, region, "sum", from, tagOf(caller, options?.tag));
+  }
+
+  barrier(): Work {
+    this.#caller("barrier");
+    return this.#start("barrier", null, null);
+  }
+
+  async split(color: number | null, key: number = this.rank): Promise<Communicator | null> {
+    const caller = this.#caller("barrier", "split");
+    if (color !== null && !(Number.isSafeInteger(color) && color >= 0)) {
+      throw argumentError(caller, "color must be a whole number >= 0 or null", color);
+    }
+    if (!Number.isFinite(key)) throw argumentError(caller, "key must be a finite number", key);
+    const number = ++this.#splits;
+    const all = await this.#exchange([color ?? -1, key]);
+    if (color === null) return null;
+    const members = [...Array(this.size).keys()]
+      .filter((r) => all[2 * r] === color)
+      .sort((a, b) => all[2 * a + 1] - all[2 * b + 1] || a - b);
+    return this.#child(members, `${this.name}/split${number}.${color}`);
+  }
+
+  async dup(): Promise<Communicator> {
+    this.#caller("barrier", "dup");
+    const name = `${this.name}/dup${++this.#duplicates}`;
+    return await this.#child([...Array(this.size).keys()], name);
+  }
+
+  abort(why: string): never {
+    const error = new Error(`Rank ${this.rank} of ${this.name} has aborted the job: ${why}`);
+    this.#failure ??= error;
+    this.#transport.abort?.(error.message);
+    this.#options.onAbort?.(why);
+    throw error;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    if (this.#closed) return;
+    this.#closed = true;
+    await this.#transport.close();
+  }
+
+  /** Every rank's numbers, in rank order; as tensors when the transport takes only those of a GPU. */
+  async #exchange(mine: readonly number[]): Promise<Float64Array> {
+    const x = Float64Array.from(mine);
+    const all = new Float64Array(mine.length * this.size);
+    const device = this.#device;
+    if (device?.kind !== "cuda") {
+      await this.allGather(x, all);
+      return all;
+    }
+    const memory = device.allocate(x.byteLength + all.byteLength);
+    try {
+      const from = new Tensor(device, "f64", [x.length], { address: memory });
+      const to = new Tensor(device, "f64", [all.length], { address: memory + x.byteLength });
+      device.write(x, from);
+      const work = this.allGather(from, to);
+      await work;
+      return await device.read(to) as Float64Array;
+    } finally {
+      device.free(memory);
+    }
+  }
+
+  async #child(members: readonly number[], name: string): Promise<Communicator> {
+    const transport = await this.#transport.split(members, name);
+    return new TransportCommunicator(transport, {
+      ...this.#options,
+      rank: members.indexOf(this.rank),
+      size: members.length,
+      name,
+    });
+  }
+
+  /** Who calls, for messages; throws when the communicator cannot run anything any more. */
+  #caller(operation: OperationName, shown: string = operation): Caller {
+    const { rank, size, name } = this;
+    if (this.#failure !== undefined || this.#closed) {
+      const state = this.#closed ? "closed" : "broken by an earlier failure";
+      throw new Error(
+        `Cannot run ${shown} on rank ${rank} of ${name} as the communicator must be open: current value is ${state}`,
+        { cause: this.#failure },
+      );
+    }
+    if (shown !== operation) return { operation: shown, rank, size, name, device: this.#device };
+    let caller = this.#callers.get(operation);
+    if (caller === undefined) {
+      caller = { operation, rank, size, name, device: this.#device };
+      this.#callers.set(operation, caller);
+    }
+    return caller;
+  }
+
+  #region(caller: Caller, data: Data, what: string): Region {
+    const region = regionOf(caller, data, what);
+    if (region.length > this.#maxElements) {
+      throw argumentError(
+        caller,
+        `${what} must have at most ${this.#maxElements} elements on ${this.backend}`,
+        region.length,
+      );
+    }
+    return region;
+  }
+
+  /** The root's buffer; null, and nothing else, on the other ranks. */
+  #rooted(caller: Caller, data: Data | null, root: number, what: string): Region | null {
+    if (this.rank !== root) {
+      if (data === null) return null;
+      throw argumentError(caller, `${what} must be null but on root ${root}`, "given");
+    }
+    if (data === null) throw argumentError(caller, `${what} must be given on root ${root}`, "null");
+    return this.#region(caller, data, what);
+  }
+
+  /** A buffer whose first elements, as many as the counts say, take part. */
+  #counted(caller: Caller, data: Data, counts: Counts, what: string): Region {
+    const region = this.#region(caller, data, what);
+    const sum = sumOf(caller, counts, `${what}Counts`);
+    if (sum > region.length) {
+      throw argumentError(caller, `${what} must have at least ${sum} elements`, region.length);
+    }
+    return firstOf(region, sum);
+  }
+
+  #start(
+    operation: OperationName,
+    send: Region | null,
+    recv: Region | null,
+    op: ReduceOp = "sum",
+    peer = 0,
+    tag = 0,
+    sendCounts = NO_COUNTS,
+    recvCounts = NO_COUNTS,
+  ): Work {
+    const paired = operation === "send" || operation === "recv";
+    const sequence = paired ? this.#messages++ : this.#sequence++;
+    const request: CollectiveRequest = {
+      operation,
+      sequence,
+      send,
+      recv,
+      sendCounts,
+      recvCounts,
+      op,
+      peer,
+      tag,
+    };
+    const bytes = bytesSent(request, this.rank, this.size);
+    const traffic = this.#traffic[operation] ??= { calls: 0, bytes: 0 };
+    traffic.calls++;
+    traffic.bytes += bytes;
+    const running = new Running(this, request, bytes);
+    try {
+      running.completion = this.#launch(request);
+      if (running.completion.poll()) {
+        running.finished();
+        return COMPLETED;
+      }
+    } catch (cause) {
+      throw running.failed(cause);
+    }
+    return new PendingWork(running);
+  }
+
+  #launch(request: CollectiveRequest): Completion {
+    const { operation } = request;
+    if (!this.#debug || this.size === 1 || operation === "send" || operation === "recv") {
+      if (this.size === 1 && request.send?.array === null) return this.#copyOnDevice(request);
+      return this.#transport.start(request);
+    }
+    const { rank, size, name } = this;
+    return this.#last = orderChecked(this.#transport, request, { rank, size, name }, this.#last);
+  }
+
+  /** A world of one on a GPU: what is left of a collective is a copy on the device's stream. */
+  #copyOnDevice({ operation, send, recv }: CollectiveRequest): Completion {
+    const device = this.#device!;
+    if (operation === "send" || operation === "recv") {
+      throw argumentError(
+        this.#caller(operation),
+        "a message to itself must be on the host",
+        device.name,
+      );
+    }
+    if (send !== null && recv !== null && send !== recv) {
+      const [from, to] = [send, recv].map((region) =>
+        new Tensor(device, region.dtype, [region.length], { address: region.address })
+      );
+      device.kernels.copy(from, to);
+    }
+    return { poll: () => true, idle: () => {}, waitOn: () => {} };
+  }
+
+  /** Marks the communicator broken. For operations. */
+  break(cause: unknown): void {
+    this.#failure ??= cause;
+  }
+
+  /** The watchdog's error. For operations. */
+  timeout(request: CollectiveRequest): Promise<Error> {
+    return timeoutError(this.#transport, {
+      operation: request.operation,
+      sequence: request.sequence,
+      peer: request.operation === "send" || request.operation === "recv" ? request.peer : null,
+      communicator: this.name,
+      rank: this.rank,
+      timeout_ms: this.#timeout_ms,
+    });
+  }
+
+  /** The time-out in ms. For operations. */
+  get timeout_ms(): number {
+    return this.#timeout_ms;
+  }
+}
+
+/** One operation in flight: its trace and its watchdog. */
+class Running implements Operation {
+  completion!: Completion;
+  readonly #communicator: TransportCommunicator;
+  readonly #request: CollectiveRequest;
+  readonly #bytes: number;
+  readonly #start = now();
+
+  constructor(communicator: TransportCommunicator, request: CollectiveRequest, bytes: number) {
+    this.#communicator = communicator;
+    this.#request = request;
+    this.#bytes = bytes;
+  }
+
+  get deadline_ms(): number {
+    return this.#startedAt_ms + this.#communicator.timeout_ms;
+  }
+
+  #startedAt_ms = performance.now();
+
+  finished(): void {
+    const { operation, sequence } = this.#request;
+    recorder.record({
+      track: this.#communicator.name,
+      name: operation,
+      category: operation === "allToAll" || operation === "allToAllV"
+        ? "allToAll"
+        : operation === "allReduce"
+        ? "allReduce"
+        : "comm",
+      start: this.#start,
+      end: now(),
+      args: { bytes: this.#bytes, sequence },
+    });
+  }
+
+  failed(cause: unknown): unknown {
+    const { operation, sequence } = this.#request;
+    const { rank, name } = this.#communicator;
+    const error = new Error(
+      `Cannot complete ${operation} ${sequence} of ${name} on rank ${rank}: ${
+        cause instanceof Error ? cause.message : cause
+      }`,
+      { cause },
+    );
+    this.#communicator.break(error);
+    return error;
+  }
+
+  async expired(): Promise<Error> {
+    const error = await this.#communicator.timeout(this.#request);
+    this.#communicator.break(error);
+    return error;
+  }
+}
+
+function reduction(caller: Caller, op: ReduceOp | undefined): ReduceOp {
+  if (op === undefined) return "sum";
+  if (!OPS.includes(op)) throw argumentError(caller, `op must be one of ${OPS.join(", ")}`, op);
+  return op;
+}
+
+function tagOf(caller: Caller, tag = 0): number {
+  if (!Number.isInteger(tag) || tag < 0 || tag > 32767) {
+    throw argumentError(caller, "tag must be a whole number, 0 to 32767", tag);
+  }
+  return tag;
+}

@@ -1,0 +1,230 @@
+// From what a user passes to a collective (typed arrays, tensors, counts) to regions that a transport can trust, with the
+// errors that wrong arguments get. Nothing here knows how bytes move.
+
+import { bytesOf, type DType, dtypeOf, type TypedArray, viewAs } from "../tensor/dtype.ts";
+import { Tensor } from "../tensor/tensor.ts";
+import type { Device } from "../tensor/device.ts";
+import { linearBuffer, linearOffset } from "../tensor/cpu/memory.ts";
+import type { Region } from "./transport.ts";
+import type { Counts, Data } from "./types.ts";
+
+/** Who calls what, for messages: `allReduce on rank 1 of world`. */
+export interface Caller {
+  /** Name of the operation. */
+  readonly operation: string;
+  /** This rank. */
+  readonly rank: number;
+  /** Number of ranks. */
+  readonly size: number;
+  /** Name of the communicator. */
+  readonly name: string;
+  /** The device whose tensors are taken; null takes CPU tensors of any device object. */
+  readonly device: Device | null;
+}
+
+/**
+ * The error of a wrong argument.
+ *
+ * @param caller Who calls what.
+ * @param rule What must hold: "out must have 8 elements".
+ * @param value What was given.
+ * @returns The error.
+ */
+export function argumentError(caller: Caller, rule: string, value: unknown): RangeError {
+  return new RangeError(
+    `Cannot run ${caller.operation} on rank ${caller.rank} of ${caller.name} as ${rule}: current value is ${value}`,
+  );
+}
+
+/** Elements on the host; the view of linear memory is made when a transport asks for it. */
+export class HostRegion implements Region {
+  /** Element type. */
+  readonly dtype: DType;
+  /** Number of elements. */
+  readonly length: number;
+  /** Byte offset in linear memory, or −1. */
+  readonly address: number;
+  #array: TypedArray | undefined;
+
+  /** @param dtype Element type. @param length Elements. @param address In linear memory, or −1. @param array The ordinary array, if it is one. */
+  constructor(dtype: DType, length: number, address: number, array: TypedArray | undefined) {
+    this.dtype = dtype;
+    this.length = length;
+    this.address = address;
+    this.#array = array;
+  }
+
+  /** The elements as a typed array. */
+  get array(): TypedArray {
+    return this.#array ??= viewAs(this.dtype, linearBuffer(), this.address, this.length);
+  }
+}
+
+/**
+ * Checks one argument and describes its elements.
+ *
+ * @param caller Who calls what.
+ * @param data The argument.
+ * @param what Its name in messages: `x`, `out`.
+ * @returns Its elements.
+ * @throws {TypeError} If it is no typed array or tensor.
+ * @throws {RangeError} If a tensor is disposed or lives on another device.
+ */
+export function regionOf(caller: Caller, data: Data, what: string): Region {
+  if (data instanceof Float32Array && caller.device?.kind !== "cuda") { // the most frequent array
+    return new HostRegion("f32", data.length, linearOffset(data), data);
+  }
+  if (data instanceof Tensor) return tensorRegion(caller, data, what);
+  if (!ArrayBuffer.isView(data)) {
+    throw new TypeError(
+      argumentError(caller, `${what} must be a typed array or a tensor`, describe(data)).message,
+    );
+  }
+  if (caller.device?.kind === "cuda") {
+    throw argumentError(
+      caller,
+      `${what} must be a tensor of ${caller.device.name}`,
+      "a host array",
+    );
+  }
+  return new HostRegion(dtypeOf(data), data.length, linearOffset(data), data);
+}
+
+function tensorRegion(caller: Caller, tensor: Tensor, what: string): Region {
+  if (tensor.disposed) {
+    throw argumentError(caller, `${what} must not be disposed`, "a freed tensor");
+  }
+  const { device, dtype, size, address } = tensor;
+  if (caller.device === null ? device.kind !== "cpu" : device !== caller.device) {
+    throw argumentError(
+      caller,
+      `${what} must be on ${caller.device?.name ?? "the CPU"}`,
+      `a tensor on ${device.name}`,
+    );
+  }
+  if (device.kind === "cpu") return new HostRegion(dtype, size, address, undefined);
+  return { dtype, length: size, array: null, address };
+}
+
+function describe(value: unknown): string {
+  return value === null ? "null" : typeof value === "object" ? "an object" : String(value);
+}
+
+/**
+ * The first elements of a region.
+ *
+ * @param region The region.
+ * @param length How many, at most its length.
+ * @returns A region of them.
+ */
+export function firstOf(region: Region, length: number): Region {
+  if (length === region.length) return region;
+  const { dtype, address, array } = region;
+  if (address >= 0 && array === null) return { dtype, length, array: null, address };
+  return new HostRegion(dtype, length, address, array!.subarray(0, length) as TypedArray);
+}
+
+/**
+ * Checks that two regions hold one element type.
+ *
+ * @param caller Who calls what.
+ * @param x The first, called `x` in the message.
+ * @param out The second, called `out`.
+ */
+export function sameDType(caller: Caller, x: Region, out: Region): void {
+  if (x.dtype !== out.dtype) {
+    throw argumentError(caller, `out must be ${x.dtype} as x is`, out.dtype);
+  }
+}
+
+/**
+ * Checks the number of elements of a region.
+ *
+ * @param caller Who calls what.
+ * @param region The region.
+ * @param length What it must be.
+ * @param what Its name in the message.
+ */
+export function haveLength(caller: Caller, region: Region, length: number, what: string): void {
+  if (region.length !== length) {
+    throw argumentError(caller, `${what} must have ${length} elements`, region.length);
+  }
+}
+
+/**
+ * Checks that a region divides into one block per rank.
+ *
+ * @param caller Who calls what.
+ * @param region The region.
+ * @param what Its name in the message.
+ * @returns Elements of a block.
+ */
+export function blockOf(caller: Caller, region: Region, what: string): number {
+  if (region.length % caller.size !== 0) {
+    throw argumentError(
+      caller,
+      `${what} must have a multiple of ${caller.size} elements (one block per rank)`,
+      region.length,
+    );
+  }
+  return region.length / caller.size;
+}
+
+/**
+ * Checks a rank number.
+ *
+ * @param caller Who calls what.
+ * @param value The number.
+ * @param what Its name in the message.
+ */
+export function beRank(caller: Caller, value: number, what: string): void {
+  if (!Number.isInteger(value) || value < 0 || value >= caller.size) {
+    throw argumentError(caller, `${what} must be a rank, 0 to ${caller.size - 1}`, value);
+  }
+}
+
+/**
+ * Checks counts and adds them up.
+ *
+ * @param caller Who calls what.
+ * @param counts One count per rank.
+ * @param what Their name in the message.
+ * @returns Their sum.
+ */
+export function sumOf(caller: Caller, counts: Counts, what: string): number {
+  if (counts.length !== caller.size) {
+    throw argumentError(caller, `${what} must have ${caller.size} entries`, counts.length);
+  }
+  let sum = 0;
+  for (let r = 0; r < counts.length; r++) {
+    const n = counts[r];
+    if (!Number.isSafeInteger(n) || n < 0) {
+      throw argumentError(caller, `${what} must be whole numbers >= 0`, `${n} for rank ${r}`);
+    }
+    sum += n;
+  }
+  return sum;
+}
+
+/**
+ * Checks that two regions share no byte; all-to-alls cannot work in place.
+ *
+ * @param caller Who calls what.
+ * @param x The source.
+ * @param out The destination.
+ */
+export function beApart(caller: Caller, x: Region, out: Region): void {
+  if (x.length === 0 || out.length === 0) return;
+  const [a, b] = [placeOf(x), placeOf(out)];
+  if (a.space !== b.space) return;
+  const width = bytesOf(x.dtype);
+  if (a.at < b.at + out.length * width && b.at < a.at + x.length * width) {
+    throw argumentError(caller, "x and out must not overlap", "memory that both use");
+  }
+}
+
+function placeOf(region: Region): { space: unknown; at: number } {
+  if (region.address >= 0) return { space: "device", at: region.address };
+  const { buffer, byteOffset } = region.array!;
+  return { space: buffer, at: byteOffset };
+}

@@ -1,0 +1,256 @@
+// The shm transport: ranks of one machine talk through memory that they share. It needs nothing but the C library, works on
+// typed arrays and tensors alike, and reduces in rank order, so that equal inputs give equal bits on every run.
+
+import { setImmediate } from "node:timers/promises";
+import { libc } from "../../ffi/libc.ts";
+import { progress, SLEEP_AFTER_SPINS } from "../progress.ts";
+import { openSelf } from "../self.ts";
+import { timeoutOf } from "../watchdog.ts";
+import type { BootContext, CollectiveRequest, Completion, Transport } from "../transport.ts";
+import { Channels, type PairOperation } from "./channels.ts";
+import { RoundsOperation, Slots } from "./rounds.ts";
+import { prepareSleep, Segment, type SegmentAddress } from "./segment.ts";
+
+const BOOT_KEY = "shm/world";
+/** How often waiting ranks look whether the others live, in ms. */
+const LIVENESS_INTERVAL_MS = 200;
+/** Longest native sleep, in µs; the event loop runs in between. */
+const SLEEP_US = 1000;
+/** Polls without giving the core away, when there is one for every rank. */
+const BUSY_POLLS = 64;
+
+/**
+ * Connects the ranks of a job on one machine. All ranks call it.
+ *
+ * @param context This rank and the store through which it finds the others.
+ * @returns The transport of all ranks.
+ * @throws {Error} If the memory cannot be shared, or a rank does not come in time.
+ */
+export async function openShm(context: BootContext): Promise<Transport> {
+  const { rank, size, store } = context;
+  if (size === 1) return openSelf();
+  prepareSleep();
+  let segment: Segment;
+  if (rank === 0) {
+    segment = Segment.create(size);
+    await store.set(BOOT_KEY, new TextEncoder().encode(JSON.stringify(segment.address)));
+  } else {
+    const text = new TextDecoder().decode(await store.get(BOOT_KEY));
+    segment = Segment.open(rank, size, JSON.parse(text) as SegmentAddress);
+  }
+  await joined(segment, "the job");
+  return new ShmTransport(segment, segment, [...Array(size).keys()]);
+}
+
+/** Waits until all ranks have opened a segment. */
+async function joined(segment: Segment, what: string): Promise<void> {
+  await until(
+    () => segment.complete,
+    `all ${segment.size} ranks must join ${what} in shared memory`,
+  );
+  segment.seal();
+}
+
+async function until(met: () => boolean, rule: string): Promise<void> {
+  const timeout_ms = timeoutOf(undefined);
+  const end = performance.now() + timeout_ms;
+  for (let turn = 0; !met(); turn++) {
+    if (performance.now() > end) {
+      throw new Error(
+        `Cannot connect as ${rule} within ${timeout_ms} ms: current value is still waiting`,
+      );
+    }
+    if (turn > 100) libc().usleep(200);
+    progress();
+    await setImmediate();
+  }
+}
+
+const open = new Set<ShmTransport>();
+
+class ShmTransport implements Transport {
+  readonly backend = "shm";
+  readonly segment: Segment;
+  /** Where this process sleeps, whatever it waits for: the segment of the whole job. */
+  readonly #bell: Segment;
+  readonly #slots: Slots;
+  readonly #channels: Channels;
+  readonly #queue: ShmCompletion[] = []; // collectives in the order of their calls
+  readonly #splitting = new Map<number, Promise<void>>();
+  readonly #yields: boolean;
+  #failure: Error | undefined;
+  #nextLivenessCheck = 0;
+
+  constructor(segment: Segment, bell: Segment, bellRanks: readonly number[]) {
+    this.segment = segment;
+    this.#bell = bell;
+    segment.ringAt(bell, bellRanks);
+    this.#slots = new Slots(segment);
+    this.#channels = new Channels(segment);
+    this.#yields = bell.size > navigator.hardwareConcurrency;
+    open.add(this);
+  }
+
+  start(request: CollectiveRequest): Completion {
+    const { operation } = request;
+    if (operation === "send" || operation === "recv") {
+      const pair = operation === "send"
+        ? this.#channels.send(request)
+        : this.#channels.recv(request);
+      return new ShmCompletion(this, pair, null, request.peer);
+    }
+    this.segment.begin(request.sequence + 1);
+    const rounds = new RoundsOperation(this.#slots, request);
+    const completion = new ShmCompletion(this, rounds, rounds, -1);
+    this.#queue.push(completion);
+    return completion;
+  }
+
+  /** Moves a collective on if it is its turn. @returns Whether it is complete. */
+  advance(completion: ShmCompletion, operation: PairOperation): boolean {
+    if (this.#failure) throw this.#failure;
+    if (completion.rounds !== null && this.#queue[0] !== completion) return false;
+    try {
+      if (!operation.poll()) return false;
+    } catch (cause) {
+      throw this.#fail(cause as Error);
+    }
+    if (completion.rounds !== null) this.#queue.shift();
+    return true;
+  }
+
+  #fail(cause: Error): Error {
+    this.#failure ??= cause;
+    return cause;
+  }
+
+  /** One step of waiting; see {@linkcode Completion.idle}. */
+  idle(completion: ShmCompletion, spins: number): void {
+    if (spins < SLEEP_AFTER_SPINS) {
+      if (spins >= BUSY_POLLS || this.#yields) libc().sched_yield();
+      return;
+    }
+    this.#checkOthers(completion);
+    const bell = this.#bell;
+    bell.drowse();
+    if (progress() || this.#failure) bell.rouse();
+    else bell.sleep(SLEEP_US);
+  }
+
+  /** Fails this transport if a rank that is waited for is gone, or one has aborted the job. */
+  #checkOthers(completion: ShmCompletion): void {
+    const now_ms = performance.now();
+    if (now_ms < this.#nextLivenessCheck || this.#failure) return;
+    this.#nextLivenessCheck = now_ms + LIVENESS_INTERVAL_MS;
+    const why = this.segment.aborted;
+    if (why !== null) {
+      this.#fail(new Error(why));
+      return;
+    }
+    const head = completion.rounds === null ? completion : this.#queue[0] ?? completion;
+    for (const rank of head.awaited()) {
+      const reason = this.segment.gone(rank);
+      // It may have done its part just before it went.
+      if (reason !== null && head.awaited().includes(rank)) {
+        this.#fail(
+          new Error(`rank ${rank} must take part: current value is that it ${reason}`),
+        );
+        return;
+      }
+    }
+  }
+
+  async split(members: readonly number[], id: string): Promise<Transport> {
+    if (members.length === 1) return openSelf();
+    const parent = this.segment;
+    const rank = members.indexOf(parent.rank);
+    const size = members.length;
+    const key = keyOf(id);
+    let segment: Segment | undefined;
+    if (rank === 0) {
+      // One letter-box per rank: the members of an earlier group must have opened it first.
+      const earlier = [...this.#splitting.values()];
+      const { promise, resolve } = Promise.withResolvers<void>();
+      this.#splitting.set(key, promise);
+      await Promise.all(earlier);
+      try {
+        segment = Segment.create(size);
+        parent.post(key, segment.address);
+        await joined(segment, id);
+      } finally {
+        this.#splitting.delete(key);
+        resolve();
+      }
+    } else {
+      let address: SegmentAddress | null = null;
+      await until(
+        () => (address = parent.mail(members[0], key)) !== null,
+        `rank ${members[0]} must make the memory of ${id}`,
+      );
+      segment = Segment.open(rank, size, address!);
+      await joined(segment, id);
+    }
+    return new ShmTransport(segment, this.#bell, members.map((r) => parent.bellRank(r)));
+  }
+
+  missing(sequence: number): readonly number[] {
+    const { rank, size } = this.segment;
+    const ranks = [];
+    for (let q = 0; q < size; q++) {
+      if (q !== rank && ((this.segment.begun(q) - sequence - 1) | 0) < 0) ranks.push(q);
+    }
+    return ranks;
+  }
+
+  abort(why: string): void {
+    for (const transport of open) transport.segment.abort(why);
+  }
+
+  close(): Promise<void> {
+    open.delete(this);
+    this.#failure ??= new Error("the communicator must be open: current value is closed");
+    this.segment.leave();
+    // The others may still read what this rank has shown them; its own mapping may go, unless this process sleeps there.
+    if (this.segment !== this.#bell) this.segment.unmap();
+    return Promise.resolve();
+  }
+}
+
+class ShmCompletion implements Completion {
+  readonly rounds: RoundsOperation | null;
+  readonly #transport: ShmTransport;
+  readonly #operation: PairOperation;
+  readonly #peer: number;
+
+  constructor(
+    transport: ShmTransport,
+    operation: PairOperation,
+    rounds: RoundsOperation | null,
+    peer: number,
+  ) {
+    this.#transport = transport;
+    this.#operation = operation;
+    this.rounds = rounds;
+    this.#peer = peer;
+  }
+
+  poll(): boolean {
+    return this.#transport.advance(this, this.#operation);
+  }
+
+  idle(spins: number): void {
+    this.#transport.idle(this, spins);
+  }
+
+  /** Ranks without which this cannot go on. */
+  awaited(): readonly number[] {
+    return this.rounds?.awaited() ?? [this.#peer];
+  }
+}
+
+/** A number for a group's name that differs from 0. */
+function keyOf(id: string): number {
+  let hash = 0x811c9dc5;
+  for (let i = 0; i < id.length; i++) hash = Math.imul(hash ^ id.charCodeAt(i), 0x01000193);
+  return hash | 1;
+}

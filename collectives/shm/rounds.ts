@@ -1,0 +1,431 @@
+// Collectives as rounds over slots. In round t each rank puts bytes into its slot t mod 2 and raises the slot's flag to t + 1;
+// whoever needs them waits for the flag and reads. A message larger than a slot takes several rounds.
+//
+// Why two slots suffice without a second flag: a rank raises the flag of round t only when it has read all it needs of round
+// t − 1. So who sees everybody's flag of round t − 1 may overwrite what it showed in round t − 2.
+//
+// The flag's line also carries a signature of the operation: ranks that call different operations get an error, not wrong data.
+
+import { bytesOf, DTYPES } from "../../tensor/dtype.ts";
+import type { CollectiveRequest } from "../transport.ts";
+import { UserBytes } from "./copy.ts";
+import { reduceLinear } from "./kernels.ts";
+import { type Segment, SLOT_HEADER_BYTES, SLOTS } from "./segment.ts";
+
+/** Up to this many bytes every rank reduces everything itself, which takes one round instead of two. */
+const ONE_ROUND_BYTES = 16 << 10;
+
+/** The state of a segment's slots, shared by the operations of its communicator. */
+export class Slots {
+  /** The segment. */
+  readonly segment: Segment;
+  /** Number of the next round. */
+  round = 0;
+  readonly #seen: Int32Array; // highest flag seen of each rank
+
+  /** @param segment Where the slots are. */
+  constructor(segment: Segment) {
+    this.segment = segment;
+    this.#seen = new Int32Array(segment.size);
+  }
+
+  /** Byte offset of a slot's payload. @param rank Whose. @param round In which round. @returns The offset in linear memory. */
+  payload(rank: number, round: number): number {
+    return this.#slot(rank, round) + SLOT_HEADER_BYTES;
+  }
+
+  #slot(rank: number, round: number): number {
+    const { base, layout } = this.segment;
+    return base + layout.slots + rank * layout.rankStride +
+      (round & (SLOTS - 1)) * layout.slotStride;
+  }
+
+  /** Whether a rank has raised its flag of a round. @param rank Which. @param round Which. @returns Whether its data is there. */
+  arrived(rank: number, round: number): boolean {
+    const want = round + 1;
+    if (((this.#seen[rank] - want) | 0) >= 0) return true;
+    const flag = Atomics.load(this.segment.words, this.#slot(rank, round) >>> 2);
+    if (((flag - want) | 0) < 0) return false;
+    this.#seen[rank] = flag;
+    return true;
+  }
+
+  /** Whether this rank's slot of a round may be overwritten. @param round Which. @returns Whether all have read what it held. */
+  writable(round: number): boolean {
+    const { rank, size } = this.segment;
+    for (let q = 0; q < size; q++) {
+      if (q === rank || ((this.#seen[q] - round) | 0) >= 0) continue;
+      if (!this.arrived(q, (round - 1) | 0)) return false;
+    }
+    return true;
+  }
+
+  /** Raises this rank's flag. @param round Of this round. @param signature Of the operation. @param rounds That it takes. */
+  publish(round: number, signature: number, rounds: number): void {
+    const { words, rank, size } = this.segment;
+    const at = this.#slot(rank, round) >>> 2;
+    words[at + 1] = signature;
+    words[at + 2] = rounds;
+    Atomics.store(words, at, (round + 1) | 0);
+    for (let q = 0; q < size; q++) if (q !== rank) this.segment.wake(q);
+  }
+
+  /** What a rank says about its operation. @param rank Which. @param round In this round. @returns Signature and rounds. */
+  signature(rank: number, round: number): number {
+    return this.segment.words[(this.#slot(rank, round) >>> 2) + 1];
+  }
+
+  /** Rounds that a rank needs. @param rank Which. @param round In this round. @returns Their number. */
+  rounds(rank: number, round: number): number {
+    return this.segment.words[(this.#slot(rank, round) >>> 2) + 2];
+  }
+}
+
+/** Whom a rank waits for in a round: nobody, the root, or all others. */
+type Needs = "none" | "root" | "all";
+
+/** One collective on its way through the rounds. */
+export class RoundsOperation {
+  readonly #slots: Slots;
+  readonly #request: CollectiveRequest;
+  readonly #rank: number;
+  readonly #size: number;
+  readonly #width: number;
+  readonly #send: UserBytes | null;
+  readonly #recv: UserBytes | null;
+  readonly #signature: number;
+  readonly #chunk: number; // elements of each rank in a round
+  readonly #needs: Needs;
+  readonly #whole: boolean; // everybody reduces everything
+  #rounds: number;
+  #i = 0; // rounds done
+  #published = false;
+
+  /** @param slots Where. @param request What. */
+  constructor(slots: Slots, request: CollectiveRequest) {
+    const { rank, size, layout } = slots.segment;
+    const { operation, send, recv } = request;
+    this.#slots = slots;
+    this.#request = request;
+    this.#rank = rank;
+    this.#size = size;
+    const region = send ?? recv;
+    this.#width = region === null ? 1 : bytesOf(region.dtype);
+    this.#send = send === null ? null : new UserBytes(send);
+    this.#recv = recv === null ? null : send === recv ? this.#send : new UserBytes(recv);
+    this.#signature = signatureOf(request, size);
+    const whole = (operation === "allReduce" || operation === "reduce") &&
+      send!.length * this.#width <= Math.min(ONE_ROUND_BYTES, layout.payload);
+    this.#whole = whole;
+    const divided = operation === "reduceScatter" || operation === "scatter" ||
+      operation === "allToAll" || operation === "allToAllV";
+    this.#chunk = Math.floor((divided ? layout.payload / size : layout.payload) / this.#width);
+    this.#rounds = this.#countRounds();
+    this.#needs = this.#whomToWaitFor();
+  }
+
+  #countRounds(): number {
+    const { operation, send, recv, sendCounts, recvCounts } = this.#request;
+    const chunks = (n: number) => Math.ceil(n / this.#chunk);
+    switch (operation) {
+      case "allReduce":
+      case "reduce":
+        // The results of a chunk travel in the round after it.
+        return send!.length === 0 ? 0 : this.#whole ? 1 : chunks(send!.length) + 1;
+      case "reduceScatter":
+      case "scatter":
+        return chunks(recv!.length);
+      case "allGather":
+      case "gather":
+      case "broadcast":
+        return chunks(send!.length);
+      case "allGatherV":
+        return chunks(maxOf(recvCounts, -1));
+      case "allToAll":
+        return chunks(send!.length / this.#size);
+      case "allToAllV": // only a lower bound: the others say in the first round what they need
+        return Math.max(1, chunks(maxOf(sendCounts, this.#rank)));
+      default:
+        return 1;
+    }
+  }
+
+  #whomToWaitFor(): Needs {
+    const { operation, peer } = this.#request;
+    const root = this.#rank === peer;
+    if (operation === "broadcast" || operation === "scatter") return root ? "none" : "root";
+    if (operation === "gather" || (operation === "reduce" && this.#whole)) {
+      return root ? "all" : "none";
+    }
+    return "all";
+  }
+
+  /** Moves on as far as it goes. @returns Whether the operation is complete. */
+  poll(): boolean {
+    const slots = this.#slots;
+    while (this.#i < this.#rounds) {
+      const round = (slots.round + this.#i) | 0;
+      if (!this.#published) {
+        if (!slots.writable(round)) return false;
+        this.#write(this.#i, slots.payload(this.#rank, round));
+        slots.publish(round, this.#signature, this.#rounds);
+        this.#published = true;
+      }
+      if (!this.#ready(round)) return false;
+      if (this.#i === 0) this.#checkSignatures(round);
+      this.#read(this.#i, round);
+      this.#published = false;
+      this.#i++;
+    }
+    slots.round = (slots.round + this.#rounds) | 0;
+    return true;
+  }
+
+  /** Ranks that this one waits for now. @returns Their numbers. */
+  awaited(): number[] {
+    const round = (this.#slots.round + this.#i) | 0;
+    const others = [...Array(this.#size).keys()].filter((q) => q !== this.#rank);
+    if (!this.#published) return others.filter((q) => !this.#slots.arrived(q, (round - 1) | 0));
+    return others.filter((q) => this.#waitsFor(q) && !this.#slots.arrived(q, round));
+  }
+
+  #waitsFor(rank: number): boolean {
+    return this.#needs === "all" || (this.#needs === "root" && rank === this.#request.peer);
+  }
+
+  #ready(round: number): boolean {
+    if (this.#needs === "none") return true;
+    for (let q = 0; q < this.#size; q++) {
+      if (q !== this.#rank && this.#waitsFor(q) && !this.#slots.arrived(q, round)) return false;
+    }
+    return true;
+  }
+
+  #checkSignatures(round: number): void {
+    for (let q = 0; q < this.#size; q++) {
+      if (q === this.#rank || !this.#waitsFor(q)) continue;
+      if (this.#slots.signature(q, round) !== this.#signature) {
+        throw new Error(
+          `all ranks must call the same operation with the same dtype, sizes, root and reduction: current value is another one on rank ${q}; LINA_DEBUG=1 tells which`,
+        );
+      }
+      if (this.#request.operation === "allToAllV") {
+        this.#rounds = Math.max(this.#rounds, this.#slots.rounds(q, round));
+      }
+    }
+  }
+
+  #write(i: number, payload: number): void {
+    const { operation, peer, sendCounts } = this.#request;
+    const width = this.#width, chunk = this.#chunk;
+    const send = this.#send!;
+    const start = i * chunk;
+    switch (operation) {
+      case "allReduce":
+      case "reduce": {
+        const n = span(start, chunk, send.length);
+        if (this.#whole || send.address < 0) return send.copyOut(start * width, payload, n * width);
+        // This rank reduces its own part, so nobody else reads it.
+        const [from, to] = this.#part(n, this.#rank);
+        send.copyOut(start * width, payload, from * width);
+        return send.copyOut((start + to) * width, payload + to * width, (n - to) * width);
+      }
+      case "reduceScatter":
+      case "scatter": {
+        if (operation === "scatter" && this.#rank !== peer) return;
+        const block = this.#recv!.length;
+        const n = span(start, chunk, block);
+        for (let q = 0; q < this.#size; q++) {
+          if (q === this.#rank && (operation === "scatter" || send.address >= 0)) continue;
+          send.copyOut((q * block + start) * width, payload + q * chunk * width, n * width);
+        }
+        return;
+      }
+      case "broadcast":
+      case "gather":
+        if ((this.#rank === peer) === (operation === "gather")) return;
+        return send.copyOut(start * width, payload, span(start, chunk, send.length) * width);
+      case "allGather":
+      case "allGatherV":
+        return send.copyOut(start * width, payload, span(start, chunk, send.length) * width);
+      case "allToAll":
+      case "allToAllV": {
+        let at = 0;
+        for (let q = 0; q < this.#size; q++) {
+          const count = operation === "allToAll" ? send.length / this.#size : sendCounts[q];
+          if (q !== this.#rank) {
+            const n = span(start, chunk, count);
+            send.copyOut((at + start) * width, payload + q * chunk * width, n * width);
+          }
+          at += count;
+        }
+      }
+    }
+  }
+
+  #read(i: number, round: number): void {
+    const { operation, peer, recvCounts } = this.#request;
+    const width = this.#width, chunk = this.#chunk, rank = this.#rank;
+    const start = i * chunk;
+    switch (operation) {
+      case "allReduce":
+      case "reduce":
+        return this.#readReduced(i, round);
+      case "reduceScatter": {
+        const n = span(start, chunk, this.#recv!.length);
+        return this.#reduce(round, rank * chunk, rank * this.#recv!.length + start, start, n, -1);
+      }
+      case "broadcast":
+        if (rank === peer) return;
+        return this.#recv!.copyIn(
+          start * width,
+          this.#slots.payload(peer, round),
+          span(start, chunk, this.#recv!.length) * width,
+        );
+      case "scatter": {
+        const n = span(start, chunk, this.#recv!.length);
+        if (rank === peer) {
+          const block = this.#recv!.length;
+          return this.#recv!.copyFrom(
+            start * width,
+            this.#send!,
+            (rank * block + start) * width,
+            n * width,
+          );
+        }
+        const from = this.#slots.payload(peer, round) + rank * chunk * width;
+        return this.#recv!.copyIn(start * width, from, n * width);
+      }
+      case "gather":
+      case "allGather":
+      case "allGatherV": {
+        if (operation === "gather" && rank !== peer) return;
+        let at = 0;
+        for (let q = 0; q < this.#size; q++) {
+          const count = operation === "allGatherV" ? recvCounts[q] : this.#send!.length;
+          this.#take(q, round, 0, start, at, count);
+          at += count;
+        }
+        return;
+      }
+      case "allToAll":
+      case "allToAllV": {
+        let at = 0;
+        for (let q = 0; q < this.#size; q++) {
+          const count = operation === "allToAll" ? this.#recv!.length / this.#size : recvCounts[q];
+          if (q !== rank) this.#take(q, round, rank * chunk * width, start, at, count);
+          else if (i === 0) this.#keep(at, count);
+          at += count;
+        }
+      }
+    }
+  }
+
+  /** Takes this round's elements of a rank's block; the block begins at element `at` of the destination. */
+  #take(q: number, round: number, offset: number, start: number, at: number, count: number): void {
+    const n = span(start, this.#chunk, count) * this.#width;
+    const to = (at + start) * this.#width;
+    if (q === this.#rank) this.#recv!.copyFrom(to, this.#send!, start * this.#width, n);
+    else this.#recv!.copyIn(to, this.#slots.payload(q, round) + offset, n);
+  }
+
+  /** Copies the block of an all-to-all that stays on this rank. */
+  #keep(at: number, count: number): void {
+    const { operation, sendCounts } = this.#request;
+    let from = 0;
+    for (let q = 0; q < this.#rank; q++) from += operation === "allToAll" ? count : sendCounts[q];
+    this.#recv!.copyFrom(at * this.#width, this.#send!, from * this.#width, count * this.#width);
+  }
+
+  /** The part of a chunk of n elements that a rank reduces. */
+  #part(n: number, rank: number): [number, number] {
+    const unit = 64 / this.#width;
+    const part = Math.ceil(n / this.#size / unit) * unit;
+    return [Math.min(n, rank * part), Math.min(n, (rank + 1) * part)];
+  }
+
+  #readReduced(i: number, round: number): void {
+    const { operation, peer } = this.#request;
+    const { length } = this.#send!;
+    const chunk = this.#chunk, width = this.#width;
+    const wanted = operation === "allReduce" || this.#rank === peer;
+    if (this.#whole) {
+      if (wanted) this.#reduce(round, 0, 0, 0, length, -1);
+      return;
+    }
+    const results = this.#slots.segment.layout.payload;
+    if (i < this.#rounds - 1) {
+      const n = span(i * chunk, chunk, length);
+      const [from, to] = this.#part(n, this.#rank);
+      const next = this.#slots.payload(this.#rank, (round + 1) | 0) + results;
+      this.#reduce(round, from, i * chunk + from, wanted ? i * chunk + from : -1, to - from, next);
+    }
+    if (i === 0 || !wanted) return;
+    const start = (i - 1) * chunk;
+    const n = span(start, chunk, length);
+    for (let q = 0; q < this.#size; q++) {
+      if (q === this.#rank) continue;
+      const [from, to] = this.#part(n, q);
+      const at = this.#slots.payload(q, round) + results;
+      this.#recv!.copyIn((start + from) * width, at, (to - from) * width);
+    }
+  }
+
+  /**
+   * Reduces n elements that lie at element `offset` of every rank's payload and at element `own` of this rank's data; the result goes to
+   * linear memory at `shared` unless that is −1, and to element `to` of the destination unless that is −1.
+   */
+  #reduce(round: number, offset: number, own: number, to: number, n: number, shared: number): void {
+    if (n <= 0) return;
+    const { dtype } = (this.#request.send ?? this.#request.recv)!;
+    const width = this.#width, send = this.#send!, recv = this.#recv;
+    sources.length = this.#size;
+    for (let q = 0; q < this.#size; q++) {
+      sources[q] = q === this.#rank && send.address >= 0
+        ? send.address + own * width
+        : this.#slots.payload(q, round) + offset * width;
+    }
+    const direct = to >= 0 && recv!.address >= 0 ? recv!.address + to * width : -1;
+    // Without a place of its own the result replaces this rank's contribution in its slot, which nobody else reads any more:
+    // in one-round reductions the others do, so there it goes behind the payload.
+    const target = shared >= 0
+      ? shared
+      : direct >= 0
+      ? direct
+      : this.#slots.payload(this.#rank, (round + 1) | 0);
+    reduceLinear(dtype, this.#request.op, sources, target, n);
+    if (to >= 0 && (shared >= 0 || direct < 0)) recv!.copyIn(to * width, target, n * width);
+  }
+}
+
+const sources: number[] = [];
+
+function span(start: number, chunk: number, length: number): number {
+  return Math.max(0, Math.min(chunk, length - start));
+}
+
+function maxOf(counts: ArrayLike<number>, except: number): number {
+  let max = 0;
+  for (let r = 0; r < counts.length; r++) if (r !== except && counts[r] > max) max = counts[r];
+  return max;
+}
+
+/** A number that ranks agree on when they call the same operation. */
+function signatureOf(request: CollectiveRequest, size: number): number {
+  const { operation, send, recv, peer, op, recvCounts } = request;
+  let n = 0;
+  if (operation === "allGatherV") { for (let r = 0; r < size; r++) n = mix(n, recvCounts[r]); }
+  else if (operation === "scatter" || operation === "reduceScatter") n = recv!.length;
+  else if (operation !== "allToAllV") n = send?.length ?? 0;
+  const region = send ?? recv;
+  const dtype = region === null ? 0 : DTYPES.indexOf(region.dtype) + 1;
+  let hash = mix(operation.length * 31 + operation.charCodeAt(operation.length - 1), dtype);
+  hash = mix(hash, peer * 8 + OPS.indexOf(op));
+  return mix(mix(hash, n % 0x100000000), Math.floor(n / 0x100000000));
+}
+
+const OPS = ["sum", "min", "max", "prod", "avg"];
+
+function mix(hash: number, value: number): number {
+  return (Math.imul(hash ^ value, 0x9e3779b1) ^ (hash >>> 15)) | 0;
+}
