@@ -8,7 +8,7 @@ import type { Device, MemoryStats, Stream, StreamEvent } from "../device.ts";
 import type { Tensor } from "../tensor.ts";
 import { now } from "../../trace/mod.ts";
 import { allocate, free, heapStats, resetPeak } from "./memory.ts";
-import { referenceKernels } from "./reference/mod.ts";
+import { cpuKernels } from "./kernels.ts";
 import { hostView } from "./view.ts";
 
 export { hostView } from "./view.ts";
@@ -63,7 +63,7 @@ export function cpuDevice(): Device {
     kind: "cpu",
     name: os.cpus()[0]?.model.trim() || process.arch,
     stream: hostStream,
-    kernels: referenceKernels,
+    kernels: cpuKernels,
     allocate,
     free,
     write,

@@ -1,0 +1,111 @@
+// Kernels over the columns of each row: normalisation, rotary positions, softmax, the loss.
+
+#include "real.h"
+
+// out = x / rms(x) gain, rms(x) = sqrt(mean(x^2) + eps); inv_rms (N) is kept for the gradient
+EXPORT void NAME(rms_norm)(
+  const real *restrict x, const real *restrict gain, real *restrict out, real *restrict inv_rms,
+  size_t N, size_t D, real eps
+) {
+  for (size_t n = 0; n < N; n++) {
+    const real *xn = x + n * D;
+    real *o = out + n * D;
+    real inverse = 1 / sqrt_(dot(xn, xn, D) / D + eps);
+    for (size_t d = 0; d < D; d++) o[d] = xn[d] * inverse * gain[d];
+    inv_rms[n] = inverse;
+  }
+}
+
+// With y = x inv_rms: dx = inv_rms (g - y mean(g y)) for g = d_out gain; d_gain += d_out y
+EXPORT void NAME(rms_norm_backward)(
+  const real *restrict d_out, const real *restrict x, const real *restrict gain, const real *restrict inv_rms,
+  real *restrict dx, real *restrict d_gain, size_t N, size_t D
+) {
+  for (size_t n = 0; n < N; n++) {
+    const real *d = d_out + n * D, *xn = x + n * D;
+    real *o = dx + n * D;
+    real sum = 0;
+    {
+      SUMS_MAY_REORDER
+      UNROLL4
+      for (size_t i = 0; i < D; i++) sum += d[i] * gain[i] * xn[i];
+    }
+    real inverse = inv_rms[n], pull = sum * inverse * inverse * inverse / D;
+    for (size_t i = 0; i < D; i++) {
+      d_gain[i] += d[i] * xn[i] * inverse;
+      o[i] = d[i] * gain[i] * inverse - xn[i] * pull;
+    }
+  }
+}
+
+// Turns the pair (i, i + C/2) of every head of x (N, heads C) by the angle of its row's position. `turns` holds, for each
+// position, C/2 cosines and then C/2 sines; direction is 1, or -1 to turn back.
+EXPORT void NAME(rope)(
+  real *restrict x, const int *restrict positions, const real *restrict turns, size_t N, size_t heads, size_t C, real direction
+) {
+  size_t half = C / 2;
+  for (size_t n = 0; n < N; n++) {
+    const real *cosine = turns + (size_t)positions[n] * C, *sine = cosine + half;
+    for (size_t h = 0; h < heads; h++) {
+      real *restrict a = x + (n * heads + h) * C, *restrict b = a + half;
+      for (size_t i = 0; i < half; i++) {
+        real u = a[i], v = b[i], s = direction * sine[i];
+        a[i] = u * cosine[i] - v * s;
+        b[i] = v * cosine[i] + u * s;
+      }
+    }
+  }
+}
+
+// out[i] = exp(x[i] - max); returns their sum. out may be x.
+INLINE real exponentials(const real *x, real *out, size_t n, real max) {
+  SUMS_MAY_REORDER
+  real sum = 0;
+  for (size_t i = 0; i < n; i++) {
+    real e = exp_(x[i] - max);
+    out[i] = e;
+    sum += e;
+  }
+  return sum;
+}
+
+EXPORT void NAME(softmax)(const real *x, real *out, size_t N, size_t V) {
+  for (size_t n = 0; n < N; n++) {
+    const real *row = x + n * V;
+    real *o = out + n * V;
+    real inverse = 1 / exponentials(row, o, V, row_max(row, V));
+    for (size_t v = 0; v < V; v++) o[v] *= inverse;
+  }
+}
+
+// dx = y (dy - y . dy); dx may be dy
+EXPORT void NAME(softmax_backward)(const real *dy, const real *y, real *dx, size_t N, size_t V) {
+  for (size_t n = 0; n < N; n++) {
+    const real *d = dy + n * V, *p = y + n * V;
+    real *o = dx + n * V, sum = dot(d, p, V);
+    for (size_t v = 0; v < V; v++) o[v] = p[v] * (d[v] - sum);
+  }
+}
+
+// loss = log(sum_v exp(x[v])) - x[target]; logits become scale (softmax - onehot). A negative target is ignored.
+EXPORT int NAME(cross_entropy)(
+  real *restrict logits, const int *restrict targets, real *restrict losses, size_t N, size_t V, real scale
+) {
+  for (size_t n = 0; n < N; n++) {
+    real *row = logits + n * V;
+    int target = targets[n];
+    if (target < 0) {
+      losses[n] = 0;
+      for (size_t v = 0; v < V; v++) row[v] = 0;
+      continue;
+    }
+    if ((size_t)target >= V) return (int)n;
+    real max = row_max(row, V), chosen = row[target];
+    real sum = exponentials(row, row, V, max);
+    losses[n] = (max - chosen) + (real)host_log(sum);
+    real factor = scale / sum;
+    for (size_t v = 0; v < V; v++) row[v] *= factor;
+    row[target] -= scale;
+  }
+  return -1;
+}
