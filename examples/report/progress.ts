@@ -5,6 +5,8 @@
 export interface ProgressValues {
   /** Steps done so far. */
   readonly step: number;
+  /** Number of the last step, when it has changed. */
+  readonly total?: number;
   /** Training loss in nats per token. */
   readonly loss?: number;
   /** Latest validation loss in nats per token; shown until the next one. */
@@ -38,7 +40,7 @@ const REDRAW_MS = 80;
 
 /** A progress bar with loss, throughput, all-to-all share and load balance. */
 export class Progress implements Disposable {
-  readonly #total: number;
+  #total: number;
   readonly #start: number;
   readonly #silent: boolean;
   readonly #columns: () => number;
@@ -78,6 +80,7 @@ export class Progress implements Disposable {
   update(values: ProgressValues): void {
     if (this.#silent) return;
     const validated = values.val_loss !== undefined;
+    this.#total = Math.max(values.total ?? this.#total, 1);
     this.#values = { ...this.#values, ...dropAbsent(values) };
     const columns = this.#columns();
     const wait = columns > 0 ? REDRAW_MS : this.#interval_ms;
