@@ -241,7 +241,7 @@ function* reduceOwnBlock(
   const bytes = from.sizes[rank];
   using slots = new Scratch(bytes * size);
   const own = part(from.memory, from.offsets[rank], bytes);
-  post(place, from, equal(part(slots, 0, bytes * size), size), place.tags[0]);
+  post(place, from, equal(slots, size), place.tags[0]);
   copyBytes(own, target, () => place.requests.test());
   yield* complete(place);
   const count = bytes / bytesOf(request.send!.dtype);
@@ -259,7 +259,7 @@ function* allReduce(place: Place, request: CollectiveRequest): Steps {
   const bytes = send.view.byteLength;
   if (isSmall(send, size)) {
     using slots = new Scratch(bytes * size);
-    yield* allGatherSmall(place, send, part(slots, 0, bytes * size));
+    yield* allGatherSmall(place, send, slots);
     copyBytes(send, recv);
     reduceInRankOrder(reductionOf(place, request), slots, recv, request.send!.length);
     return;
@@ -283,9 +283,7 @@ function* reduce(place: Place, request: CollectiveRequest): Steps {
   const sizes = dealt(request.send!, size);
   const from = inOrder(send, sizes);
   using scratch = new Scratch(sizes[rank]); // other ranks have nowhere to reduce to
-  const own = rank === root
-    ? part(recv, from.offsets[rank], sizes[rank])
-    : part(scratch, 0, sizes[rank]);
+  const own = rank === root ? part(recv, from.offsets[rank], sizes[rank]) : scratch;
   yield* reduceOwnBlock(place, request, from, own);
   const to = rank === root ? inOrder(recv, sizes) : whole(NOTHING, size);
   post(place, only(own, root, size), to, place.tags[1]);

@@ -23,6 +23,8 @@ const never = new Int32Array(new SharedArrayBuffer(4));
 export interface Watcher {
   /** The operation is complete; its message set is free. */
   landed(flight: Flight): void;
+  /** The operation has failed; its messages may still be on their way. */
+  failed(flight: Flight): void;
   /** The operation has waited for a while. @returns An error if it can never complete. */
   overdue(flight: Flight): Error | undefined;
 }
@@ -55,13 +57,13 @@ export class Flight implements Completion {
 
   /** Moves the operation on. @returns Whether it is complete. Throws what went wrong. */
   poll(): boolean {
-    this.#advance();
+    this.advance();
     if (this.#error !== undefined) throw this.#error;
     return this.#done;
   }
 
-  /** @returns Whether there is nothing left to wait for. */
-  #advance(): boolean {
+  /** Moves the operation on. @returns Whether there is nothing left to wait for, be it that it has failed. */
+  advance(): boolean {
     if (this.#done || this.#error !== undefined) return true;
     try {
       if (!this.#steps.next().done) return false;
@@ -76,11 +78,12 @@ export class Flight implements Completion {
   #fail(cause: unknown): void {
     keepScratch(this);
     this.#error = cause;
+    this.#watcher.failed(this);
   }
 
   /** Tests again and again, or pauses, for at most 2 ms. */
   idle(spins: number): void {
-    for (let i = 0; i < TESTS_PER_IDLE; i++) if (this.#advance()) return;
+    for (let i = 0; i < TESTS_PER_IDLE; i++) if (this.advance()) return;
     if (spins >= YIELD_AFTER_SPINS) libc().sched_yield();
     if (spins < SLEEP_AFTER_SPINS) return;
     const error = this.#watcher.overdue(this);
@@ -89,7 +92,7 @@ export class Flight implements Completion {
     if (waits < BUSY_WAITS) {
       const until = performance.now() + BUSY_MS;
       while (performance.now() < until) {
-        for (let i = 0; i < 16; i++) if (this.#advance()) return;
+        for (let i = 0; i < 16; i++) if (this.advance()) return;
         libc().sched_yield();
       }
     } else {

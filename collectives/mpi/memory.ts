@@ -1,8 +1,8 @@
 // Bytes that MPI reads and writes: a view for JavaScript and the machine address for C, of a caller's region or of scratch
-// memory that is reused from one operation to the next. Buffers are kept alive by whoever holds the `Bytes`.
+// memory among the tensors. Buffers are kept alive by whoever holds the `Bytes`.
 
 import { addressOf } from "../../ffi/mpi.ts";
-import { machineAddress } from "../../tensor/cpu/memory.ts";
+import { allocate, free, linearBuffer, machineAddress } from "../../tensor/cpu/memory.ts";
 import type { Region } from "../transport.ts";
 
 /** Some bytes of host memory. */
@@ -71,9 +71,6 @@ export function copyBytes(source: Bytes, target: Bytes, between?: () => void): v
   }
 }
 
-// Fresh memory costs a page fault per 4 KiB, which is more than moving the bytes. Sizes are powers of two, at least a page.
-const free = new Map<number, ArrayBuffer[]>();
-const MOST_KEPT = 4;
 let kept: unknown[] | undefined;
 
 /**
@@ -86,29 +83,24 @@ export function keepScratch(...what: unknown[]): void {
   (kept ??= []).push(...what);
 }
 
-/** Scratch memory that goes back to the pool when disposed. */
+/** Scratch memory, which goes back to the pool of tensors when disposed. */
 export class Scratch implements Bytes, Disposable {
   /** The bytes; their contents are undefined. */
   readonly view: Uint8Array<ArrayBufferLike>;
-  /** Their machine address, a multiple of 8. */
+  /** Their machine address, a multiple of 64. */
   readonly address: bigint;
 
   /**
-   * @param bytes Least size.
+   * @param bytes Size.
    */
   constructor(bytes: number) {
-    const size = 2 ** Math.ceil(Math.log2(Math.max(bytes, 4096)));
-    const buffer = free.get(size)?.pop() ?? new ArrayBuffer(size);
-    this.view = new Uint8Array(buffer);
-    this.address = addressOf(buffer);
+    const offset = allocate(bytes);
+    this.view = new Uint8Array(linearBuffer(), offset, bytes);
+    this.address = machineAddress(offset);
   }
 
   /** Gives the memory back; C must have finished with it. */
   [Symbol.dispose](): void {
-    const buffer = this.view.buffer as ArrayBuffer;
-    if (kept !== undefined) return void kept.push(buffer);
-    const list = free.get(buffer.byteLength);
-    if (list === undefined) free.set(buffer.byteLength, [buffer]);
-    else if (list.length < MOST_KEPT) list.push(buffer);
+    if (kept === undefined) free(this.view.byteOffset);
   }
 }

@@ -49,7 +49,6 @@ export async function openMpi(context: BootContext): Promise<Transport> {
   const { calls, world } = library;
   const words = new Int32Array(new ArrayBuffer(64));
   const at = addressOf(words.buffer);
-  keepSignals();
   checkMpi(calls.MPI_Initialized(at), "MPI_Initialized");
   if (words[0] === 0) {
     checkMpi(calls.MPI_Init_thread(0n, 0n, THREAD_FUNNELED, at), "MPI_Init_thread");
@@ -71,11 +70,6 @@ export async function openMpi(context: BootContext): Promise<Transport> {
   const job: Job = { mpi: library, context, tagLimit, broken: false, finalized: false };
   const members = [...Array(context.size).keys()];
   return new MpiTransport(job, comm, { members, id: "world", rank: context.rank });
-}
-
-/** Open MPI catches SIGSEGV to print a trace, but V8 needs it: that is how it notices WebAssembly that leaves its memory. */
-function keepSignals(): void {
-  if (!Deno.env.has("OMPI_MCA_opal_signal")) Deno.env.set("OMPI_MCA_opal_signal", "6");
 }
 
 function firstLine(text: string): string {
@@ -170,6 +164,11 @@ class MpiTransport implements Transport, Watcher {
     this.#setOf.delete(flight);
   }
 
+  failed(flight: Flight): void {
+    this.#flights.delete(flight);
+    this.#job.broken = true;
+  }
+
   overdue(flight: Flight): Error | undefined {
     const waited = performance.now() - flight.since;
     const { operation, peer } = flight.request;
@@ -182,7 +181,6 @@ class MpiTransport implements Transport, Watcher {
         : r === peer && begun >= 0 && waited > OVERDUE_MS;
       const gone = waited > OVERDUE_MS ? this.#job.context.departed?.get(members[r]) : undefined;
       if (!never && gone === undefined) continue;
-      this.#job.broken = true;
       return new Error(
         `Cannot complete ${operation} of ${id} on rank ${this.#group.rank} as every rank must take part: current value is that rank ${r} ${
           gone ?? `has closed the communicator after ${begun} collectives`
@@ -287,10 +285,20 @@ class MpiTransport implements Transport, Watcher {
     }
   }
 
+  /** Whether nothing is in flight, or nothing can move any more. */
+  #settled(): boolean {
+    if (this.#job.broken) return true;
+    for (const flight of this.#flights) flight.advance();
+    return this.#flights.size === 0;
+  }
+
   async close(): Promise<void> {
     if (this.#closed || this.#job.finalized) return;
     this.#closed = true;
     const { calls } = this.#job.mpi;
+    const end = performance.now() + OVERDUE_MS;
+    await until(() => this.#settled() || performance.now() > end);
+    if (this.#flights.size > 0) this.#job.broken = true; // they will never complete
     this.#sayFarewell();
     if (this.#job.broken) {
       await setTimeout(YIELD_TO_CAUSE_MS);
