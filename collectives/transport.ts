@@ -2,7 +2,7 @@
 // `communicator.ts` has checked, knows no user-facing names and keeps no trace.
 
 import type { DType, TypedArray } from "../tensor/dtype.ts";
-import type { Stream } from "../tensor/device.ts";
+import type { Device, Stream, StreamEvent } from "../tensor/device.ts";
 import type { Backend, Counts, ReduceOp } from "./types.ts";
 
 /** Names of the operations that a transport carries out. */
@@ -53,6 +53,8 @@ export interface CollectiveRequest {
   readonly peer: number;
   /** Tag of send and recv. */
   readonly tag: number;
+  /** What the operation is ordered after on a GPU; the present end of the device's stream without it. Nothing to a CPU. */
+  readonly after?: StreamEvent;
 }
 
 /** An operation in flight, as the transport sees it. */
@@ -65,13 +67,18 @@ export interface Completion {
   idle(spins: number): void;
   /** Orders a GPU stream after the operation; absent on the CPU. */
   waitOn?(stream: Stream): void;
+  /** Host-clock times in µs at which the device began and ended it, once it is complete; absent on the CPU, where the host's are right. */
+  span?(): readonly [start_us: number, end_us: number];
 }
 
 /** Carries the bytes of one communicator. */
 export interface Transport {
   /** Which backend. */
   readonly backend: Backend;
-  /** Starts an operation. Operations of one transport are started in the same order on all its ranks. */
+  /**
+   * Starts an operation. Operations of one transport are started in the same order on all its ranks; those of two transports need not be,
+   * so `start` never waits for a peer: all connections exist once the transport does. Counts are read before it returns.
+   */
   start(request: CollectiveRequest): Completion;
   /**
    * A transport among some of the ranks, called by all of them at the same point. `members[newRank]` is the rank in this transport;
@@ -98,6 +105,8 @@ export interface BootContext {
   readonly localRank: number;
   /** Where ranks leave each other small messages. */
   readonly store: Store;
+  /** The rank's GPU: operations order themselves after its stream. Absent on the CPU, whose one stream is the host's thread. */
+  readonly device?: Device;
   /**
    * Ranks that have left the job and how ("has ended without leaving the job"), as the rendezvous has told so far; it fills while the
    * job runs. A transport that waits for such a rank for more than a second throws and names it.

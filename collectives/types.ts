@@ -2,7 +2,7 @@
 // Checks, order and tracing live once in `communicator.ts`; moving bytes lives in a transport (`transport.ts`).
 
 import type { DType, TypedArray } from "../tensor/dtype.ts";
-import type { Stream } from "../tensor/device.ts";
+import type { Stream, StreamEvent } from "../tensor/device.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 
 /** What carries a communicator's bytes. `self` is a world of one. */
@@ -19,7 +19,7 @@ export type Counts = readonly number[] | Int32Array;
 
 /**
  * An operation that has been started. Awaiting it is completion as the host sees it: results may be read, buffers reused.
- * Buffers must not be touched in between.
+ * Buffers must not be touched in between, nor freed: on a GPU, free them after `wait(device.stream)`, which needs no host wait.
  */
 export interface Work extends PromiseLike<void> {
   /** Whether the operation is complete as the host sees it; never blocks, and lets pending operations progress. */
@@ -48,6 +48,11 @@ export interface AllReduceOptions {
   readonly op?: ReduceOp;
   /** Where the result goes; in place without it. */
   readonly out?: Data;
+  /**
+   * On a GPU, what the operation is ordered after: the event at which `x` was complete. A host that has run ahead needs it, or the
+   * operation waits for everything enqueued meanwhile. @default {the present end of the device's stream}
+   */
+  readonly after?: StreamEvent;
 }
 
 /**
@@ -94,9 +99,17 @@ export interface Communicator extends AsyncDisposable {
    */
   allToAllV(send: Data, sendCounts: Counts, recv: Data, recvCounts: Counts): Work;
   /** Sends `x` to rank `to`; matched by a recv of the same size, in order per (sender, tag). MPI_Send. */
-  send(x: Data, to: number, options?: { readonly tag?: number }): Work;
+  send(
+    x: Data,
+    to: number,
+    options?: { readonly tag?: number; readonly after?: StreamEvent },
+  ): Work;
   /** Receives from rank `from` into `out`. MPI_Recv. */
-  recv(out: Data, from: number, options?: { readonly tag?: number }): Work;
+  recv(
+    out: Data,
+    from: number,
+    options?: { readonly tag?: number; readonly after?: StreamEvent },
+  ): Work;
   /** Complete once every rank has called it. MPI_Barrier. */
   barrier(): Work;
   /**

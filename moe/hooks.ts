@@ -90,9 +90,17 @@ export interface Schedule {
   readonly microOps: readonly MicroOp[];
   /** Chunks that each all-to-all is cut into; 1 where absent. */
   readonly chunks: ReadonlyMap<NodeId, number>;
+  /**
+   * Orders each all-to-all after the micro-ops launched before it, and each micro-op after the all-to-alls before it, on the device.
+   * Needs one order that all ranks share, so only with pace `program`. @default {false}
+   */
+  readonly exclusive?: boolean;
 }
 
-/** What has just happened, in the order of the program; every boundary is alike on all ranks. */
+/**
+ * What has just happened, in the order of the program; all but `microOpEnds` come in the same order on all ranks. A host runs ahead
+ * of a GPU: {@linkcode CollectiveScheduler.pace} says whether the host or the device has passed the boundary.
+ */
 export type Boundary =
   | { readonly kind: "gradientReady"; readonly gradient: NodeId }
   | { readonly kind: "allToAllStarts"; readonly node: NodeId }
@@ -114,6 +122,8 @@ export interface LaunchState {
   readonly running: number;
   /** All-to-alls started and not complete. */
   readonly allToAlls: number;
+  /** Whether a combine's backward has begun and its all-to-all has not: one is imminent. */
+  readonly imminent: boolean;
 }
 
 /**
@@ -124,6 +134,12 @@ export interface LaunchState {
 export interface CollectiveScheduler {
   /** Name for traces and tables. */
   readonly name: string;
+  /**
+   * When `launch` is asked. `program`: as the host passes a boundary; `microOpEnds` is not told, `running` and `allToAlls` are 0, so every
+   * rank decides alike. `device`: once the device has passed it; for rules on what is running now. A CPU has no difference in when.
+   * Micro-ops of a `device` schedule have one part each: packing would queue behind the host's lead. @default {"program"}
+   */
+  readonly pace?: "program" | "device";
   /** Partitions gradients and all-to-alls. */
   plan(graph: StepGraph): Schedule;
   /** How many of the ready micro-ops to launch now, 0 to `state.ready`. */

@@ -65,6 +65,7 @@ export class ScheduleRun {
   #ready = 0;
   #running = 0;
   #allToAlls = 0;
+  #imminent = false;
 
   /**
    * @param scheduler Decides when to launch.
@@ -110,9 +111,13 @@ export class ScheduleRun {
         break;
       case "allToAllStarts":
         this.#allToAlls++;
+        this.#imminent = false;
         break;
       case "allToAllEnds":
         this.#allToAlls--;
+        break;
+      case "combineBackwardStarts":
+        this.#imminent = true;
         break;
       case "microOpEnds":
         this.#running--;
@@ -124,6 +129,7 @@ export class ScheduleRun {
       ready: this.#ready,
       running: this.#running,
       allToAlls: this.#allToAlls,
+      imminent: this.#imminent,
     });
     const least = boundary.kind === "stepEnds" ? this.left : 0;
     if (!(Number.isInteger(count) && count >= 0 && count <= this.#ready) || count < least) {

@@ -53,7 +53,10 @@ export interface Device {
    * @returns Byte offset in the CPU's linear memory, or the device address.
    */
   allocate(bytes: number): number;
-  /** Gives back what {@linkcode Device.allocate} returned; stream-ordered, so pending kernels may still use it. */
+  /**
+   * Gives back what {@linkcode Device.allocate} returned, in the order of `stream`: kernels enqueued there may still use it. Work of another
+   * stream, as a collective's, must come before: `stream.wait` or `work.wait(stream)` first.
+   */
   free(address: number): void;
   /** Copies a host array into a tensor of the same size and dtype. */
   write(source: TypedArray, target: Tensor): void;
