@@ -2,8 +2,6 @@
 // project, so every other room can use it. Recording a span costs one object; totals per category are always kept, spans
 // only while capturing.
 
-import process from "node:process";
-
 /** What a span is about; totals are kept per category. */
 export type Category =
   | "compute"
@@ -17,7 +15,7 @@ export type Category =
 /** Values shown with a span. */
 export type SpanArgs = Readonly<Record<string, string | number | boolean>>;
 
-/** A finished span on one track of this rank. Times are µs on the rank's own monotonic clock. */
+/** A finished span on one track of this rank. Times are µs on the clock of {@linkcode now}. */
 export interface Span {
   /** Row of the timeline: `compute`, `dispatch`, `gradients`, … */
   readonly track: string;
@@ -33,17 +31,21 @@ export interface Span {
   readonly args?: SpanArgs;
 }
 
+/** Times count from here, so that the µs of a double have digits to spare. */
+const EPOCH_MS = Date.UTC(2026, 0, 1);
+
+// performance.now() alone starts at 0 in every process, and so does process.hrtime() in Deno. The system's time at that
+// start is exact to about a µs, so the processes of one host share this clock; it never steps back within a process.
+const origin_ms = performance.timeOrigin - EPOCH_MS;
+
 /**
- * The present time on the clock that spans use: the system's monotonic clock, which all processes of one host share.
+ * The present time on the clock that spans use: monotonic, and shared by all processes of one host to about a µs.
  *
  * @returns Time in µs.
  */
 export function now(): number {
-  return monotonicBase + performance.now() * 1000;
+  return (origin_ms + performance.now()) * 1000;
 }
-
-// performance.now() starts at 0 in every process; the system's monotonic clock does not.
-const monotonicBase = Number(process.hrtime.bigint()) / 1000 - performance.now() * 1000;
 
 /** Collects the spans and totals of this process. */
 export class Recorder {
@@ -51,6 +53,10 @@ export class Recorder {
   capturing = false;
   /** Spans kept so far. */
   readonly spans: Span[] = [];
+  /** Most spans that are kept; a span takes about 200 bytes. @default {500,000} */
+  limit = 500_000;
+  /** Spans that found no room. */
+  dropped = 0;
   #totals = new Map<Category, number>();
 
   /**
@@ -60,7 +66,15 @@ export class Recorder {
    */
   record(span: Span): void {
     this.#totals.set(span.category, (this.#totals.get(span.category) ?? 0) + span.end - span.start);
-    if (this.capturing) this.spans.push(span);
+    if (!this.capturing) return;
+    if (this.spans.length < this.limit) this.spans.push(span);
+    else this.dropped++;
+  }
+
+  /** Forgets the spans; totals stay. */
+  clearSpans(): void {
+    this.spans.length = 0;
+    this.dropped = 0;
   }
 
   /**
