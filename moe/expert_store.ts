@@ -1,0 +1,251 @@
+// The one owner of the experts of a layer on this rank: weights and gradients by expert id. A rank has *seats* that experts sit in; a
+// replica is an expert that sits on several ranks, whose gradients are reduced among these ranks alone. Every expert is one flat
+// block of memory, [up | down], so that reducing or moving an expert is one message.
+//
+// Names of an expert's parts are Mixtral's: `w1` is the gate's matrix of SwiGLU (or the only one into the hidden width), `w3` the one that
+// it gates, `w2` the one back: `model.layers.{layer}.block_sparse_moe.experts.{id}.w1.weight`.
+//
+// Shape letters: D model width, F hidden width, H = 2F for SwiGLU, else F, E experts.
+
+import type { Communicator, Work } from "../collectives/types.ts";
+import type { Activation, Device } from "../tensor/device.ts";
+import type { DType } from "../tensor/dtype.ts";
+import * as ops from "../tensor/ops.ts";
+import { empty, fromArray, type Tensor, zeros } from "../tensor/tensor.ts";
+import type { ExpertMatrices } from "./experts.ts";
+import type { PlacementPlan } from "./hooks.ts";
+import { normal, random } from "./init.ts";
+import type { Parameter } from "./parameter.ts";
+import { holdersOf } from "./placement.ts";
+
+/** How an {@linkcode ExpertStore} is made; all but the device is alike on all ranks. */
+export interface ExpertStoreOptions {
+  /** Where the weights live. */
+  readonly device: Device;
+  /** The ranks that experts sit on. */
+  readonly comm: Communicator;
+  /** Layer. */
+  readonly layer: number;
+  /** E. */
+  readonly experts: number;
+  /** D. */
+  readonly width: number;
+  /** F. */
+  readonly hidden: number;
+  /** Between the two layers of an expert. */
+  readonly activation: Activation;
+  /** Element type. */
+  readonly dtype: DType;
+  /** Experts of each rank. */
+  readonly seats: PlacementPlan["seats"];
+  /** The run's seed; an expert's first weights depend on it and on the names of the weights only. */
+  readonly seed: number;
+  /** Standard deviation of the first weights. */
+  readonly initStd: number;
+  /** Standard deviation of the first weights back to the model width. */
+  readonly downStd: number;
+}
+
+/** An expert that sits on this rank. */
+interface SeatedExpert {
+  readonly id: number;
+  /** All weights, [up | down]. */
+  readonly weights: Tensor;
+  /** Their gradient. */
+  readonly gradient: Tensor;
+  /** The matrices of `weights`. */
+  readonly matrices: ExpertMatrices;
+  /** The matrices of `gradient`. */
+  readonly gradients: ExpertMatrices;
+  /** The named parts: w2, w1 and, for SwiGLU, w3. */
+  readonly parameters: readonly Parameter[];
+}
+
+/** Owns the experts of one layer that sit on this rank. */
+export class ExpertStore implements Disposable {
+  readonly #options: ExpertStoreOptions;
+  #seats: PlacementPlan["seats"];
+  #holders: readonly (readonly number[])[];
+  #seated: readonly SeatedExpert[];
+  /** Communicators of replicas, by the ranks they join; null where this rank is not one of them. */
+  readonly #groups = new Map<string, Communicator | null>();
+
+  /**
+   * @param options Sizes, seats and seed.
+   * @throws {RangeError} If the seats are not valid.
+   */
+  constructor(options: ExpertStoreOptions) {
+    const { seats, experts, comm } = options;
+    checkSeats(seats, comm.size);
+    this.#options = options;
+    this.#seats = seats;
+    this.#holders = holdersOf(seats, experts);
+    this.#seated = seats[comm.rank].map((id) => {
+      const expert = this.#makeSeat(id);
+      this.#initialise(expert);
+      return expert;
+    });
+  }
+
+  /** Experts of each rank, in the order of the seats. */
+  get seats(): PlacementPlan["seats"] {
+    return this.#seats;
+  }
+
+  /** Parameters of the experts that sit here, in the order in which their gradients become ready. */
+  get parameters(): readonly Parameter[] {
+    return this.#seated.flatMap(({ parameters }) => parameters);
+  }
+
+  /** Weights of the experts that sit here, by seat. */
+  get matrices(): readonly ExpertMatrices[] {
+    return this.#seated.map(({ matrices }) => matrices);
+  }
+
+  /** Gradients of the experts that sit here, by seat. */
+  get gradients(): readonly ExpertMatrices[] {
+    return this.#seated.map(({ gradients }) => gradients);
+  }
+
+  /**
+   * The ranks that hold an expert.
+   *
+   * @param expert Its id.
+   * @returns The ranks, ascending; the first one speaks for the expert where only one may (norms, checkpoints).
+   */
+  holders(expert: number): readonly number[] {
+    return this.#holders[expert];
+  }
+
+  /**
+   * Sums the gradients of replicas over the ranks that hold them. All ranks call it together, once per step, after the backward
+   * pass. Without replicas it does nothing.
+   */
+  async reduceReplicas(): Promise<void> {
+    await this.#openGroups();
+    const works: Work[] = [];
+    for (const { id, gradient } of this.#byId()) {
+      const holders = this.#holders[id];
+      if (holders.length > 1) works.push(this.#groups.get(holders.join())!.allReduce(gradient));
+    }
+    for (const work of works) await work.wait(this.#options.device.stream);
+  }
+
+  /**
+   * Seats the experts anew: weights of an expert that a rank did not hold come from one that did, gradients there begin at zero. All
+   * ranks call it together, between steps. Experts that stay keep their memory; `parameters` changes.
+   *
+   * @param seats Experts of each rank from now on.
+   * @throws {RangeError} If the seats are not valid; nothing has moved then.
+   */
+  async moveTo(seats: PlacementPlan["seats"]): Promise<void> {
+    const { comm, experts, device } = this.#options;
+    checkSeats(seats, comm.size);
+    const holders = holdersOf(seats, experts);
+    const held = new Map(this.#seated.map((expert) => [expert.id, expert]));
+    const works: Work[] = [];
+    // One order on all ranks: by expert, then by new holder; old holders take turns as the source.
+    for (let e = 0; e < experts; e++) {
+      const old = this.#holders[e];
+      holders[e].filter((rank) => !old.includes(rank)).forEach((rank, i) => {
+        const source = old[i % old.length];
+        if (comm.rank === source) {
+          works.push(comm.send(held.get(e)!.weights, rank, { tag: e }));
+        } else if (comm.rank === rank) {
+          const expert = this.#makeSeat(e);
+          held.set(e, expert);
+          works.push(comm.recv(expert.weights, source, { tag: e }));
+        }
+      });
+    }
+    for (const work of works) await work.wait(device.stream);
+    for (const expert of held.values()) {
+      if (!seats[comm.rank].includes(expert.id)) freeSeat(expert);
+    }
+    this.#seats = seats;
+    this.#holders = holders;
+    this.#seated = seats[comm.rank].map((id) => held.get(id)!);
+  }
+
+  /** Frees weights and gradients. Communicators of replicas end with the world. */
+  [Symbol.dispose](): void {
+    this.#seated.forEach(freeSeat);
+  }
+
+  /** The experts that sit here by ascending id: an order that ranks agree on whatever the order of their seats. */
+  #byId(): SeatedExpert[] {
+    return [...this.#seated].sort((a, b) => a.id - b.id);
+  }
+
+  #makeSeat(id: number): SeatedExpert {
+    const { device, layer, width, hidden, activation, dtype } = this.#options;
+    const rows = activation === "swiglu" ? 2 * hidden : hidden;
+    const weights = empty(device, [(rows + hidden) * width], dtype);
+    const gradient = zeros(device, [(rows + hidden) * width], dtype);
+    const matricesOf = (flat: Tensor): ExpertMatrices => ({
+      up: flat.rows(0, rows * width).reshape(rows, width),
+      down: flat.rows(rows * width, flat.size).reshape(width, hidden),
+    });
+    const matrices = matricesOf(weights), gradients = matricesOf(gradient);
+    const parameter = (part: string, matrix: "up" | "down", start: number, end: number) => ({
+      name: `model.layers.${layer}.block_sparse_moe.experts.${id}.${part}.weight`,
+      value: matrices[matrix].rows(start, end),
+      grad: gradients[matrix].rows(start, end),
+      group: "replicas" as const,
+      expert: { layer, id },
+      decay: true,
+    });
+    const parameters = [parameter("w2", "down", 0, width), parameter("w1", "up", 0, hidden)];
+    if (activation === "swiglu") parameters.push(parameter("w3", "up", hidden, 2 * hidden));
+    return { id, weights, gradient, matrices, gradients, parameters };
+  }
+
+  #initialise(expert: SeatedExpert): void {
+    const { device, dtype, seed, initStd, downStd } = this.#options;
+    const down = expert.parameters[0];
+    for (const parameter of expert.parameters) {
+      const { name, value } = parameter;
+      const numbers = normal(random(seed, name), value.size, {
+        std: parameter === down ? downStd : initStd,
+        dtype: dtype === "f64" ? "f64" : "f32",
+      });
+      using first = fromArray(device, numbers, value.shape);
+      ops.copy(first, value);
+    }
+  }
+
+  /** Makes the communicators of replicas that do not exist yet. Sets of ranks that do not meet are made by one split. */
+  async #openGroups(): Promise<void> {
+    const { comm } = this.#options;
+    const sets = this.#holders.filter((ranks) => ranks.length > 1).map((ranks) => ranks.join());
+    let missing = [...new Set(sets)].filter((set) => !this.#groups.has(set)).sort();
+    while (missing.length > 0) {
+      const taken = new Set<number>(), now: number[][] = [], later: string[] = [];
+      for (const set of missing) {
+        const ranks = set.split(",").map(Number);
+        if (ranks.some((rank) => taken.has(rank))) later.push(set);
+        else {
+          ranks.forEach((rank) => taken.add(rank));
+          now.push(ranks);
+        }
+      }
+      const color = now.findIndex((ranks) => ranks.includes(comm.rank));
+      const group = await comm.split(color < 0 ? null : color);
+      now.forEach((ranks, i) => this.#groups.set(ranks.join(), i === color ? group : null));
+      missing = later;
+    }
+  }
+}
+
+function checkSeats(seats: PlacementPlan["seats"], ranks: number): void {
+  if (seats.length !== ranks) {
+    throw new RangeError(
+      `Cannot seat experts as the placement must have ${ranks} ranks: current value is ${seats.length}`,
+    );
+  }
+}
+
+function freeSeat({ weights, gradient }: SeatedExpert): void {
+  weights[Symbol.dispose]();
+  gradient[Symbol.dispose]();
+}

@@ -1,0 +1,104 @@
+// The experts of a rank as one batched network: a grouped GEMM in, an activation, a grouped GEMM out, over rows that lie together by
+// expert; and the gradient below it. Shared experts are one group of all tokens. No routing and no communication here.
+//
+// Shape letters: M rows, grouped by expert, D model width, F hidden width, H width before the activation (2F for SwiGLU, else F),
+// L experts of this rank.
+
+import type { Activation } from "../tensor/device.ts";
+import * as ops from "../tensor/ops.ts";
+import { empty, type Tensor } from "../tensor/tensor.ts";
+
+/** Weights of one expert, or their gradients. */
+export interface ExpertMatrices {
+  /** Into the hidden width [H, D]. SwiGLU: the gate's F rows, then the F rows that it gates, so that one GEMM does both. */
+  readonly up: Tensor;
+  /** Back to the model width [D, F]. */
+  readonly down: Tensor;
+}
+
+/** What the backward pass of experts needs. */
+export interface ExpertsSaved {
+  /** The rows; not owned. */
+  readonly x_MD: Tensor;
+  /** Before the activation; owned. */
+  readonly up_MH: Tensor;
+  /** After the activation; owned. */
+  readonly active_MF: Tensor;
+}
+
+/** Which experts meet which rows. */
+export interface ExpertGroups {
+  /** Weights of the experts, L of them. */
+  readonly weights: readonly ExpertMatrices[];
+  /** First row of each expert and, last, M: [L + 1]. */
+  readonly offsets: Int32Array;
+  /** Between the two layers. */
+  readonly activation: Activation;
+}
+
+/**
+ * `y = act(x Wupᵀ) Wdownᵀ` per expert; SwiGLU: `y = (silu(x W1ᵀ) ⊙ x W3ᵀ) W2ᵀ`.
+ *
+ * @param x_MD Rows, grouped by expert.
+ * @param groups Which experts meet which rows.
+ * @returns The experts' outputs [M, D], and what the backward pass needs.
+ */
+export function expertsForward(
+  x_MD: Tensor,
+  groups: ExpertGroups,
+): { readonly y_MD: Tensor; readonly saved: ExpertsSaved } {
+  const { weights, offsets, activation } = groups;
+  const { device, dtype } = x_MD;
+  const [rows, width] = x_MD.shape;
+  const hidden = weights.length > 0 ? weights[0].down.shape[1] : 0;
+  const up_MH = empty(device, [rows, activation === "swiglu" ? 2 * hidden : hidden], dtype);
+  const active_MF = empty(device, [rows, hidden], dtype);
+  const y_MD = empty(device, [rows, width], dtype);
+  if (rows > 0) {
+    ops.groupedGemm(x_MD, weights.map(({ up }) => up), offsets, up_MH);
+    ops.activation(activation, up_MH, active_MF);
+    ops.groupedGemm(active_MF, weights.map(({ down }) => down), offsets, y_MD);
+  }
+  return { y_MD, saved: { x_MD, up_MH, active_MF } };
+}
+
+/**
+ * Gradient of {@linkcode expertsForward}.
+ *
+ * @param dY_MD Gradient of the outputs.
+ * @param saved From the forward pass; stays the caller's.
+ * @param groups As in the forward pass.
+ * @param grads Gradients of the weights; added to.
+ * @returns Gradient of the rows [M, D].
+ */
+export function expertsBackward(
+  dY_MD: Tensor,
+  saved: ExpertsSaved,
+  groups: ExpertGroups,
+  grads: readonly ExpertMatrices[],
+): Tensor {
+  const { weights, offsets, activation } = groups;
+  const { x_MD, up_MH, active_MF } = saved;
+  const { device, dtype } = x_MD;
+  const dX_MD = empty(device, x_MD.shape, dtype);
+  if (x_MD.shape[0] === 0) return dX_MD;
+  const back = { transposeWeight: true };
+  ops.groupedGemmWeightGrad(dY_MD, active_MF, offsets, grads.map(({ down }) => down));
+  using dActive_MF = empty(device, active_MF.shape, dtype);
+  ops.groupedGemm(dY_MD, weights.map(({ down }) => down), offsets, dActive_MF, back);
+  using dUp_MH = empty(device, up_MH.shape, dtype);
+  ops.activationBackward(activation, dActive_MF, up_MH, dUp_MH);
+  ops.groupedGemmWeightGrad(dUp_MH, x_MD, offsets, grads.map(({ up }) => up));
+  ops.groupedGemm(dUp_MH, weights.map(({ up }) => up), offsets, dX_MD, back);
+  return dX_MD;
+}
+
+/**
+ * Frees what a forward pass saved and owns.
+ *
+ * @param saved From {@linkcode expertsForward}.
+ */
+export function releaseExperts(saved: ExpertsSaved): void {
+  saved.up_MH[Symbol.dispose]();
+  saved.active_MF[Symbol.dispose]();
+}

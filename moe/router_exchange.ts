@@ -1,0 +1,245 @@
+// Routes the tokens of a rank as part of the global batch: what the pure functions of the router need from other ranks is fetched here,
+// by collectives that every rank calls in the same order, with or without tokens:
+//   1. allGather of the token counts, if noise, expert choice or a replay asks for global token numbers;
+//   2. allGatherV of the scores, for expert choice;
+//   3. allGather of one record of sums: choices per expert, scores per expert, tokens, for counts, capacity and losses;
+//   4. allGatherV of scores of experts over capacity, when there are any and drops go by probability.
+// All numbers are f64 and are added in rank order, so every rank computes the same plan from the same bits.
+//
+// Shape letters: N tokens of this rank, E experts, K choices per token, R ranks, P places: K if drops go by position, else 1.
+
+import type { Communicator } from "../collectives/types.ts";
+import {
+  chooseExperts,
+  type Router,
+  type Routing,
+  scoreExperts,
+  type Scores,
+  weighExperts,
+} from "./router.ts";
+import {
+  capacityOf,
+  dropByPosition,
+  dropByProbability,
+  keptByPosition,
+  scoresOverCapacity,
+} from "./router_capacity.ts";
+import { chooseByExpert, type ExpertChoices } from "./router_expert_choice.ts";
+import { routerLosses, type RouterSums, sumNormalisedScores } from "./router_losses.ts";
+
+/** What {@linkcode routeGlobally} works with; all but the bias's memory is alike on all ranks. */
+export interface RoutingContext {
+  /** The ranks whose tokens make the global batch. */
+  readonly comm: Communicator;
+  /** The router. */
+  readonly router: Router;
+  /** Selection bias of a sigmoid router. */
+  readonly bias_E: Float64Array;
+  /** What noise is seeded by while training, else null. */
+  readonly noise: { readonly seed: number; readonly step: number; readonly layer: number } | null;
+  /** Experts that take the place of the router's choice, or null. */
+  readonly replay: ((firstToken: number, tokens: number) => ExpertChoices) | null;
+}
+
+/** How the tokens of this rank are routed, and what is known of the global batch. */
+export interface GlobalRouting {
+  /** This rank's routing before drops. */
+  readonly routing: Routing;
+  /** This rank's experts [N, K] with −1 where a choice was dropped. */
+  readonly kept_NK: Int32Array;
+  /** Rows per (rank, expert), after drops: [R, E]. */
+  readonly counts_RE: Int32Array;
+  /** Choices per expert of the global batch, before drops. */
+  readonly chosen_E: Float64Array;
+  /** Choices of the global batch that were dropped. */
+  readonly dropped: number;
+  /** Sums over the global batch that the losses are made of. */
+  readonly sums: RouterSums;
+  /** Balance and z loss of the global batch, coefficients applied. */
+  readonly losses: { readonly aux: number; readonly z: number };
+}
+
+/**
+ * Routes this rank's tokens. All ranks call it together.
+ *
+ * @param context Router and ranks.
+ * @param logits_NE This rank's logits; noise is added in place.
+ * @returns The routing.
+ * @throws {RangeError} If a logit is not finite.
+ */
+export async function routeGlobally(
+  context: RoutingContext,
+  logits_NE: Float64Array,
+): Promise<GlobalRouting> {
+  const { comm, router } = context;
+  const { experts } = router;
+  const tokens = logits_NE.length / experts;
+  const tokens_R = needsTokenNumbers(context) ? await gatherTokens(comm, tokens) : null;
+  let firstToken = 0;
+  for (let r = 0; tokens_R && r < comm.rank; r++) firstToken += tokens_R[r];
+  const noise = context.noise && { ...context.noise, firstToken };
+  const scores = scoreExperts(router, logits_NE, noise);
+  const choice = context.replay
+    ? context.replay(firstToken, tokens)
+    : router.kind === "expertChoice"
+    ? await chooseTogether(context, scores, tokens_R!, firstToken)
+    : chooseExperts(router, scores, context.bias_E);
+  const routing = weighExperts(router, scores, choice);
+
+  const drops = router.capacityFactor !== null && router.kind !== "expertChoice";
+  const places = drops && router.drop === "position" ? routing.choices : 1;
+  const all = await gatherRecords(comm, makeRecord(router, routing, places));
+  const { counts_RPE, sums } = readRecords(all, { ranks: comm.size, places, experts });
+  let kept_NK = routing.experts_NK;
+  let counts_RE = sumPlaces(counts_RPE, places, experts);
+  const chosen_E = sumRanks(counts_RE, experts);
+  const losses = routerLosses(sums, router);
+  if (drops) {
+    const { choices } = routing;
+    const capacity = capacityOf(router.capacityFactor!, { tokens: sums.tokens, choices, experts });
+    const over = Array.from(chosen_E.keys()).filter((e) => chosen_E[e] > capacity);
+    if (over.length > 0 && router.drop === "position") {
+      const size = { ranks: comm.size, choices, experts };
+      const kept_RKE = keptByPosition(counts_RPE, size, capacity);
+      const length = choices * experts, start = comm.rank * length;
+      kept_NK = dropByPosition(kept_NK, kept_RKE.subarray(start, start + length), experts);
+      counts_RE = sumPlaces(kept_RKE, places, experts);
+    } else if (over.length > 0) {
+      const own = scoresOverCapacity(kept_NK, routing.scores_NE, over, { choices, experts });
+      const lengths = Array.from({ length: comm.size }, (_, r) => {
+        return over.reduce((sum, e) => sum + counts_RE[r * experts + e], 0);
+      });
+      const gathered = await gatherVaried(comm, own, lengths);
+      const kept = dropByProbability(kept_NK, counts_RE, gathered, {
+        experts,
+        rank: comm.rank,
+        capacity,
+        over,
+      });
+      kept_NK = kept.experts_NK;
+      counts_RE = kept.kept_RE;
+    }
+  }
+  const kept_E = sumRanks(counts_RE, experts);
+  let dropped = 0;
+  for (let e = 0; e < experts; e++) dropped += chosen_E[e] - kept_E[e];
+  return { routing, kept_NK, counts_RE, chosen_E, dropped, sums, losses };
+}
+
+/** The same on all ranks: it decides on a collective. */
+function needsTokenNumbers({ router, noise, replay }: RoutingContext): boolean {
+  const random = router.jitter > 0 || router.noise > 0 ||
+    (router.kind === "gshard" && router.second !== "greedy");
+  return replay !== null || router.kind === "expertChoice" || (noise !== null && random);
+}
+
+async function gatherTokens(comm: Communicator, tokens: number): Promise<Float64Array> {
+  return await gatherRecords(comm, new Float64Array([tokens]));
+}
+
+/** Every rank's record, of equal lengths, in rank order. */
+async function gatherRecords(comm: Communicator, own: Float64Array): Promise<Float64Array> {
+  if (comm.size === 1) return own;
+  const all = new Float64Array(own.length * comm.size);
+  await comm.allGather(own, all);
+  return all;
+}
+
+/** Every rank's numbers, of lengths that all know, in rank order. */
+async function gatherVaried(
+  comm: Communicator,
+  own: Float64Array,
+  lengths: readonly number[],
+): Promise<Float64Array> {
+  if (comm.size === 1) return own;
+  const all = new Float64Array(lengths.reduce((a, b) => a + b, 0));
+  await comm.allGatherV(own, all, lengths);
+  return all;
+}
+
+async function chooseTogether(
+  { comm, router }: RoutingContext,
+  scores: Scores,
+  tokens_R: Float64Array,
+  firstToken: number,
+): Promise<ExpertChoices> {
+  const { experts } = router;
+  const lengths = Array.from(tokens_R, (n) => n * experts);
+  const scores_TE = await gatherVaried(comm, scores.scores_NE, lengths);
+  const all = scores_TE.length / experts;
+  return chooseByExpert(scores_TE, {
+    experts,
+    capacity: capacityOf(router.capacityFactor!, { tokens: all, choices: 1, experts }),
+    firstToken,
+    tokens: tokens_R[comm.rank],
+  });
+}
+
+/**
+ * Length of the record of sums that a rank shows the others in every forward pass, in f64 numbers: choices per (place, expert), choices
+ * and scores per expert for the balance loss, squared log-sum-exps, tokens.
+ *
+ * @param places P.
+ * @param experts E.
+ * @returns (P + 2) E + 2.
+ */
+export function recordLength(places: number, experts: number): number {
+  return (places + 2) * experts + 2;
+}
+
+function makeRecord(router: Router, routing: Routing, places: number): Float64Array {
+  const { experts } = router;
+  const { choices, experts_NK, lse_N } = routing;
+  const record = new Float64Array(recordLength(places, experts));
+  const balance = places * experts, firstOnly = router.kind === "gshard";
+  for (let i = 0; i < experts_NK.length; i++) {
+    const e = experts_NK[i];
+    if (e < 0) continue;
+    const place = i % choices;
+    record[(places > 1 ? place * experts : 0) + e]++;
+    if (place === 0 || !firstOnly) record[balance + e]++;
+  }
+  if (router.auxLoss > 0) {
+    record.set(sumNormalisedScores(routing.scores_NE, experts), balance + experts);
+  }
+  for (const lse of lse_N) record[record.length - 2] += lse * lse;
+  record[record.length - 1] = routing.tokens;
+  return record;
+}
+
+function readRecords(
+  records: Float64Array,
+  size: { readonly ranks: number; readonly places: number; readonly experts: number },
+): { readonly counts_RPE: Int32Array; readonly sums: RouterSums } {
+  const { ranks, places, experts } = size;
+  const length = recordLength(places, experts), counts = places * experts;
+  const counts_RPE = new Int32Array(ranks * counts);
+  const total = new Float64Array(length);
+  for (let r = 0; r < ranks; r++) {
+    for (let i = 0; i < length; i++) total[i] += records[r * length + i];
+    for (let i = 0; i < counts; i++) counts_RPE[r * counts + i] = records[r * length + i];
+  }
+  const sums = {
+    choices_E: total.slice(counts, counts + experts),
+    scores_E: total.slice(counts + experts, counts + 2 * experts),
+    squaredLse: total[length - 2],
+    tokens: total[length - 1],
+  };
+  return { counts_RPE, sums };
+}
+
+function sumPlaces(counts_RPE: Int32Array, places: number, experts: number): Int32Array {
+  if (places === 1) return counts_RPE;
+  const counts_RE = new Int32Array(counts_RPE.length / places);
+  for (let i = 0; i < counts_RPE.length; i++) {
+    const r = Math.floor(i / (places * experts));
+    counts_RE[r * experts + i % experts] += counts_RPE[i];
+  }
+  return counts_RE;
+}
+
+function sumRanks(counts_RE: Int32Array, experts: number): Float64Array {
+  const sums_E = new Float64Array(experts);
+  for (let i = 0; i < counts_RE.length; i++) sums_E[i % experts] += counts_RE[i];
+  return sums_E;
+}

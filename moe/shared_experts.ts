@@ -1,0 +1,112 @@
+// Experts that every token meets, beside those that the router chooses (DeepSeek-MoE): one network of as many times the hidden width,
+// replicated on every rank, so nothing travels. Names are DeepSeek's: `model.layers.{layer}.mlp.shared_experts.gate_proj.weight`.
+//
+// Shape letters: N tokens of this rank, D model width, F hidden width of all shared experts together.
+
+import type { Activation, Device } from "../tensor/device.ts";
+import type { DType } from "../tensor/dtype.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import {
+  type ExpertGroups,
+  expertsBackward,
+  expertsForward,
+  type ExpertsSaved,
+} from "./experts.ts";
+import {
+  createFusedParameters,
+  createParameter,
+  freeParameter,
+  type Parameter,
+} from "./parameter.ts";
+
+/** How {@linkcode SharedExperts} are made. */
+export interface SharedExpertsOptions {
+  /** Where the weights live. */
+  readonly device: Device;
+  /** Number of the layer. */
+  readonly layer: number;
+  /** D. */
+  readonly width: number;
+  /** Hidden width of one expert. */
+  readonly hidden: number;
+  /** How many. */
+  readonly sharedExperts: number;
+  /** Between the two layers. */
+  readonly activation: Activation;
+  /** Element type. */
+  readonly dtype: DType;
+  /** The run's seed. */
+  readonly seed: number;
+  /** Standard deviation of the first weights. */
+  readonly initStd: number;
+  /** Standard deviation of the first weights back to the model width. */
+  readonly downStd: number;
+}
+
+/** The shared experts of a layer. */
+export class SharedExperts implements Disposable {
+  /** Their parameters, in the order in which their gradients become ready. */
+  readonly parameters: readonly Parameter[];
+  readonly #activation: Activation;
+  readonly #up: Parameter;
+  readonly #down: Parameter;
+
+  /**
+   * @param options Sizes and seed.
+   */
+  constructor(options: SharedExpertsOptions) {
+    const { device, layer, width, activation, dtype, seed } = options;
+    const hidden = options.hidden * options.sharedExperts;
+    const prefix = `model.layers.${layer}.mlp.shared_experts.`;
+    const names = activation === "swiglu" ? ["gate_proj", "up_proj"] : ["up_proj"];
+    const { whole, parts } = createFusedParameters(
+      device,
+      names.map((name) => `${prefix}${name}.weight`),
+      { shape: [hidden, width], dtype, init: { std: options.initStd, seed } },
+    );
+    this.#activation = activation;
+    this.#up = whole;
+    this.#down = createParameter(device, `${prefix}down_proj.weight`, {
+      shape: [width, hidden],
+      dtype,
+      init: { std: options.downStd, seed },
+    });
+    this.parameters = [this.#down, ...parts];
+  }
+
+  /**
+   * Runs the network on every token.
+   *
+   * @param x_ND Tokens; they must live until the backward pass.
+   * @returns The output [N, D], and what the backward pass needs.
+   */
+  forward(x_ND: Tensor): { readonly y_MD: Tensor; readonly saved: ExpertsSaved } {
+    return expertsForward(x_ND, this.#groups(x_ND));
+  }
+
+  /**
+   * Gradient of {@linkcode SharedExperts.forward}; adds to the parameters' gradients.
+   *
+   * @param dY_ND Gradient of the output.
+   * @param saved From the forward pass; stays the caller's.
+   * @returns Gradient of the tokens.
+   */
+  backward(dY_ND: Tensor, saved: ExpertsSaved): Tensor {
+    const grads = [{ up: this.#up.grad, down: this.#down.grad }];
+    return expertsBackward(dY_ND, saved, this.#groups(dY_ND), grads);
+  }
+
+  #groups(x_ND: Tensor): ExpertGroups {
+    return {
+      weights: [{ up: this.#up.value, down: this.#down.value }],
+      offsets: Int32Array.of(0, x_ND.shape[0]),
+      activation: this.#activation,
+    };
+  }
+
+  /** Frees the weights. */
+  [Symbol.dispose](): void {
+    freeParameter(this.#up);
+    freeParameter(this.#down);
+  }
+}
