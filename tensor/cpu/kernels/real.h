@@ -11,11 +11,17 @@
 
 #ifdef REAL_F32
 typedef float real;
+typedef unsigned integer; // as wide as a real; unsigned, because shifting its top bits out is meant
+#define MANTISSA_BITS 23
+#define EXPONENT_BIAS 127
 #define NAME(name) name##_f32
 #define LANES 4
 #define MAX(a, b) (vec)wasm_f32x4_pmax((v128_t)(a), (v128_t)(b))
 #else
 typedef double real;
+typedef unsigned long long integer;
+#define MANTISSA_BITS 52
+#define EXPONENT_BIAS 1023
 #define NAME(name) name##_f64
 #define LANES 2
 #define MAX(a, b) (vec)wasm_f64x2_pmax((v128_t)(a), (v128_t)(b))
@@ -37,32 +43,33 @@ INLINE real sqrt_(real x) {
 }
 
 // exp(x) to about 1 ulp, without branches so that loops around it vectorise: x = n ln2 + r with |r| <= ln2 / 2,
-// exp(x) = 2^n exp(r), exp(r) by a polynomial. ln2 is split in two so that n ln2 loses no bits. Results below the
-// smallest normal number are 0, results too large are infinity, NaN stays NaN.
+// exp(x) = 2^n exp(r), exp(r) by a polynomial. ln2 is split in two so that n ln2 loses no bits. Adding 1.5 times the
+// power of two at which a real's unit is 1 rounds to a whole number n and leaves it in the low bits. x is held where n
+// has a place in an exponent: at the lower end, about ln of the smallest normal number, exp(x) becomes 0, at the upper
+// infinity. NaN stays NaN.
 INLINE real exp_(real x) {
+  union { real r; integer i; } shifted, power;
 #ifdef REAL_F32
-  const real lowest = -87.33654f, highest = 88.72283f;
+  const real lowest = -87.4f, highest = 89.0f, shift = 12582912.0f, log2e = 1.44269504f;
   const real ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  real clamped = x < lowest ? lowest : x > highest ? highest : x;
-  real n = __builtin_rintf(clamped * 1.44269504f);
-  real r = (clamped - n * ln2_high) - n * ln2_low;
-  real p = 1.9875691500e-4f;
+#else
+  const real lowest = -708.5, highest = 710.0, shift = 6755399441055744.0, log2e = 1.4426950408889634;
+  const real ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
+#endif
+  x = x < lowest ? lowest : x;
+  x = x > highest ? highest : x;
+  shifted.r = x * log2e + shift;
+  real n = shifted.r - shift;
+  real r = (x - n * ln2_high) - n * ln2_low;
+#ifdef REAL_F32
+  real p = 1.9875691500e-4f; // minimax, from Cephes
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  // 2^n in two factors: 2^128 is not a float, but 2^127 * 2 is. NaN becomes a harmless integer.
-  int whole = (int)(n == n ? n : 0.0f), half = whole >> 1;
-  union { int i; float f; } a = { (half + 127) << 23 }, b = { (whole - half + 127) << 23 };
 #else
-  const real lowest = -708.39641853226408, highest = 709.78271289338397;
-  const real ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
-  real clamped = x < lowest ? lowest : x > highest ? highest : x;
-  real n = __builtin_rint(clamped * 1.4426950408889634);
-  real r = (clamped - n * ln2_high) - n * ln2_low;
-  real p = 1.0 / 6227020800.0; // Taylor's series; |r| <= 0.35, so the first term left out is below 2^-56
+  real p = 1.0 / 6227020800.0; // Taylor's series to r^13 / 13!: what is left out is below 2^-57
   p = p * r + 1.0 / 479001600.0;
   p = p * r + 1.0 / 39916800.0;
   p = p * r + 1.0 / 3628800.0;
@@ -74,14 +81,11 @@ INLINE real exp_(real x) {
   p = p * r + 1.0 / 24.0;
   p = p * r + 1.0 / 6.0;
   p = p * r + 0.5;
-  p = p * r * r + r + 1.0;
-  int whole = (int)(n == n ? n : 0.0), half = whole >> 1;
-  union { long long i; double f; } a = { (half + 1023LL) << 52 }, b = { (whole - half + 1023LL) << 52 };
 #endif
-  real y = p * a.f * b.f;
-  y = x < lowest ? (real)0 : y;
-  y = x > highest ? (real)__builtin_inf() : y;
-  return y;
+  p = p * r * r + r + 1;
+  // 2^n as 2 * 2^(n - 1), because the highest 2^n is no real itself; at the lowest n, the bits of 2^(n - 1) are those of 0
+  power.i = (shifted.i + EXPONENT_BIAS - 1) << MANTISSA_BITS;
+  return p * power.r * 2;
 }
 
 INLINE real sigmoid_(real x) {
