@@ -5,18 +5,20 @@
 
 import { openFirst } from "./search.ts";
 
-declare const kind: unique symbol;
-type Handle<Name extends string> = (bigint | number) & { readonly [kind]: Name };
+/** Marks the kind of a handle; exists only for the type checker. */
+export declare const kind: unique symbol;
+/** A handle of one kind: a pointer as a bigint in Open MPI, an int in MPICH. */
+export type MpiHandle<Name extends string> = (bigint | number) & { readonly [kind]: Name };
 /** MPI_Comm */
-export type MpiComm = Handle<"MPI_Comm">;
+export type MpiComm = MpiHandle<"MPI_Comm">;
 /** MPI_Group */
-export type MpiGroup = Handle<"MPI_Group">;
+export type MpiGroup = MpiHandle<"MPI_Group">;
 /** MPI_Datatype */
-export type MpiDatatype = Handle<"MPI_Datatype">;
+export type MpiDatatype = MpiHandle<"MPI_Datatype">;
 /** MPI_Op */
-export type MpiOp = Handle<"MPI_Op">;
+export type MpiOp = MpiHandle<"MPI_Op">;
 /** MPI_Errhandler */
-type MpiErrhandler = Handle<"MPI_Errhandler">;
+export type MpiErrhandler = MpiHandle<"MPI_Errhandler">;
 
 /** Which of the two ABIs a library has. */
 export type MpiFlavor = "Open MPI" | "MPICH";
@@ -214,6 +216,8 @@ export class MpiError extends Error {
   readonly code: number;
 
   /**
+   * Describes the failure of a call.
+   *
    * @param call The call, as in the standard.
    * @param code Its status code.
    * @param text What MPI_Error_string says.

@@ -43,6 +43,8 @@ export class Flight implements Completion {
   #error: unknown;
 
   /**
+   * Takes over an operation; the first poll starts it.
+   *
    * @param request What is carried out.
    * @param index Its number among the collectives.
    * @param steps How.

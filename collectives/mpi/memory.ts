@@ -91,6 +91,8 @@ export class Scratch implements Bytes, Disposable {
   readonly address: bigint;
 
   /**
+   * Takes memory.
+   *
    * @param bytes Size.
    */
   constructor(bytes: number) {

@@ -35,6 +35,8 @@ export class RequestSet {
   #from: number[] = [];
 
   /**
+   * An empty set.
+   *
    * @param mpi The library.
    */
   constructor(mpi: Mpi) {
