@@ -10,22 +10,28 @@ import { Norm, type Normed } from "./norm.ts";
 import type { Parameter } from "./parameter.ts";
 import type { Step } from "./step.ts";
 
-/** What a block asks of its feed-forward part; what the forward pass returns besides `out_ND` is the part's own affair. */
-export interface FeedForwardPart<
-  Result extends { readonly out_ND: Tensor; readonly saved: unknown },
-> extends Disposable {
+/** What a feed-forward part returns; a MoE layer has more to tell. */
+export interface FeedForwardOutput {
+  /** Output [N, D], a new tensor. */
+  readonly out_ND: Tensor;
+  /** What its backward pass needs. */
+  readonly saved: unknown;
+}
+
+/** What a block asks of its feed-forward part. */
+export interface FeedForwardPart extends Disposable {
   /** The rank's parameters. */
   readonly parameters: readonly Parameter[];
-  /** New output for an input that lives until the backward pass. */
-  forward(x_ND: Tensor, step: Step): Result | Promise<Result>;
+  /** Output for an input that lives until the backward pass. */
+  forward(x_ND: Tensor, step: Step): FeedForwardOutput | Promise<FeedForwardOutput>;
   /** Gradient of the input; adds to the parameters' gradients and frees what was saved. */
-  backward(dOut_ND: Tensor, saved: Result["saved"], step: Step): Tensor | Promise<Tensor>;
+  backward(dOut_ND: Tensor, saved: unknown, step: Step): Tensor | Promise<Tensor>;
   /** Frees what a forward pass saved. */
-  release(saved: Result["saved"]): void;
+  release(saved: unknown): void;
 }
 
 /** What the backward pass of a block needs; all of it is owned. */
-export interface BlockSaved<S> {
+export interface BlockSaved {
   /** The input. */
   readonly x_ND: Tensor;
   /** The input, normed. */
@@ -37,14 +43,13 @@ export interface BlockSaved<S> {
   /** After attention, normed. */
   readonly norm2: Normed;
   /** From the feed-forward part. */
-  readonly feedForward: S;
+  readonly feedForward: unknown;
 }
 
 /** One layer. */
-export class Block<Result extends { readonly out_ND: Tensor; readonly saved: unknown }>
-  implements Disposable {
+export class Block implements Disposable {
   /** The feed-forward part. */
-  readonly feedForward: FeedForwardPart<Result>;
+  readonly feedForward: FeedForwardPart;
   /** The attention. */
   readonly attention: Attention;
   /** The norm before attention, and the one before the feed-forward part. */
@@ -60,7 +65,7 @@ export class Block<Result extends { readonly out_ND: Tensor; readonly saved: unk
     device: Device,
     layer: number,
     config: ModelConfig,
-    options: { readonly feedForward: FeedForwardPart<Result>; readonly seed: number },
+    options: { readonly feedForward: FeedForwardPart; readonly seed: number },
   ) {
     const prefix = `model.layers.${layer}.`;
     this.feedForward = options.feedForward;
@@ -89,18 +94,18 @@ export class Block<Result extends { readonly out_ND: Tensor; readonly saved: unk
     x_ND: Tensor,
     rows: Rows,
     step: Step,
-  ): Promise<{ out_ND: Tensor; saved: BlockSaved<Result["saved"]> | null; result: Result }> {
+  ): Promise<{ out_ND: Tensor; saved: BlockSaved | null; output: FeedForwardOutput }> {
     const norm1 = this.norms[0].forward(x_ND);
     const { out_ND: x1_ND, saved: attention } = this.attention.forward(norm1.out_ND, rows);
     ops.add(x_ND, x1_ND, x1_ND);
     const norm2 = this.norms[1].forward(x1_ND);
-    const result = await this.feedForward.forward(norm2.out_ND, step);
-    const { out_ND } = result;
+    const output = await this.feedForward.forward(norm2.out_ND, step);
+    const { out_ND } = output;
     ops.add(x1_ND, out_ND, out_ND);
-    const saved = { x_ND, norm1, attention, x1_ND, norm2, feedForward: result.saved };
-    if (step.training) return { out_ND, saved, result };
+    const saved = { x_ND, norm1, attention, x1_ND, norm2, feedForward: output.saved };
+    if (step.training) return { out_ND, saved, output };
     this.release(saved);
-    return { out_ND, saved: null, result };
+    return { out_ND, saved: null, output };
   }
 
   /**
@@ -114,7 +119,7 @@ export class Block<Result extends { readonly out_ND: Tensor; readonly saved: unk
    */
   async backward(
     dOut_ND: Tensor,
-    saved: BlockSaved<Result["saved"]>,
+    saved: BlockSaved,
     rows: Rows,
     step: Step,
   ): Promise<Tensor> {
@@ -135,13 +140,13 @@ export class Block<Result extends { readonly out_ND: Tensor; readonly saved: unk
    *
    * @param saved From the forward pass.
    */
-  release(saved: BlockSaved<Result["saved"]>): void {
+  release(saved: BlockSaved): void {
     this.feedForward.release(saved.feedForward);
     this.attention.release(saved.attention);
     this.#releaseRows(saved);
   }
 
-  #releaseRows({ x_ND, x1_ND, norm1, norm2 }: BlockSaved<Result["saved"]>): void {
+  #releaseRows({ x_ND, x1_ND, norm1, norm2 }: BlockSaved): void {
     for (const tensor of [x_ND, x1_ND, ...Object.values(norm1), ...Object.values(norm2)]) {
       tensor[Symbol.dispose]();
     }

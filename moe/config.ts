@@ -2,6 +2,7 @@
 
 import type { Activation } from "../tensor/device.ts";
 import type { DType } from "../tensor/dtype.ts";
+import { createRouter, type RouterOptions } from "./router.ts";
 
 /** Sizes and constants of a Mixture-of-Experts language model. */
 export interface ModelConfig {
@@ -21,6 +22,10 @@ export interface ModelConfig {
   readonly hidden: number;
   /** Experts E of each MoE layer; 0 makes every layer dense. */
   readonly experts: number;
+  /** How tokens find their experts. */
+  readonly router: RouterOptions;
+  /** Experts that every token passes, besides the routed ones; 0 for none. */
+  readonly sharedExperts: number;
   /** Layers at the start that are dense although the others are not. */
   readonly denseLayers: number;
   /** Activation of the experts and dense networks. */
@@ -46,7 +51,7 @@ export type ModelOptions =
  * Fills in and checks a configuration.
  *
  * @param options The sizes; without others `kvHeads` is `heads`, `headDim` is `width / heads`, `hidden` is `4 · width`,
- * and the network is dense.
+ * and the network is dense; with experts the router is Mixtral's top-2.
  * @returns The whole configuration.
  * @throws {RangeError} If a size is impossible; the message names it.
  *
@@ -66,6 +71,8 @@ export function modelConfig(options: ModelOptions): ModelConfig {
     headDim: width / heads,
     hidden: 4 * width,
     experts: 0,
+    router: { kind: "softmax", topK: 2 },
+    sharedExperts: 0,
     denseLayers: 0,
     activation: "swiglu",
     tied: false,
@@ -83,7 +90,7 @@ export function modelConfig(options: ModelOptions): ModelConfig {
       config[name],
     );
   }
-  for (const name of ["experts", "denseLayers"] as const) {
+  for (const name of ["experts", "sharedExperts", "denseLayers"] as const) {
     demand(
       Number.isSafeInteger(config[name]) && config[name] >= 0,
       name,
@@ -123,7 +130,48 @@ export function modelConfig(options: ModelOptions): ModelConfig {
   for (const name of ["ropeTheta", "normEps", "initStd"] as const) {
     demand(Number.isFinite(config[name]) && config[name] > 0, name, "a number > 0", config[name]);
   }
+  if (config.experts > 0) createRouter(config.router, config.experts);
   return config;
+}
+
+/**
+ * What makes two models the same, as far as their weights go: for checkpoints. Coefficients of losses, capacity and noise may change
+ * when a run goes on.
+ *
+ * @param config The sizes.
+ * @returns Plain data.
+ */
+export function modelDescription(config: ModelConfig): object {
+  const { router, initStd: _, ...sizes } = config;
+  if (config.experts === 0) return sizes;
+  const { kind, topK, renormalise, scale, groups, groupLimit } = createRouter(
+    router,
+    config.experts,
+  );
+  return { ...sizes, router: { kind, topK, renormalise, scale, groups, groupLimit } };
+}
+
+/**
+ * How many parameters a model has.
+ *
+ * @param config The sizes.
+ * @returns All of them, and those that one token meets.
+ */
+export function countParameters(
+  config: ModelConfig,
+): { readonly total: number; readonly active: number } {
+  const { vocab, width, layers, heads, kvHeads, headDim, hidden, experts, sharedExperts } = config;
+  const expert = (config.activation === "swiglu" ? 3 : 2) * width * hidden;
+  const common = (config.tied ? 1 : 2) * vocab * width + width +
+    layers * (2 * width + 2 * width * headDim * (heads + kvHeads));
+  const dense = experts === 0 ? layers : config.denseLayers;
+  const base = common + dense * expert;
+  if (experts === 0) return { total: base, active: base };
+  const router = createRouter(config.router, experts);
+  const always = base + (layers - dense) * (experts * width + sharedExperts * expert);
+  const routed = (layers - dense) * expert;
+  const perToken = router.kind === "expertChoice" ? router.capacityFactor! : router.topK;
+  return { total: always + experts * routed, active: Math.round(always + perToken * routed) };
 }
 
 function demand(holds: boolean, name: string, what: string, value: unknown): void {

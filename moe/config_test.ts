@@ -24,6 +24,8 @@ Deno.test("config: what is impossible is named", () => {
     [{ denseLayers: 3 }, /"denseLayers" must be at most 2/],
     [{ activation: "tanh" }, /"activation" must be swiglu, relu or gelu/],
     [{ dtype: "i32" }, /"dtype" must be/],
+    [{ experts: 4, router: { kind: "softmax", topK: 5 } }, /experts per token must be .* 1\.\.4/],
+    [{ sharedExperts: 0.5 }, /"sharedExperts" must be a whole number >= 0/],
     [{ initStd: 0 }, /"initStd" must be a number > 0/],
   ];
   for (const [change, message] of bad) {

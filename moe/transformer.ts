@@ -2,19 +2,24 @@
 // batch; only the MoE layers talk. Optimizer, data and the order of gradient reductions are not here.
 // Shapes: N rows (tokens), D model width, V vocabulary.
 
+import type { Communicator } from "../collectives/types.ts";
 import type { Device } from "../tensor/device.ts";
 import { bytesOf } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
 import type { Rows } from "./attention.ts";
-import { Block, type BlockSaved, type FeedForwardPart } from "./block.ts";
-import type { ModelConfig } from "./config.ts";
+import { Block, type BlockSaved, type FeedForwardOutput } from "./block.ts";
+import type { CheckpointTensor } from "./checkpoint.ts";
+import { type ModelConfig, modelDescription } from "./config.ts";
 import { FeedForward } from "./feed_forward.ts";
 import type { GradientOutline, StepOutline } from "./graph.ts";
+import type { ExpertPlacement } from "./hooks.ts";
 import { linear } from "./linear.ts";
 import { headLoss } from "./loss.ts";
+import { MoeLayer, type MoeResult } from "./moe_layer.ts";
 import { Norm } from "./norm.ts";
 import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
+import { staticPlacement } from "./placement.ts";
 import type { Step } from "./step.ts";
 
 /** Rows of one rank: sequences one after another. */
@@ -27,24 +32,18 @@ export interface Batch {
   readonly offsets: Int32Array;
 }
 
-/** What a feed-forward part returns: a MoE layer adds its auxiliary loss and statistics. */
-export interface FeedForwardResult {
-  /** Output [N, D]. */
-  readonly out_ND: Tensor;
-  /** What its backward pass needs. */
-  readonly saved: unknown;
-}
-
-/** How a {@linkcode Transformer} is made. */
-export interface TransformerOptions<Result extends FeedForwardResult> {
+/** How a {@linkcode Transformer} is made; all but the device is alike on all ranks. */
+export interface TransformerOptions {
   /** Where the weights live. */
   readonly device: Device;
+  /** The ranks that hold the experts and whose rows make the global batch. */
+  readonly comm: Communicator;
   /** Sizes. */
   readonly config: ModelConfig;
-  /** Seed of the weights. */
+  /** Seed of the weights and of the routers' noise. */
   readonly seed: number;
-  /** Makes the MoE layer of a layer; asked for every layer that is not dense. */
-  readonly mixture: (layer: number) => FeedForwardPart<Result>;
+  /** Where experts sit. @default {staticPlacement()} */
+  readonly placement?: ExpertPlacement;
 }
 
 /** What a pass may do besides the forward half. */
@@ -53,24 +52,37 @@ export interface PassOptions {
   readonly lossSum: Tensor;
   /** 1 / tokens of the global batch: runs the backward pass, too. */
   readonly gradScale?: number;
+  /** Factor of the gradient of the routers' losses: 1 / passes of a step. @default {1} */
+  readonly auxScale?: number;
+}
+
+/** What the MoE layers have shown in a pass, alike on all ranks. */
+export interface PassResult {
+  /** Sum of the routers' losses, coefficients applied. */
+  readonly auxLoss: number;
+  /** Choices of the most loaded expert / mean choices; mean over the MoE layers, 1 without any. */
+  readonly imbalance: number;
 }
 
 /** A decoder-only language model with Mixture-of-Experts layers. */
-export class Transformer<Result extends FeedForwardResult> implements Disposable {
+export class Transformer implements Disposable {
   /** Sizes. */
   readonly config: ModelConfig;
   /** The layers. */
-  readonly blocks: readonly Block<Result>[];
+  readonly blocks: readonly Block[];
+  /** The MoE layers among them. */
+  readonly moeLayers: readonly MoeLayer[];
   readonly #device: Device;
   readonly #embedding: Parameter;
   readonly #norm: Norm;
   readonly #head: Parameter;
 
   /**
-   * @param options Sizes, device, seed, and what makes MoE layers.
+   * @param options Sizes, device, ranks, seed.
+   * @throws {RangeError} If experts do not fit on the ranks.
    */
-  constructor(options: TransformerOptions<Result>) {
-    const { device, config, seed, mixture } = options;
+  constructor(options: TransformerOptions) {
+    const { device, config, seed } = options;
     const { vocab, width, dtype, initStd } = config;
     const matrix = { shape: [vocab, width], dtype, init: { std: initStd, seed } };
     this.config = config;
@@ -80,12 +92,13 @@ export class Transformer<Result extends FeedForwardResult> implements Disposable
     this.#head = config.tied ? this.#embedding : createParameter(device, "lm_head.weight", matrix);
     this.blocks = Array.from({ length: config.layers }, (_, layer) => {
       const dense = config.experts === 0 || layer < config.denseLayers;
-      // A dense network has neither auxiliary loss nor statistics: the caller's `Result` has them optional.
       const feedForward = dense
-        ? new FeedForward(device, layer, config, seed) as unknown as FeedForwardPart<Result>
-        : mixture(layer);
+        ? new FeedForward(device, layer, config, seed)
+        : mixture(options, layer);
       return new Block(device, layer, config, { feedForward, seed });
     });
+    this.moeLayers = this.blocks.map(({ feedForward }) => feedForward)
+      .filter((part) => part instanceof MoeLayer);
   }
 
   /** Every parameter that this rank holds, each once. */
@@ -98,17 +111,46 @@ export class Transformer<Result extends FeedForwardResult> implements Disposable
     ];
   }
 
+  /** What checkpoints hold besides parameters: the selection biases of sigmoid routers. */
+  get buffers(): readonly CheckpointTensor[] {
+    return this.moeLayers.filter(({ biasName }) => biasName !== null).map((layer) => ({
+      name: layer.biasName!,
+      owner: 0,
+      dtype: "f64",
+      shape: [layer.bias.length],
+      read: () => layer.bias,
+      write: (array) => layer.bias.set(array as Float64Array),
+    }));
+  }
+
+  /** Sizes that a checkpoint must agree with. */
+  get description(): object {
+    return modelDescription(this.config);
+  }
+
+  /**
+   * The rank that speaks for a parameter where only one may: in norms and checkpoints.
+   *
+   * @param parameter One of the model's.
+   * @returns The first rank that holds it.
+   */
+  ownerOf({ expert }: Parameter): number {
+    if (!expert) return 0;
+    const part = this.blocks[expert.layer].feedForward as MoeLayer;
+    return part.store.holders(expert.id)[0];
+  }
+
   /**
    * The model as a step graph's outline. It is alike on all ranks: the gradients of experts, which each rank holds others of, are not
    * in it, as their replicas reduce them among themselves.
    *
-   * @param layout How many rows a rank has, and of how many ranks and choices per token an all-to-all is made.
+   * @param rows Rows of a rank.
+   * @param ranks Number of ranks.
    * @returns The outline.
    */
-  outline(layout: { rows: number; ranks: number; topK: number }): StepOutline {
-    const { rows, ranks, topK } = layout;
+  outline(rows: number, ranks: number): StepOutline {
     const { config } = this;
-    const away = rows * topK * (ranks - 1) / ranks;
+    const away = rows * (ranks - 1) / ranks;
     return {
       head: [...(config.tied ? [] : [this.#head]), this.#norm.gain].map(outlineOf),
       layers: this.blocks.map(({ feedForward, denseParameters }) => {
@@ -117,8 +159,9 @@ export class Transformer<Result extends FeedForwardResult> implements Disposable
           feedForward: world.map(outlineOf),
           attention: denseParameters.map(outlineOf),
         };
-        if (feedForward instanceof FeedForward) return layer;
-        const allToAllBytes = Math.round(away * config.width * bytesOf(config.dtype));
+        if (!(feedForward instanceof MoeLayer)) return layer;
+        const rowBytes = config.width * bytesOf(config.dtype);
+        const allToAllBytes = Math.round(away * feedForward.router.topK * rowBytes);
         return { ...layer, moe: { allToAllBytes, experts: [] } };
       }),
       embedding: [outlineOf(this.#embedding)],
@@ -131,13 +174,14 @@ export class Transformer<Result extends FeedForwardResult> implements Disposable
    * @param batch This rank's rows.
    * @param step Told of boundaries and gradients.
    * @param options Where the loss goes, and the gradient's factor.
-   * @returns What the feed-forward parts returned, per layer; their tensors are freed.
+   * @returns What the MoE layers have shown.
    */
-  async pass(batch: Batch, step: Step, options: PassOptions): Promise<readonly Result[]> {
+  async pass(batch: Batch, step: Step, options: PassOptions): Promise<PassResult> {
     using tokens = fromArray(this.#device, batch.tokens);
     using targets = fromArray(this.#device, batch.targets);
     using rows = rowsOf(this.#device, batch.offsets);
-    const { x_ND, saved, results } = await this.#forward(tokens, rows, step);
+    const { x_ND, saved, shown } = await this.#forward(tokens, rows, step);
+    for (const layer of this.moeLayers) layer.auxScale = options.auxScale ?? 1;
     const last = this.#norm.forward(x_ND);
     const dLast = headLoss(last.out_ND, this.#head, { targets, ...options });
     if (dLast) {
@@ -152,7 +196,7 @@ export class Transformer<Result extends FeedForwardResult> implements Disposable
       dX[Symbol.dispose]();
     } else saved.forEach((s, layer) => s && this.blocks[layer].release(s));
     for (const tensor of [x_ND, last.out_ND, last.invRms_N]) tensor[Symbol.dispose]();
-    return results;
+    return shown;
   }
 
   /**
@@ -179,17 +223,33 @@ export class Transformer<Result extends FeedForwardResult> implements Disposable
     return logits;
   }
 
-  async #forward(tokens: Tensor, rows: Rows, step: Step): Promise<Forward<Result>> {
-    const saved: Forward<Result>["saved"] = [], results: Result[] = [];
+  /**
+   * Sums the gradients of expert replicas among the ranks that hold them: once per step, after its last pass. All ranks call it.
+   */
+  async reduceReplicas(): Promise<void> {
+    for (const layer of this.moeLayers) await layer.reduceReplicas();
+  }
+
+  /** Ends a step: routers that balance load by a bias move it. */
+  endStep(): void {
+    for (const layer of this.moeLayers) layer.endStep();
+  }
+
+  async #forward(tokens: Tensor, rows: Rows, step: Step): Promise<Forward> {
+    const saved: Forward["saved"] = [];
+    let auxLoss = 0, imbalance = 0;
     let x_ND = empty(this.#device, [tokens.size, this.config.width], this.config.dtype);
     ops.gatherRows(this.#embedding.value, tokens, x_ND);
     for (const block of this.blocks) {
-      const { out_ND, saved: kept, result } = await block.forward(x_ND, rows, step);
+      const { out_ND, saved: kept, output } = await block.forward(x_ND, rows, step);
       saved.push(kept);
-      results.push(result);
       x_ND = out_ND;
+      if (!isMoeResult(output)) continue;
+      auxLoss += output.auxLoss;
+      imbalance += imbalanceOf(output.stats.counts) / this.moeLayers.length;
     }
-    return { x_ND, saved, results };
+    if (this.moeLayers.length === 0) imbalance = 1;
+    return { x_ND, saved, shown: { auxLoss, imbalance } };
   }
 
   /** Frees the weights. */
@@ -201,10 +261,41 @@ export class Transformer<Result extends FeedForwardResult> implements Disposable
   }
 }
 
-interface Forward<Result extends FeedForwardResult> {
+interface Forward {
   readonly x_ND: Tensor;
-  readonly saved: (BlockSaved<Result["saved"]> | null)[];
-  readonly results: Result[];
+  readonly saved: (BlockSaved | null)[];
+  readonly shown: PassResult;
+}
+
+function mixture(options: TransformerOptions, layer: number): MoeLayer {
+  const { device, comm, config, seed, placement } = options;
+  const { width, hidden, experts, router, activation, sharedExperts, initStd, dtype } = config;
+  return new MoeLayer({
+    device,
+    comm,
+    layer,
+    width,
+    hidden,
+    experts,
+    router,
+    activation,
+    sharedExperts,
+    placement: placement ?? staticPlacement(),
+    seed,
+    initStd,
+    downStd: initStd / Math.sqrt(2 * config.layers),
+    dtype,
+  });
+}
+
+function isMoeResult(output: FeedForwardOutput): output is MoeResult {
+  return "stats" in output;
+}
+
+/** The largest count / the mean. */
+function imbalanceOf(counts: Float64Array): number {
+  const sum = counts.reduce((a, b) => a + b, 0);
+  return sum > 0 ? Math.max(...counts) * counts.length / sum : 1;
 }
 
 function outlineOf({ name, value, group }: Parameter): GradientOutline {

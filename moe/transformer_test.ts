@@ -1,4 +1,7 @@
 import assert from "node:assert/strict";
+import { createCommunicator } from "../collectives/communicator.ts";
+import { openSelf } from "../collectives/self.ts";
+import type { Communicator } from "../collectives/types.ts";
 import { cpuDevice } from "../tensor/cpu/device.ts";
 import { zeros } from "../tensor/tensor.ts";
 import { checkGradients } from "../tests/lib/finite_difference.ts";
@@ -8,6 +11,10 @@ import { plainStep } from "./step.ts";
 import { type Batch, Transformer } from "./transformer.ts";
 
 const device = cpuDevice();
+
+function worldOfOne(): Communicator {
+  return createCommunicator(openSelf(), { rank: 0, size: 1, name: "alone", device });
+}
 
 function batchOf(vocab: number, lengths: readonly number[]): Batch {
   const next = random(7, "batch");
@@ -32,17 +39,23 @@ const SMALL: ModelOptions = {
   dtype: "f64",
 };
 
-for (const change of [{}, { tied: true, activation: "gelu" }, { kvHeads: 4, activation: "relu" }]) {
-  Deno.test(`dense model: gradients are those of the loss ${JSON.stringify(change)}`, async () => {
-    const config = modelConfig({ ...SMALL, ...change } as ModelOptions);
-    const before = device.memory().used_bytes;
-    {
-      using model = new Transformer({
-        device,
-        config,
-        seed: 3,
-        mixture: () => assert.fail("no mixture"),
-      });
+const CHANGES: readonly Partial<ModelOptions>[] = [
+  {},
+  { tied: true, activation: "gelu" },
+  { kvHeads: 4, activation: "relu" },
+  { experts: 4, router: { kind: "softmax", topK: 2, auxLoss: 0.3, zLoss: 0.1 } },
+  { experts: 3, denseLayers: 1, sharedExperts: 1, router: { kind: "sigmoid", topK: 2 } },
+  { experts: 4, activation: "gelu", router: { kind: "switch", auxLoss: 0.1, capacityFactor: 1 } },
+];
+
+for (const change of CHANGES) {
+  Deno.test(`model: gradients are those of the loss ${JSON.stringify(change)}`, async () => {
+    const config = modelConfig({ ...SMALL, ...change });
+    // The device keeps some scratch memory from the first use on.
+    let before = 0;
+    for (const round of ["warms up", "counts"]) {
+      if (round === "counts") before = device.memory().used_bytes;
+      using model = new Transformer({ device, config, seed: 3, comm: worldOfOne() });
       const batch = batchOf(config.vocab, [5, 1, 4]);
       const ready: string[] = [];
       const step = {
@@ -51,14 +64,14 @@ for (const change of [{}, { tied: true, activation: "gelu" }, { kvHeads: 4, acti
       };
       const loss = async () => {
         using sum = zeros(device, [1], "f64");
-        await model.pass(batch, plainStep(device), { lossSum: sum });
-        return (await sum.toArray())[0] as number / 10;
+        const { auxLoss } = await model.pass(batch, plainStep(device), { lossSum: sum });
+        return (await sum.toArray())[0] as number / 10 + auxLoss;
       };
       const start = await loss();
       {
         using sum = zeros(device, [1], "f64");
-        await model.pass(batch, step, { lossSum: sum, gradScale: 1 / 10 });
-        assert.equal((await sum.toArray())[0] as number / 10, start);
+        const { auxLoss } = await model.pass(batch, step, { lossSum: sum, gradScale: 1 / 10 });
+        assert.equal((await sum.toArray())[0] as number / 10 + auxLoss, start);
       }
       await checkGradients(loss, model.parameters);
       assert.deepEqual(ready.toSorted(), model.parameters.map((p) => p.name).toSorted());
@@ -69,7 +82,7 @@ for (const change of [{}, { tied: true, activation: "gelu" }, { kvHeads: 4, acti
 
 Deno.test("model: logits of the last rows are those of the whole pass", async () => {
   const config = modelConfig(SMALL);
-  using model = new Transformer({ device, config, seed: 3, mixture: () => assert.fail() });
+  using model = new Transformer({ device, config, seed: 3, comm: worldOfOne() });
   const { tokens, offsets } = batchOf(config.vocab, [5, 1, 4]);
   using together = await model.logits(tokens, offsets, plainStep(device));
   const all = await together.toArray() as Float64Array;

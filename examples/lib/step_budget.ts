@@ -1,0 +1,71 @@
+// How many steps fit into a time: measured once in the first steps, then watched, so that a machine that slows down still ends in time.
+// The number is agreed on by all ranks. A run with a time budget is the only thing here that depends on a clock.
+
+import type { Communicator } from "../../collectives/types.ts";
+
+/** Steps after which the time of a step is known; those before the first warm up. */
+const FIRST = 5, KNOWN = 15, WATCH = 100;
+
+/** What a {@linkcode StepBudget} starts from. */
+export interface StepBudgetOptions {
+  /** Most steps. */
+  readonly steps: number;
+  /** Seconds of training, or null. */
+  readonly seconds: number | null;
+  /** What an earlier part of the run had settled. */
+  readonly settled?: { readonly steps?: number };
+  /** Step that the run goes on from. */
+  readonly from: number;
+}
+
+/** The number of steps of a run. */
+export class StepBudget {
+  /** Number of the last step, as far as it is settled. */
+  steps: number;
+  readonly #world: Communicator;
+  readonly #budget_ms: number | null;
+  readonly #from: number;
+  readonly #began = performance.now();
+  #lastTime = 0;
+  #lastStep = 0;
+
+  /**
+   * @param world All ranks.
+   * @param options Steps and time.
+   */
+  constructor(world: Communicator, options: StepBudgetOptions) {
+    this.#world = world;
+    this.#from = options.from;
+    const settled = options.settled?.steps;
+    this.steps = settled ?? options.steps;
+    this.#budget_ms = options.seconds === null || settled ? null : options.seconds * 1000;
+  }
+
+  /**
+   * Call after every step, on every rank.
+   *
+   * @param row The step.
+   * @returns Whether the number of steps has changed.
+   */
+  async onStep(row: { readonly step: number }): Promise<boolean> {
+    if (this.#budget_ms === null) return false;
+    const done = row.step - this.#from;
+    if (done === FIRST) this.#mark(row.step);
+    if (done !== KNOWN && !(done > KNOWN && done % WATCH === 0)) return false;
+    const perStep = (performance.now() - this.#lastTime) / (row.step - this.#lastStep);
+    const left = this.#budget_ms - (performance.now() - this.#began);
+    const fits = Float64Array.of(row.step + Math.max(1, Math.floor(left / perStep)));
+    await this.#world.broadcast(fits);
+    this.#mark(row.step);
+    // Once settled, only a plan that would be late by more than 3 % is changed.
+    const late = fits[0] < this.steps - 0.03 * (this.steps - row.step);
+    if (!late) return false;
+    this.steps = Math.min(this.steps, fits[0]);
+    return true;
+  }
+
+  #mark(step: number): void {
+    this.#lastTime = performance.now();
+    this.#lastStep = step;
+  }
+}

@@ -1,0 +1,228 @@
+// The flags of `train.ts`: names, defaults and help in one table, read strictly. Nothing runs here.
+
+import { parseArgs } from "node:util";
+import { type ModelConfig, modelConfig } from "../../moe/config.ts";
+import type { RouterOptions } from "../../moe/router.ts";
+
+type Flag = readonly [name: string, value: string, standard: string | undefined, help: string];
+
+/** Flags with a value: name, what the value is, default, help. */
+const FLAGS: readonly Flag[] = [
+  ["layers", "N", "4", "layers"],
+  ["width", "N", "128", "model width"],
+  ["heads", "N", "4", "query heads; divides the width"],
+  ["kv-heads", "N", undefined, "key/value heads; divides the heads (default: heads)"],
+  ["hidden", "N", undefined, "hidden width of an expert (default: 4 x width)"],
+  ["experts", "N", "8", "experts of each MoE layer; 0 for a dense model"],
+  ["top-k", "N", "2", "experts per token"],
+  ["router", "NAME", "softmax", "softmax, switch, gshard, sigmoid or expert-choice"],
+  ["shared-experts", "N", "0", "experts that every token passes"],
+  ["dense-layers", "N", "0", "first layers that are dense"],
+  ["activation", "NAME", "swiglu", "swiglu, gelu or relu"],
+  [
+    "capacity-factor",
+    "X",
+    undefined,
+    "rows an expert takes at most, as a multiple of its fair share (default: all)",
+  ],
+  ["drop", "RULE", "position", "what goes beyond the capacity: position or probability"],
+  ["aux-loss", "X", "0.01", "coefficient of the balance loss"],
+  ["z-loss", "X", "0.001", "coefficient of the router's z loss"],
+  ["jitter", "X", "0", "half width of the noise that multiplies the router's logits"],
+  ["replicas", "N", "1", "copies of each expert; divides the number of ranks"],
+  ["data", "FILE", undefined, "text to learn (default: the bundled one)"],
+  ["tokenizer", "FILE", undefined, "a tokenizer.json (default: bytes)"],
+  ["val-fraction", "X", "0.1", "part of the text, from its end, that is only measured"],
+  ["seq", "N", "128", "tokens of a sequence"],
+  ["batch", "N", "32", "sequences of a step, over all ranks"],
+  ["accumulate", "N", "1", "passes that a batch is cut into"],
+  ["steps", "N", "1000", "steps"],
+  ["lr", "X", "0.003", "highest learning rate"],
+  ["min-lr", "X", "0.1", "learning rate at the end, as a part of the highest"],
+  ["warmup", "N", "50", "steps until the highest learning rate"],
+  ["weight-decay", "X", "0.1", "decoupled weight decay of matrices"],
+  ["clip", "X", "1", "largest norm of the gradient; 0 for no limit"],
+  ["seed", "N", "1", "seed of weights, data order and noise"],
+  ["val-every", "N", "100", "steps between validations; 0 for none"],
+  [
+    "val-batches",
+    "N",
+    "8",
+    "batches of a validation; the last one takes the whole validation text",
+  ],
+  ["checkpoint-every", "N", "0", "steps between checkpoints; the last step is always saved"],
+  ["keep", "N", "2", "checkpoints that stay"],
+  ["run", "NAME", undefined, "name of the run (default: date and time)"],
+  ["out", "DIR", "runs", "where runs lie"],
+  ["trace-steps", "N", "3", "steps recorded in trace.json; 0 for none"],
+  [
+    "record-routing",
+    "FILE",
+    undefined,
+    "writes every token's experts of a last pass over validation text",
+  ],
+  [
+    "time-budget",
+    "S",
+    undefined,
+    "seconds of training: fewer steps than --steps if they would take longer",
+  ],
+  ["prompt", "TEXT", "It was ", "beginning of the sample"],
+  ["sample", "N", "400", "tokens of the sample; 0 for none"],
+];
+
+const SWITCHES: readonly (readonly [name: string, help: string])[] = [
+  ["demo", "the demo: sizes and a time budget that suit a small CPU"],
+  ["tied", "the head shares the embedding's weights"],
+  [
+    "resume",
+    "goes on from the newest checkpoint of --run; a restart by the launcher does so by itself",
+  ],
+  ["help", "this text"],
+];
+
+/** What `--demo` changes; flags given beside it win. */
+const DEMO: Readonly<Record<string, string>> = {
+  "run": "demo",
+  "time-budget": "80",
+};
+
+/** The flags, read. */
+export interface TrainOptions {
+  /** Sizes; `vocab` is the tokenizer's, and to be filled in. */
+  readonly model: (vocab: number) => ModelConfig;
+  /** A flag's text, if it was given or has a default. */
+  readonly text: (name: string) => string | undefined;
+  /** A flag's number. */
+  readonly number: (name: string) => number;
+  /** Whether a switch was given. */
+  readonly has: (name: string) => boolean;
+}
+
+/**
+ * Reads the command line.
+ *
+ * @param args Its words.
+ * @returns The options.
+ * @throws {TypeError} If a flag is unknown, lacks its value or has a wrong one.
+ */
+export function parseTrainOptions(args: readonly string[]): TrainOptions {
+  const { values } = parseArgs({
+    args: [...args],
+    strict: true,
+    allowPositionals: false,
+    options: Object.fromEntries([
+      ...FLAGS.map(([name]) => [name, { type: "string" as const }]),
+      ...SWITCHES.map(([name]) => [name, { type: "boolean" as const }]),
+    ]),
+  });
+  const given = values as Record<string, string | boolean | undefined>;
+  const text = (name: string) => {
+    const value = given[name] ?? (given.demo ? DEMO[name] : undefined);
+    return value === undefined ? FLAGS.find((flag) => flag[0] === name)![2] : String(value);
+  };
+  const number = (name: string) => {
+    const flag = FLAGS.find((flag) => flag[0] === name)!;
+    const value = Number(text(name) ?? NaN);
+    const fits = flag[1] === "N" ? Number.isSafeInteger(value) : Number.isFinite(value);
+    if (!fits || value < 0 || text(name)!.trim() === "") {
+      const what = flag[1] === "N" ? "a whole number >= 0" : "a number >= 0";
+      throw new TypeError(
+        `Cannot train as --${name} must be ${what}: current value is ${text(name)}`,
+      );
+    }
+    return value;
+  };
+  const optional = (name: string) => text(name) === undefined ? undefined : number(name);
+  for (const [name, kind, standard] of FLAGS) {
+    if (kind !== "N" && kind !== "X" && kind !== "S") continue;
+    if (standard !== undefined || text(name) !== undefined) number(name);
+  }
+  for (const name of ["steps", "seq", "batch", "accumulate", "keep"]) {
+    if (number(name) < 1) {
+      throw new TypeError(
+        `Cannot train as --${name} must be at least 1: current value is ${text(name)}`,
+      );
+    }
+  }
+  const model = (vocab: number) =>
+    modelConfig({
+      vocab,
+      width: number("width"),
+      layers: number("layers"),
+      heads: number("heads"),
+      kvHeads: optional("kv-heads") ?? number("heads"),
+      hidden: optional("hidden") ?? 4 * number("width"),
+      experts: number("experts"),
+      router: routerOf(text, number, optional),
+      sharedExperts: number("shared-experts"),
+      denseLayers: number("dense-layers"),
+      activation: text("activation") as ModelConfig["activation"],
+      tied: given.tied === true,
+    });
+  return { model, text, number, has: (name) => given[name] === true };
+}
+
+function routerOf(
+  text: TrainOptions["text"],
+  number: TrainOptions["number"],
+  optional: (name: string) => number | undefined,
+): RouterOptions {
+  const kind = text("router")!.replace("expert-choice", "expertChoice") as RouterOptions["kind"];
+  const kinds = ["softmax", "switch", "gshard", "sigmoid", "expertChoice"];
+  if (!kinds.includes(kind)) {
+    throw new TypeError(
+      `Cannot train as --router must be softmax, switch, gshard, sigmoid or expert-choice: current value is ${kind}`,
+    );
+  }
+  const drop = text("drop");
+  if (drop !== "position" && drop !== "probability") {
+    throw new TypeError(
+      `Cannot train as --drop must be position or probability: current value is ${drop}`,
+    );
+  }
+  const common = {
+    auxLoss: number("aux-loss"),
+    zLoss: number("z-loss"),
+    jitter: number("jitter"),
+    capacityFactor: optional("capacity-factor") ?? null,
+    drop,
+  } as const;
+  switch (kind) {
+    case "expertChoice":
+      return {
+        kind,
+        zLoss: common.zLoss,
+        jitter: common.jitter,
+        capacityFactor: optional("capacity-factor") ?? number("top-k"),
+      };
+    case "softmax":
+    case "sigmoid":
+      return { kind, topK: number("top-k"), ...common };
+    default:
+      return { kind, ...common };
+  }
+}
+
+/**
+ * The text of `--help`.
+ *
+ * @returns Usage and flags.
+ */
+export function trainHelp(): string {
+  const lines = FLAGS.map(([name, value, standard, help]) => [
+    `--${name} ${value}`,
+    standard === undefined
+      ? help
+      : `${help} (default: ${JSON.stringify(standard).replaceAll('"', "")})`,
+  ]);
+  const all = [...SWITCHES.map(([name, help]) => [`--${name}`, help]), ...lines];
+  const width = Math.max(...all.map(([left]) => left.length)) + 2;
+  return [
+    "Trains a Mixture-of-Experts language model on text, on all ranks together.",
+    "",
+    "  deno run -A launch.ts -n 4 examples/train.ts [flags]",
+    "",
+    ...all.map(([left, right]) => `  ${left.padEnd(width)}${right}`),
+  ].join("\n");
+}

@@ -1,0 +1,227 @@
+// Trains a Mixture-of-Experts language model on text, on all ranks together: the demo's program.
+//   deno run -A launch.ts -n 4 examples/train.ts --demo
+//   deno run -A launch.ts -n 4 examples/train.ts --help
+
+import { join } from "node:path";
+import { init, type World } from "../collectives/world.ts";
+import { countParameters } from "../moe/config.ts";
+import { bigramLoss, loadText, type TokenData } from "../moe/data.ts";
+import { generate } from "../moe/generate.ts";
+import { Transformer } from "../moe/transformer.ts";
+import { replicatedPlacement } from "../moe/placement.ts";
+import { CHECKPOINTS, type MetricsRow, run } from "../moe/run.ts";
+import { byteTokenizer, type Tokenizer } from "../moe/tokenizer.ts";
+import { Trainer } from "../moe/trainer.ts";
+import { trainingData } from "../moe/training_data.ts";
+import { writeTrace } from "../trace/perfetto.ts";
+import { loadTokenizer } from "./lib/hf_tokenizer.ts";
+import { StepBudget } from "./lib/step_budget.ts";
+import { parseTrainOptions, trainHelp, type TrainOptions } from "./lib/train_options.ts";
+import { lossSvg } from "./report/loss_svg.ts";
+import { Progress } from "./report/progress.ts";
+import { formatTable } from "./report/table.ts";
+
+async function main(options: TrainOptions): Promise<void> {
+  const started = performance.now();
+  const { text, number, has } = options;
+  const tokenizerFile = text("tokenizer");
+  const tokenizer = tokenizerFile ? loadTokenizer(tokenizerFile) : byteTokenizer;
+  const config = options.model(tokenizer.vocabularySize);
+  await using world = await init();
+  const file = text("data") ?? join(import.meta.dirname!, "data", "austen.txt");
+  const data = await loadText(file, {
+    sequence: number("seq"),
+    tokenizer,
+    validationShare: number("val-fraction"),
+  });
+  const directory = await runDirectory(world, options);
+
+  using model = new Transformer({
+    device: world.device,
+    comm: world,
+    config,
+    seed: number("seed"),
+    placement: replicatedPlacement(number("replicas")),
+  });
+  await using trainer = await Trainer.create({
+    world,
+    device: world.device,
+    model,
+    data: trainingData(data, {
+      sequence: number("seq"),
+      batch: number("batch"),
+      accumulate: number("accumulate"),
+      seed: number("seed"),
+      rank: world.rank,
+      size: world.size,
+    }),
+    learningRate: course(options, number("steps")),
+    adamW: { weightDecay: number("weight-decay") },
+    accumulate: number("accumulate"),
+    clip: number("clip"),
+  });
+  const restarts = world.attempt > 0;
+  const checkpoint = has("resume") || restarts
+    ? await trainer.resume(join(directory, CHECKPOINTS))
+    : null;
+  if (has("resume") && !restarts && !checkpoint) {
+    throw new Error(`Cannot resume as ${directory} must have a checkpoint: current value has none`);
+  }
+  const budget = new StepBudget(world, {
+    steps: number("steps"),
+    seconds: text("time-budget") === undefined ? null : number("time-budget"),
+    settled: checkpoint?.state as { steps?: number } | undefined,
+    from: trainer.steps,
+  });
+  trainer.learningRate = course(options, budget.steps);
+
+  const { total, active } = countParameters(config);
+  const bigram = data.validation.length > 1
+    ? bigramLoss(data.train, data.validation, data.vocabularySize)
+    : NaN;
+  using progress = new Progress(budget.steps, { rank: world.rank, start: trainer.steps });
+  progress.message(
+    `${world.size} ranks (${world.backend}), ${config.layers} layers, ${
+      config.experts > 0 ? `${config.experts} experts, ` : ""
+    }${millions(total)} parameters, ${millions(active)} per token; ${
+      (data.train.length / 1e6).toFixed(2)
+    } M training tokens${checkpoint ? `; from step ${checkpoint.step}` : ""}`,
+  );
+  const traceFrom = trainer.steps + 21, traceSteps = number("trace-steps");
+  const rows = await run(trainer, {
+    world,
+    directory,
+    steps: () => budget.steps,
+    validateEvery: data.validation.length > 0 ? number("val-every") : 0,
+    validationBatches: number("val-batches"),
+    checkpointEvery: number("checkpoint-every"),
+    keep: number("keep"),
+    state: () => ({ steps: budget.steps, tokenizer: tokenizer.name }),
+    trace: traceSteps > 0 ? [traceFrom, traceFrom + traceSteps] : undefined,
+    onStep: async (row) => {
+      if (await budget.onStep(row)) {
+        trainer.learningRate = course(options, budget.steps);
+      }
+      progress.update({ ...row, total: budget.steps });
+    },
+  });
+  const val_loss = data.validation.length > 0 ? await trainer.validate() : NaN;
+  progress.finish();
+
+  if (traceSteps > 0) await writeTrace(join(directory, "trace.json"), { ranks: world });
+  const sample = await sampleOf(model, world, tokenizer, options);
+  if (world.rank !== 0) return;
+  Deno.writeTextFileSync(
+    join(directory, "loss.svg"),
+    lossSvg(rows, {
+      title: "Loss",
+      subtitle: `${millions(total)} parameters, ${millions(active)} per token, ${world.size} ranks`,
+      unit: tokenizer === byteTokenizer ? "nats per byte" : "nats per token",
+      baseline: Number.isFinite(bigram) ? { label: "bigram", loss: bigram } : undefined,
+    }),
+  );
+  console.log(`\n${summary({ data, rows, options, total, active, val_loss, bigram, started })}`);
+  if (sample) console.log(`\nA sample:\n${sample}`);
+  console.log(
+    `\nFiles in ${directory}: metrics.jsonl, loss.svg, ${CHECKPOINTS}/${
+      traceSteps > 0 ? ", trace.json (open it at ui.perfetto.dev)" : ""
+    }`,
+  );
+}
+
+function course(options: TrainOptions, steps: number) {
+  const { number } = options;
+  return { peak: number("lr"), warmup: number("warmup"), steps, floor: number("min-lr") };
+}
+
+/** The run's folder; a new run of an old name begins anew. Rank 0 decides. */
+async function runDirectory(world: World, options: TrainOptions): Promise<string> {
+  const { text, has } = options;
+  const name = new Uint8Array(256);
+  if (world.rank === 0) {
+    const chosen = text("run") ?? new Date().toISOString().slice(0, 19).replaceAll(":", "-");
+    const directory = join(text("out")!, chosen);
+    if (!has("resume") && world.attempt === 0) {
+      for (const old of ["metrics.jsonl", "loss.svg", "trace.json", CHECKPOINTS]) {
+        try {
+          Deno.removeSync(join(directory, old), { recursive: true });
+        } catch (error) {
+          if (!(error instanceof Deno.errors.NotFound)) throw error;
+        }
+      }
+    }
+    Deno.mkdirSync(directory, { recursive: true });
+    new TextEncoder().encodeInto(directory, name);
+  }
+  await world.broadcast(name);
+  return new TextDecoder().decode(name.subarray(0, name.indexOf(0)));
+}
+
+async function sampleOf(
+  model: Transformer,
+  world: World,
+  tokenizer: Tokenizer,
+  { text, number }: TrainOptions,
+): Promise<string> {
+  const prompt = tokenizer.encode(text("prompt")!);
+  const out = Array.from(prompt);
+  if (number("sample") === 0) return "";
+  const tokens = generate(model, world.device, prompt, {
+    tokens: number("sample"),
+    context: number("seq"),
+    temperature: 0.8,
+    topP: 0.95,
+    seed: number("seed"),
+  });
+  for await (const token of tokens) out.push(token);
+  return tokenizer.decode(out);
+}
+
+function summary(shown: {
+  data: TokenData;
+  rows: readonly MetricsRow[];
+  options: TrainOptions;
+  total: number;
+  active: number;
+  val_loss: number;
+  bigram: number;
+  started: number;
+}): string {
+  const { rows, options: { number }, data } = shown;
+  const tokens = rows.length * number("batch") * number("seq");
+  const median = (key: "tokens_per_s" | "a2a_share" | "load_imbalance") => {
+    const values = rows.map((row) => row[key]).sort((a, b) => a - b);
+    return values[Math.floor(values.length / 2)] ?? NaN;
+  };
+  const perByte = (loss: number) => `${(loss / data.bytesPerToken).toFixed(3)} nats/byte`;
+  const entries: [string, string][] = [
+    ["parameters", `${millions(shown.total)}, ${millions(shown.active)} per token`],
+    ["tokens", `${millions(tokens)} in ${rows.length} steps`],
+    ["validation loss", perByte(shown.val_loss)],
+    ["bigram baseline", perByte(shown.bigram)],
+    ["tokens/s", median("tokens_per_s").toFixed(0)],
+    ["all-to-all share", `${(100 * median("a2a_share")).toFixed(1)} %`],
+    ["load imbalance", median("load_imbalance").toFixed(2)],
+    ["time", `${((performance.now() - shown.started) / 1000).toFixed(1)} s`],
+  ];
+  return formatTable(entries.map(([what, value]) => ({ what, value })), {
+    columns: ["what", { key: "value", align: "right" }],
+  });
+}
+
+function millions(n: number): string {
+  return n < 1e6 ? `${(n / 1e3).toFixed(0)} k` : `${(n / 1e6).toFixed(2)} M`;
+}
+
+if (Deno.args.includes("--help")) {
+  if ((Deno.env.get("RANK") ?? "0") === "0") console.log(trainHelp());
+} else {
+  let options: TrainOptions | undefined;
+  try {
+    options = parseTrainOptions(Deno.args);
+  } catch (error) {
+    console.error(`${(error as Error).message}\nSee --help.`);
+    Deno.exit(2);
+  }
+  await main(options);
+}

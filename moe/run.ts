@@ -1,0 +1,104 @@
+// A whole training run around a trainer: one line of `metrics.jsonl` per step, validation, checkpoints, going on after a crash. What
+// is shown to people (progress, curves, tables) is the application's.
+
+import { recorder } from "../trace/mod.ts";
+import type { Communicator } from "../collectives/types.ts";
+import type { StepMetrics, Trainer } from "./trainer.ts";
+
+/** A line of `metrics.jsonl`. */
+export interface MetricsRow extends StepMetrics {
+  /** Loss on validation batches after the step, where it was measured; nats per token. */
+  readonly val_loss?: number;
+}
+
+/** How a run goes. */
+export interface RunOptions {
+  /** All ranks. */
+  readonly world: Communicator;
+  /** Where `metrics.jsonl` and `checkpoint/` are written; must exist. */
+  readonly directory: string;
+  /** Number of the last step; asked again after every step, and must be alike on all ranks. */
+  readonly steps: () => number;
+  /** Steps between validations; 0 for none. */
+  readonly validateEvery: number;
+  /** Global batches of a validation. */
+  readonly validationBatches: number;
+  /** Steps between checkpoints; 0 for none. The last step is saved in any case. */
+  readonly checkpointEvery: number;
+  /** Complete checkpoints that stay. @default {2} */
+  readonly keep?: number;
+  /** More to put into each checkpoint, besides the step. */
+  readonly state?: () => object;
+  /** Steps whose spans are recorded: the first and the one after the last. @default {none} */
+  readonly trace?: readonly [number, number];
+  /** Called after every step, on every rank. */
+  readonly onStep?: (row: MetricsRow) => void | Promise<void>;
+}
+
+/** Name of the folder of checkpoints in a run's directory. */
+export const CHECKPOINTS = "checkpoint";
+
+/**
+ * Trains to the last step. All ranks call it together.
+ *
+ * @param trainer The trainer, at the step to go on from.
+ * @param options How the run goes.
+ * @returns The lines of `metrics.jsonl` of the whole run, on rank 0; of what this process did, elsewhere.
+ */
+export async function run(trainer: Trainer, options: RunOptions): Promise<readonly MetricsRow[]> {
+  const { world, directory, validateEvery, checkpointEvery, trace } = options;
+  const root = world.rank === 0;
+  const rows = root ? keepRows(`${directory}/metrics.jsonl`, trainer.steps) : [];
+  using file = root
+    ? await Deno.open(`${directory}/metrics.jsonl`, { append: true, create: true })
+    : null;
+  const encoder = new TextEncoder();
+  while (trainer.steps < options.steps()) {
+    const number = trainer.steps + 1;
+    recorder.capturing = trace !== undefined && number >= trace[0] && number < trace[1];
+    const shown = await trainer.step();
+    recorder.capturing = false;
+    const last = number >= options.steps();
+    const validates = validateEvery > 0 && (last || number % validateEvery === 0);
+    const row: MetricsRow = validates
+      ? { ...shown, val_loss: await trainer.validate(options.validationBatches) }
+      : shown;
+    rows.push(row);
+    if (file) writeAll(file, encoder.encode(JSON.stringify(row) + "\n"));
+    await options.onStep?.(row);
+    // The number of steps may have been settled in onStep.
+    const ends = trainer.steps >= options.steps();
+    if (ends || (checkpointEvery > 0 && number % checkpointEvery === 0)) {
+      const state = options.state?.() ?? {};
+      await trainer.save(`${directory}/${CHECKPOINTS}`, { keep: options.keep, state });
+    }
+  }
+  return rows;
+}
+
+/** Drops lines of steps that a crash undid, and returns the others. */
+function keepRows(path: string, steps: number): MetricsRow[] {
+  let text = "";
+  try {
+    text = Deno.readTextFileSync(path);
+  } catch (error) {
+    if (!(error instanceof Deno.errors.NotFound)) throw error;
+  }
+  const rows: MetricsRow[] = [];
+  for (const line of text.split("\n")) {
+    try {
+      const row = JSON.parse(line) as MetricsRow;
+      if (row.step <= steps) rows.push(row);
+    } catch {
+      // The crash cut the last line short.
+    }
+  }
+  const temporary = `${path}.tmp`;
+  Deno.writeTextFileSync(temporary, rows.map((row) => JSON.stringify(row) + "\n").join(""));
+  Deno.renameSync(temporary, path);
+  return rows;
+}
+
+function writeAll(file: Deno.FsFile, bytes: Uint8Array): void {
+  for (let at = 0; at < bytes.length;) at += file.writeSync(bytes.subarray(at));
+}

@@ -1,0 +1,272 @@
+// Trains a language model as SPMD code: one object per rank that runs a step, validates, saves and goes on from a checkpoint. What
+// surrounds a run (files, progress, when to save) is in `run.ts`. The data are a function of the number of the pass, so the step's
+// number is their position.
+
+import type { Communicator } from "../collectives/types.ts";
+import type { Device } from "../tensor/device.ts";
+import * as ops from "../tensor/ops.ts";
+import { type Tensor, zeros } from "../tensor/tensor.ts";
+import { now, recorder } from "../trace/mod.ts";
+import type { Checkpoint, CheckpointContents, CheckpointTensor } from "./checkpoint.ts";
+import { loadCheckpoint, newestCheckpoint, saveCheckpoint } from "./checkpoint.ts";
+import { Fifo } from "./fifo.ts";
+import { GradientReducer } from "./gradients.ts";
+import { buildStepGraph } from "./graph.ts";
+import type { CollectiveScheduler } from "./hooks.ts";
+import type { Transformer } from "./transformer.ts";
+import {
+  AdamW,
+  type AdamWSettings,
+  addSquaredNorms,
+  clipScale,
+  learningRate,
+  type LearningRateOptions,
+} from "./optimizer.ts";
+import type { Parameter } from "./parameter.ts";
+import { plainStep } from "./step.ts";
+import type { TrainingData } from "./training_data.ts";
+import { namedTensor, parameterTensors } from "./weights.ts";
+
+/** What {@linkcode Trainer} works with. */
+export interface TrainerOptions {
+  /** All ranks. */
+  readonly world: Communicator;
+  /** Where the model lives. */
+  readonly device: Device;
+  /** What is trained; the trainer does not own it. */
+  readonly model: Transformer;
+  /** Batches. */
+  readonly data: TrainingData;
+  /** Course of the learning rate. */
+  readonly learningRate: LearningRateOptions;
+  /** Constants of AdamW. */
+  readonly adamW?: AdamWSettings;
+  /** Passes whose gradients make one step. @default {1} */
+  readonly accumulate?: number;
+  /** Largest norm of the gradient; 0 is no limit. @default {1} */
+  readonly clip?: number;
+  /** Decides when gradients are reduced. @default {new Fifo()} */
+  readonly scheduler?: CollectiveScheduler;
+}
+
+/** What a step has shown, alike on all ranks but for the times, which are this rank's. */
+export interface StepMetrics {
+  /** Number of the step, from 1. */
+  readonly step: number;
+  /** Mean loss of the global batch before the update, in nats per token; auxiliary losses are not in it. */
+  readonly loss: number;
+  /** Sum of the routers' auxiliary losses, coefficients applied. */
+  readonly aux_loss: number;
+  /** Learning rate. */
+  readonly lr: number;
+  /** Tokens of the global batch per second. */
+  readonly tokens_per_s: number;
+  /** Time of the step in ms. */
+  readonly step_ms: number;
+  /** Time of all-to-alls / time of the step; mean over ranks. */
+  readonly a2a_share: number;
+  /** Rows of the most loaded expert / mean rows; mean over layers and passes. */
+  readonly load_imbalance: number;
+  /** Norm of the whole gradient before clipping. */
+  readonly grad_norm: number;
+}
+
+// Places of the step's sums; the first three are summed over ranks.
+const LOSS = 0, ALL_TO_ALL = 1, SHARDED = 2, REPLICATED = 3, SUMS = 4;
+
+/** Trains a model on all ranks together. */
+export class Trainer implements AsyncDisposable {
+  /** The optimizer and its moments. */
+  readonly optimizer: AdamW;
+  /** Course of the learning rate; may be changed between steps, alike on all ranks. */
+  learningRate: LearningRateOptions;
+  readonly #options: Required<TrainerOptions>;
+  readonly #gradients: Communicator;
+  readonly #reducer: GradientReducer;
+  readonly #sums: Tensor;
+
+  /**
+   * Prepares training: a communicator for the gradients, the optimizer's moments, the schedule. All ranks call it together.
+   *
+   * @param options What to train, on what, how.
+   * @returns The trainer; dispose of it.
+   * @throws {RangeError} If the options are impossible.
+   */
+  static async create(options: TrainerOptions): Promise<Trainer> {
+    const full = {
+      adamW: {},
+      accumulate: 1,
+      clip: 1,
+      scheduler: new Fifo(),
+      ...options,
+    };
+    if (!(Number.isSafeInteger(full.accumulate) && full.accumulate >= 1)) {
+      throw new RangeError(
+        `Cannot train as "accumulate" must be a whole number >= 1: current value is ${full.accumulate}`,
+      );
+    }
+    return new Trainer(full, await options.world.dup());
+  }
+
+  private constructor(options: Required<TrainerOptions>, gradients: Communicator) {
+    const { model, device, data, world, scheduler, adamW } = options;
+    this.#options = options;
+    this.#gradients = gradients;
+    this.learningRate = options.learningRate;
+    const parameters = model.parameters;
+    this.optimizer = new AdamW(device, parameters, adamW);
+    const rows = data.training(0).tokens.length;
+    const graph = buildStepGraph(model.outline(rows, world.size));
+    this.#reducer = new GradientReducer({ graph, scheduler, comm: gradients, device, parameters });
+    this.#sums = zeros(device, [SUMS], "f64");
+  }
+
+  /** Steps done. */
+  get steps(): number {
+    return this.optimizer.steps;
+  }
+
+  /**
+   * One step: forward, backward, reduction, update. All ranks call it together.
+   *
+   * @returns What it has shown.
+   * @throws {Error} If the loss or the gradient is not finite: the weights are as they were before.
+   */
+  async step(): Promise<StepMetrics> {
+    const { model, data, device, world, accumulate, clip } = this.#options;
+    const began = now(), allToAllBefore = recorder.total("allToAll");
+    const number = this.steps + 1;
+    const sum = (place: number) => this.#sums.rows(place, place + 1);
+    ops.fill(this.#sums, 0);
+    const tokens = data.tokensPerStep;
+    const scales = { gradScale: 1 / tokens, auxScale: 1 / accumulate };
+    let imbalance = 0, auxLoss = 0;
+    for (let i = 0; i < accumulate; i++) {
+      const pass = (number - 1) * accumulate + i;
+      const reduces = i === accumulate - 1 ? this.#reducer.begin(pass) : null;
+      const step = reduces ?? plainStep(device, { training: true, number: pass });
+      const shown = await model.pass(data.training(pass), step, { lossSum: sum(LOSS), ...scales });
+      await reduces?.finish();
+      imbalance += shown.imbalance / accumulate;
+      auxLoss += shown.auxLoss / accumulate;
+    }
+    await model.reduceReplicas();
+    ops.fill(sum(ALL_TO_ALL), recorder.total("allToAll") - allToAllBefore);
+    const counts = (parameter: Parameter) => model.ownerOf(parameter) === world.rank;
+    addSquaredNorms(model.parameters, counts, sum(REPLICATED), sum(SHARDED));
+    await world.allReduce(this.#sums.rows(0, REPLICATED));
+    const sums = await this.#sums.toArray() as Float64Array;
+    const loss = sums[LOSS] / tokens, norm = Math.sqrt(sums[SHARDED] + sums[REPLICATED]);
+    if (!Number.isFinite(loss) || !Number.isFinite(norm)) {
+      throw new Error(
+        `Cannot go on training as loss and gradient must be finite: current value is ${loss} and ${norm} at step ${number}`,
+      );
+    }
+    const lr = learningRate(number, this.learningRate);
+    this.optimizer.update(lr, clipScale(norm, clip));
+    model.endStep();
+    await device.stream.synchronize();
+    const step_us = now() - began;
+    return {
+      step: number,
+      loss,
+      aux_loss: auxLoss,
+      lr,
+      tokens_per_s: tokens / step_us * 1e6,
+      step_ms: step_us / 1000,
+      a2a_share: sums[ALL_TO_ALL] / world.size / step_us,
+      load_imbalance: imbalance,
+      grad_norm: norm,
+    };
+  }
+
+  /**
+   * Mean loss of validation batches. All ranks call it together.
+   *
+   * @param limit At most so many global batches. @default {all}
+   * @returns Nats per token.
+   */
+  async validate(limit?: number): Promise<number> {
+    const { model, data, device, world } = this.#options;
+    using sums = zeros(device, [2], "f64");
+    let tokens = 0;
+    for (const batch of data.validation(limit)) {
+      await model.pass(batch, plainStep(device), { lossSum: sums.rows(0, 1) });
+      for (const target of batch.targets) if (target >= 0) tokens++;
+    }
+    ops.fill(sums.rows(1, 2), tokens);
+    await world.allReduce(sums);
+    const [loss, all] = await sums.toArray() as Float64Array;
+    return loss / all;
+  }
+
+  /**
+   * Saves weights, moments and position. All ranks call it together.
+   *
+   * @param directory Where checkpoints lie.
+   * @param options How many to keep, and more to put into the state.
+   * @returns The checkpoint.
+   */
+  save(
+    directory: string,
+    options: { readonly keep?: number; readonly state?: object } = {},
+  ): Promise<Checkpoint> {
+    const { model, world } = this.#options;
+    const contents: CheckpointContents = {
+      step: this.steps,
+      config: model.description,
+      model: this.#tensors(),
+      optimizer: this.#moments(),
+      state: options.state ?? {},
+    };
+    return saveCheckpoint(directory, contents, { comm: world, keep: options.keep });
+  }
+
+  /**
+   * Goes on from a checkpoint, which any number of ranks may have written. All ranks call it together.
+   *
+   * @param directory Where checkpoints lie: the newest complete one is taken.
+   * @returns It, or null if there is none, and then nothing has changed.
+   * @throws {CheckpointError} If it is of another model.
+   */
+  async resume(directory: string): Promise<Checkpoint | null> {
+    const { model, world } = this.#options;
+    const found = await newestCheckpoint(directory, { comm: world });
+    if (!found) return null;
+    const checkpoint = await loadCheckpoint(found, {
+      model: this.#tensors(),
+      optimizer: this.#moments(),
+      config: model.description,
+      comm: world,
+    });
+    this.optimizer.steps = checkpoint.step;
+    return checkpoint;
+  }
+
+  #tensors(): CheckpointTensor[] {
+    const { model } = this.#options;
+    return [
+      ...parameterTensors(model.parameters, (parameter) => model.ownerOf(parameter)),
+      ...model.buffers,
+    ];
+  }
+
+  #moments(): CheckpointTensor[] {
+    const { model } = this.#options;
+    return model.parameters.flatMap((parameter) => {
+      const { moment1, moment2 } = this.optimizer.moments.get(parameter.name)!;
+      const owner = model.ownerOf(parameter);
+      return [
+        namedTensor(`${parameter.name}.moment1`, moment1, owner),
+        namedTensor(`${parameter.name}.moment2`, moment2, owner),
+      ];
+    });
+  }
+
+  /** Frees the optimizer's moments and the gradients' communicator. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.optimizer[Symbol.dispose]();
+    this.#sums[Symbol.dispose]();
+    await this.#gradients[Symbol.asyncDispose]();
+  }
+}
