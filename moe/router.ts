@@ -102,6 +102,8 @@ export type RouterOptions =
   | SigmoidOptions
   | ExpertChoiceOptions;
 
+const KINDS: readonly string[] = ["switch", "gshard", "softmax", "sigmoid", "expertChoice"];
+
 /** Router options with every default filled in. */
 export interface Router {
   /** Which router. */
@@ -167,12 +169,13 @@ export function createRouter(options: RouterOptions, experts: number): Router {
     capacityFactor: o.capacityFactor ?? null,
     drop: o.drop ?? "position",
   };
+  check(KINDS.includes(router.kind), "kind", `one of ${KINDS.join(", ")}`, router.kind);
   check(Number.isInteger(experts) && experts >= 1, "experts", "a whole number >= 1", experts);
   const { topK, groupLimit, capacityFactor } = router;
   check(
     Number.isInteger(topK) && topK >= 1 && topK <= experts,
     "experts per token",
-    `a whole number in 1..${experts}, the number of experts,`,
+    `a whole number in 1..${experts}, the number of experts`,
     topK,
   );
   check(
