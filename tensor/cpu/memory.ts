@@ -67,7 +67,7 @@ const HEAP_START = PAGE_BYTES;
 let heapEnd = HEAP_START;
 let sharedStart = CAPACITY_BYTES;
 const freeBlocks = new Map<number, number[]>();
-const blockBytes = new Map<number, number>();
+const liveBytes = new Map<number, number>();
 let used = 0, peak = 0;
 
 function classOf(bytes: number): number {
@@ -85,35 +85,35 @@ function classOf(bytes: number): number {
  */
 export function allocate(bytes: number): number {
   if (!memory) open();
-  const size = classOf(bytes);
+  let size = classOf(bytes);
   let offset = freeBlocks.get(size)?.pop();
   if (offset === undefined) {
-    if (heapEnd + size > sharedStart) offset = reclaim(size);
-    else {
+    if (heapEnd + size <= sharedStart) {
       offset = heapEnd;
       heapEnd += size;
+    } else {
+      size = reclaimable(size);
+      offset = freeBlocks.get(size)!.pop()!;
     }
-    blockBytes.set(offset, size);
   }
+  liveBytes.set(offset, size);
   used += size;
   if (used > peak) peak = used;
   return offset;
 }
 
-/** A free block of a larger class, when the top of the heap has been reached. */
-function reclaim(size: number): number {
+/** The smallest larger class with a free block, for when the top of the heap has been reached. */
+function reclaimable(size: number): number {
   let best = Infinity;
   for (const [other, list] of freeBlocks) {
-    if (other >= size && other < best && list.length > 0) best = other;
+    if (other > size && other < best && list.length > 0) best = other;
   }
-  const offset = freeBlocks.get(best)?.pop();
-  if (offset === undefined) {
+  if (best === Infinity) {
     throw new RangeError(
       `Cannot allocate ${size} bytes on the CPU as one rank's tensors must fit in ${CAPACITY_BYTES} bytes: current value is ${used} bytes in use; use more ranks or a smaller batch`,
     );
   }
-  used += best - size; // the block keeps its own class
-  return offset;
+  return best;
 }
 
 /**
@@ -123,10 +123,11 @@ function reclaim(size: number): number {
  * @throws {RangeError} If no live block begins there.
  */
 export function free(offset: number): void {
-  const size = blockBytes.get(offset);
+  const size = liveBytes.get(offset);
   if (size === undefined) {
     throw new RangeError(`Cannot free as the offset must be a block's: current value is ${offset}`);
   }
+  liveBytes.delete(offset);
   const list = freeBlocks.get(size);
   if (list) list.push(offset);
   else freeBlocks.set(size, [offset]);
