@@ -271,7 +271,7 @@ const MPICH_PATHS = [
   "/usr/lib64/mpich/lib/libmpi.so.12",
 ];
 
-/** The library of the launcher that started this process comes first; bare names follow the loader's path (modules, conda). */
+/** The launcher's library comes first, and bare names before fixed places: they follow what a module or conda has put on the path. */
 function candidates(): string[] {
   const openMpi = ["libmpi.so.40", ...OPEN_MPI_PATHS, "libmpi.40.dylib"];
   const mpich = ["libmpi.so.12", "libmpich.so.12", ...MPICH_PATHS, "libmpi.12.dylib"];

@@ -25,7 +25,7 @@ export class LibraryNotFoundError extends Error {
  * Opens the first candidate that the system can load and that has the symbols.
  *
  * @param name Name of the library for the error: `Open MPI or MPICH`.
- * @param candidates Absolute paths, then bare names (`libmpi.so.40`), best first.
+ * @param candidates Absolute paths and bare names (`libmpi.so.40`), best first.
  * @param symbols The symbol table.
  * @param options The environment variable that overrides the candidates.
  * @returns The symbols and the path that worked.
