@@ -1,231 +1,427 @@
-// The layer's gradients against finite differences in f64, and that neither loss nor gradients depend on the number of ranks, on where
-// experts sit, or on the order of tokens. Ranks are async functions in this process (tests/_loopback.ts).
+// The layer's gradients against finite differences in f64, and its invariants: nothing depends on the number of ranks, on where experts
+// sit or on the order of tokens. Ranks are async functions in this process; tests/moe_ranks_test.ts runs processes.
 
 import assert from "node:assert/strict";
 import fc from "fast-check";
-import { cpuDevice } from "../tensor/cpu/device.ts";
-import type { Activation, Device } from "../tensor/device.ts";
-import { fromArray, type Tensor } from "../tensor/tensor.ts";
 import { loopbackWorld } from "../tests/_loopback.ts";
-import type { ExpertPlacement } from "./hooks.ts";
-import { normal, random } from "./init.ts";
-import { MoeLayer, type MoeLayerOptions } from "./moe_layer.ts";
+import {
+  alike,
+  type Case,
+  D,
+  type Inputs,
+  inputs,
+  read,
+  ROUTERS,
+  run,
+} from "../tests/_moe_case.ts";
+import { linearBuffer } from "../tensor/cpu/memory.ts";
+import { cpuDevice } from "../tensor/cpu/device.ts";
+import type { Device } from "../tensor/device.ts";
+import { fromArray } from "../tensor/tensor.ts";
+import type { ExpertPlacement, PlacementPlan } from "./hooks.ts";
+import { MoeLayer } from "./moe_layer.ts";
 import { replicatedPlacement, staticPlacement } from "./placement.ts";
-import type { RouterOptions } from "./router.ts";
+import { type RoutingRecord, RoutingRecorder, RoutingReplay } from "./routing_record.ts";
 import { plainStep } from "./step.ts";
 
-const D = 6, F = 5;
-let warm = false;
-
-interface Case {
-  readonly router: RouterOptions;
-  readonly experts?: number;
-  readonly activation?: Activation;
-  readonly sharedExperts?: number;
-  readonly placement?: ExpertPlacement;
-  readonly device?: Device;
-  readonly dtype?: "f32" | "f64";
-  readonly training?: boolean;
-}
-
-/** Σ out ⊙ mix + auxiliary losses of the global batch, gradients by name, and what else is compared. */
-interface Outcome {
-  readonly loss: number;
-  readonly out: Float64Array;
-  readonly dX: Float64Array;
-  readonly grads: ReadonlyMap<string, Float64Array>;
-  readonly counts: readonly number[];
-  readonly dropped: number;
-  readonly log: readonly string[];
-}
-
-/** Changes a weight of the named parameter before the run. */
-type Nudge = { readonly name: string; readonly index: number; readonly by: number };
-
-function inputs(tokens: number, seed: number): { x: Float64Array; mix: Float64Array } {
-  return {
-    x: Float64Array.from(normal(random(seed, "x"), tokens * D, { dtype: "f64" })),
-    mix: Float64Array.from(normal(random(seed, "mix"), tokens * D, { dtype: "f64" })),
+/** Adds to one weight wherever the parameter is held. */
+function nudged(c: Case, name: string, index: number, by: number): Case {
+  const prepare = async (layer: MoeLayer) => {
+    const value = layer.parameters.find((p) => p.name === name)?.value;
+    if (!value) return;
+    const array = await read(value);
+    array[index] += by;
+    value.device.write(array, value);
   };
+  return { ...c, prepare };
 }
-
-function optionsOf(c: Case, comm: MoeLayerOptions["comm"]): MoeLayerOptions {
-  return {
-    device: c.device ?? cpuDevice(),
-    comm,
-    layer: 3,
-    width: D,
-    hidden: F,
-    experts: c.experts ?? 6,
-    router: c.router,
-    activation: c.activation ?? "swiglu",
-    sharedExperts: c.sharedExperts ?? 0,
-    placement: c.placement ?? staticPlacement(),
-    seed: 11,
-    initStd: 0.7,
-    dtype: c.dtype ?? "f64",
-  };
-}
-
-async function read(tensor: Tensor): Promise<Float64Array> {
-  return Float64Array.from(await tensor.toArray() as Float64Array);
-}
-
-/** One forward and backward pass; rank r has the next `split[r]` tokens of x. */
-async function run(
-  c: Case,
-  x: Float64Array,
-  mix: Float64Array,
-  split: readonly number[],
-  nudge?: Nudge,
-): Promise<Outcome> {
-  const world = loopbackWorld(split.length);
-  const device = c.device ?? cpuDevice();
-  const before = device.memory().used_bytes;
-  const make = (a: Float64Array, rank: number) => {
-    const first = split.slice(0, rank).reduce((s, n) => s + n, 0);
-    const part = a.slice(first * D, (first + split[rank]) * D);
-    return fromArray(device, c.dtype === "f32" ? Float32Array.from(part) : part, [split[rank], D]);
-  };
-  const parts = await world.run(async (comm) => {
-    using layer = new MoeLayer(optionsOf(c, comm));
-    for (const { name, value } of layer.parameters) {
-      if (name !== nudge?.name) continue;
-      const array = await read(value);
-      array[nudge.index] += nudge.by;
-      device.write(array, value);
-    }
-    using x_ND = make(x, comm.rank);
-    using mix_ND = make(mix, comm.rank);
-    const step = plainStep(device, { training: c.training ?? true, number: 5 });
-    const { out_ND, saved, auxLoss, stats } = await layer.forward(x_ND, step);
-    using out = out_ND;
-    const o = await read(out), m = await read(mix_ND);
-    const loss = o.reduce((sum, v, i) => sum + v * m[i], 0);
-    const grads = new Map<string, Float64Array>();
-    let dX: Float64Array = new Float64Array();
-    if (step.training) {
-      using dX_ND = await layer.backward(mix_ND, saved, step);
-      dX = await read(dX_ND);
-      await layer.reduceReplicas();
-      for (const { name, grad, group } of layer.parameters) {
-        if (group === "world") await comm.allReduce(grad);
-        grads.set(name, await read(grad));
-      }
-    }
-    return { loss, auxLoss, out: o, dX, grads, stats };
-  });
-  // The first run makes the kernels' own workspace.
-  if (warm) assert.equal(device.memory().used_bytes, before, "every tensor is freed");
-  warm = true;
-  const grads = new Map<string, Float64Array>();
-  for (const part of parts) {
-    assert.equal(part.auxLoss, parts[0].auxLoss);
-    assert.deepEqual(part.stats, parts[0].stats);
-    for (const [name, grad] of part.grads) {
-      const other = grads.get(name);
-      if (other) assert.deepEqual(grad, other, `${name} is alike wherever it is held`);
-      grads.set(name, grad);
-    }
-  }
-  return {
-    loss: parts.reduce((sum, { loss }) => sum + loss, 0) + parts[0].auxLoss,
-    out: Float64Array.from(parts.flatMap(({ out }) => [...out])),
-    dX: Float64Array.from(parts.flatMap(({ dX }) => [...dX])),
-    grads,
-    counts: [...parts[0].stats.counts],
-    dropped: parts[0].stats.dropped,
-    log: world.log,
-  };
-}
-
-function close(a: Float64Array, b: Float64Array, tolerance: number, what: string): void {
-  assert.equal(a.length, b.length, what);
-  let scale = 1e-3;
-  for (const v of b) scale = Math.max(scale, Math.abs(v));
-  for (let i = 0; i < a.length; i++) {
-    assert.ok(Math.abs(a[i] - b[i]) <= tolerance * scale, `${what}[${i}]: ${a[i]} and ${b[i]}`);
-  }
-}
-
-function alike(a: Outcome, b: Outcome, tolerance: number): void {
-  assert.ok(Math.abs(a.loss - b.loss) <= tolerance * (1 + Math.abs(b.loss)), "loss");
-  close(a.out, b.out, tolerance, "out");
-  close(a.dX, b.dX, tolerance, "dX");
-  assert.deepEqual([...a.grads.keys()].sort(), [...b.grads.keys()].sort());
-  for (const [name, grad] of a.grads) close(grad, b.grads.get(name)!, tolerance, name);
-  assert.deepEqual(a.counts, b.counts);
-  assert.equal(a.dropped, b.dropped);
-}
-
-const LOSSES = { auxLoss: 0.7, zLoss: 0.3 };
-
-const ROUTERS: Readonly<Record<string, RouterOptions>> = {
-  switch: { kind: "switch", ...LOSSES },
-  "switch, jitter": { kind: "switch", jitter: 0.3, ...LOSSES },
-  "switch, capacity by position": { kind: "switch", capacityFactor: 0.8, ...LOSSES },
-  gshard: { kind: "gshard", ...LOSSES },
-  "gshard, second sampled": { kind: "gshard", second: "sample", ...LOSSES },
-  "gshard, second at random": { kind: "gshard", second: "random", ...LOSSES },
-  "gshard, capacity by probability": {
-    kind: "gshard",
-    capacityFactor: 0.7,
-    drop: "probability",
-    ...LOSSES,
-  },
-  softmax: { kind: "softmax", topK: 3, ...LOSSES },
-  "softmax, not renormalised": { kind: "softmax", topK: 3, renormalise: false, ...LOSSES },
-  "softmax, noise, capacity by position": {
-    kind: "softmax",
-    topK: 2,
-    noise: 0.5,
-    capacityFactor: 0.9,
-    ...LOSSES,
-  },
-  sigmoid: { kind: "sigmoid", topK: 2, scale: 2.5, ...LOSSES },
-  "sigmoid, groups, not renormalised": {
-    kind: "sigmoid",
-    topK: 2,
-    groups: 3,
-    groupLimit: 2,
-    renormalise: false,
-    ...LOSSES,
-  },
-  "expert choice": { kind: "expertChoice", capacityFactor: 1.5, zLoss: 0.3 },
-};
 
 for (const [name, router] of Object.entries(ROUTERS)) {
   Deno.test(`gradients are those of finite differences: ${name}`, async () => {
-    const { x, mix } = inputs(7, 1);
+    const batch = inputs(7, 1);
     const c: Case = { router, sharedExperts: name === "softmax" ? 2 : 0 };
-    const exact = await run(c, x, mix, [7]);
-    const h = 1e-6;
-    const check = (analytic: number, above: Outcome, below: Outcome, what: string) => {
-      const slope = (above.loss - below.loss) / (2 * h);
-      const tolerance = 1e-6 * (1 + Math.abs(slope));
+    const exact = await run(c, batch), h = 1e-6;
+    const check = (analytic: number, above: number, below: number, what: string) => {
+      const slope = (above - below) / (2 * h), tolerance = 1e-6 * (1 + Math.abs(slope));
       assert.ok(Math.abs(slope - analytic) < tolerance, `${what}: ${analytic}, not ${slope}`);
     };
-    for (let i = 0; i < x.length; i += 3) {
-      const shifted = (by: number) => run(c, x.map((v, j) => j === i ? v + by : v), mix, [7]);
-      check(exact.dX[i], await shifted(h), await shifted(-h), `dX[${i}]`);
+    for (let i = 0; i < batch.x.length; i += 3) {
+      const loss = async (by: number) => {
+        const x = batch.x.map((v, j) => j === i ? v + by : v);
+        return (await run(c, { ...batch, x })).loss;
+      };
+      check(exact.dX[i], await loss(h), await loss(-h), `dX[${i}]`);
     }
     for (const [parameter, grad] of exact.grads) {
       const stride = parameter.includes("gate.weight") ? 5 : 13;
-      for (let index = 1; index < grad.length; index += stride) {
-        const shifted = (by: number) => run(c, x, mix, [7], { name: parameter, index, by });
-        check(grad[index], await shifted(h), await shifted(-h), `${parameter}[${index}]`);
+      for (let i = 1; i < grad.length; i += stride) {
+        const loss = async (by: number) => (await run(nudged(c, parameter, i, by), batch)).loss;
+        check(grad[i], await loss(h), await loss(-h), `${parameter}[${i}]`);
       }
     }
   });
 
-  Deno.test(`loss and gradients do not depend on the number of ranks: ${name}`, async () => {
-    const { x, mix } = inputs(12, 2);
-    const c: Case = { router, sharedExperts: 1 };
-    const one = await run(c, x, mix, [12]);
-    alike(await run(c, x, mix, [6, 6]), one, 1e-12);
-    alike(await run(c, x, mix, [3, 3, 3, 3]), one, 1e-12);
-    alike(await run(c, x, mix, [0, 7, 1, 4]), one, 1e-12);
-    alike(await run({ ...c, placement: replicatedPlacement(2) }, x, mix, [2, 5, 4, 1]), one, 1e-12);
-    alike(await run({ ...c, placement: replicatedPlacement(4) }, x, mix, [3, 3, 3, 3]), one, 1e-12);
+  Deno.test(`nothing depends on the number of ranks or on replicas: ${name}`, async () => {
+    const batch = inputs(12, 2), c: Case = { router, sharedExperts: 1 };
+    const one = await run(c, batch);
+    for (const split of [[6, 6], [3, 3, 3, 3], [0, 7, 1, 4], [0, 0, 12]]) {
+      alike(await run(c, batch, split), one, 1e-12);
+    }
+    for (const replicas of [2, 4]) {
+      const replicated = { ...c, placement: replicatedPlacement(replicas) };
+      alike(await run(replicated, batch, [2, 5, 4, 1]), one, 1e-12);
+    }
   });
 }
+
+for (const activation of ["relu", "gelu"] as const) {
+  Deno.test(`two-layer experts with ${activation}: gradients, and ranks`, async () => {
+    const batch = inputs(6, 3), c: Case = { router: ROUTERS.gshard, activation, sharedExperts: 1 };
+    const exact = await run(c, batch), h = 1e-6;
+    alike(await run(c, batch, [2, 4]), exact, 1e-12);
+    for (const [parameter, grad] of exact.grads) {
+      assert.ok(!parameter.includes("w3"));
+      for (let i = 2; i < grad.length; i += 7) {
+        const loss = async (by: number) => (await run(nudged(c, parameter, i, by), batch)).loss;
+        const slope = (await loss(h) - await loss(-h)) / (2 * h);
+        assert.ok(Math.abs(slope - grad[i]) < 1e-6 * (1 + Math.abs(slope)), `${parameter}[${i}]`);
+      }
+    }
+  });
+}
+
+/** Seats of any kind, replicas that overlap included; rows are split by a rule of (source, expert). */
+const anyPlacement = (ranks: number, experts: number): fc.Arbitrary<ExpertPlacement> =>
+  fc.array(fc.uniqueArray(fc.nat(ranks - 1), { minLength: 1, maxLength: ranks }), {
+    minLength: experts,
+    maxLength: experts,
+  }).map((homes) => ({
+    name: "any",
+    plan: (): PlacementPlan => ({
+      seats: Array.from({ length: ranks }, (_, r) => {
+        return homes.flatMap((on, e) => on.includes(r) ? [e] : []).reverse();
+      }),
+      split: (source, expert, count) => {
+        const rows = new Array<number>(homes[expert].length).fill(0);
+        for (let i = 0; i < count; i++) rows[(i + source + expert) % rows.length]++;
+        return rows;
+      },
+    }),
+  }));
+
+Deno.test("any seats, replicas and splits give one rank's loss and gradients", async () => {
+  const cases = fc.integer({ min: 1, max: 5 }).chain((ranks) =>
+    fc.record({
+      router: fc.constantFrom(...Object.values(ROUTERS)),
+      placement: anyPlacement(ranks, 6),
+      split: fc.array(fc.nat(5), { minLength: ranks, maxLength: ranks }),
+      seed: fc.nat(),
+    })
+  );
+  await fc.assert(
+    fc.asyncProperty(cases, async ({ router, placement, split, seed }) => {
+      const batch = inputs(split.reduce((a, b) => a + b, 0), seed);
+      const one = await run({ router }, batch);
+      alike(await run({ router, placement }, batch, split), one, 1e-11);
+    }),
+    { numRuns: 100 },
+  );
+});
+
+Deno.test("nothing depends on the order of tokens but which of them are dropped by position", async () => {
+  const batch = inputs(10, 4);
+  const order = [3, 9, 0, 6, 1, 8, 2, 5, 7, 4];
+  const rows = (a: Float64Array) =>
+    Float64Array.from(order.flatMap((n) => [...a.subarray(n * D, (n + 1) * D)]));
+  for (const [name, router] of Object.entries(ROUTERS)) {
+    if (/position|jitter|noise|second/.test(name)) continue;
+    const straight = await run({ router }, batch, [4, 6]);
+    const mixed = await run({ router }, { x: rows(batch.x), mix: rows(batch.mix) }, [4, 6]);
+    const expected = { ...straight, out: rows(straight.out), dX: rows(straight.dX) };
+    alike(mixed, expected, 1e-12);
+  }
+});
+
+Deno.test("with identity experts and weights that sum to 1, output is input, and so is its gradient", async () => {
+  // relu(x) − relu(−x) = x: the hidden width is 2D, up is [1; −1], down is [1, −1].
+  const prepare = (layer: MoeLayer) => {
+    for (const { name, value } of layer.parameters) {
+      const array = new Float64Array(value.size);
+      for (let d = 0; d < D; d++) {
+        if (name.includes("w1")) [array[d * D + d], array[(d + D) * D + d]] = [1, -1];
+        else if (name.includes("w2")) [array[d * 2 * D + d], array[d * 2 * D + d + D]] = [1, -1];
+        else array.set([Math.sin(d)], d);
+      }
+      value.device.write(array, value);
+    }
+  };
+  const identity: Case = {
+    router: { kind: "softmax", topK: 3 },
+    activation: "relu",
+    hidden: 2 * D,
+    prepare,
+  };
+  await fc.assert(
+    fc.asyncProperty(fc.array(fc.nat(6), { minLength: 1, maxLength: 4 }), async (split) => {
+      const batch = inputs(split.reduce((a, b) => a + b, 0), split.length);
+      const { out, dX } = await run(identity, batch, split);
+      out.forEach((v, i) => assert.ok(Math.abs(v - batch.x[i]) < 1e-14));
+      dX.forEach((v, i) => assert.ok(Math.abs(v - batch.mix[i]) < 1e-12));
+    }),
+    { numRuns: 40 },
+  );
+});
+
+Deno.test("a capacity that nobody reaches is dropless, to the bit", async () => {
+  const batch = inputs(9, 5);
+  for (const drop of ["position", "probability"] as const) {
+    const router = { kind: "softmax", topK: 2 } as const;
+    const ample = { ...router, capacityFactor: 3, drop }; // E / K rows per token
+    const { log: _, ...dropless } = await run({ router }, batch, [4, 5]);
+    const { log: __, ...roomy } = await run({ router: ample }, batch, [4, 5]);
+    assert.deepEqual(roomy, dropless);
+  }
+});
+
+Deno.test("a dropped choice adds nothing to the output and gets no gradient", async () => {
+  const batch = inputs(8, 6);
+  const router = { kind: "switch", capacityFactor: 0.01 } as const; // one row per expert
+  const { out, counts, dropped, dX } = await run({ router }, batch, [3, 5]);
+  const kept = counts.filter((n) => n > 0).length;
+  assert.equal(dropped, 8 - kept);
+  const silent = (a: Float64Array) =>
+    Array.from({ length: 8 }, (_, n) => a.subarray(n * D, (n + 1) * D).every((v) => v === 0))
+      .filter(Boolean).length;
+  assert.equal(silent(out), dropped);
+  assert.equal(silent(dX), dropped);
+});
+
+Deno.test("memory poisoned with NaN changes no bit", async () => {
+  const cpu = cpuDevice();
+  const poisoned: Device = {
+    ...cpu,
+    allocate(bytes) {
+      const at = cpu.allocate(bytes);
+      new Uint8Array(linearBuffer(), at, Math.ceil(bytes / 64) * 64).fill(0xff);
+      return at;
+    },
+  };
+  const batch = inputs(11, 7);
+  for (const router of Object.values(ROUTERS)) {
+    for (const split of [[11], [5, 0, 6]]) {
+      const c: Case = { router, sharedExperts: 1, dtype: "f32" };
+      assert.deepEqual(
+        await run({ ...c, device: poisoned }, batch, split),
+        await run(c, batch, split),
+      );
+    }
+  }
+});
+
+Deno.test("all ranks call the same collectives wherever the tokens are", async () => {
+  // All tokens alike: every choice of a top-1 router falls on one expert.
+  const same = (n: number): Inputs => ({
+    x: new Float64Array(n * D).fill(1),
+    mix: inputs(n, 8).mix,
+  });
+  for (const router of Object.values(ROUTERS)) {
+    const { log } = await run({ router, experts: 6 }, inputs(8, 8), [2, 2, 4]);
+    assert.equal(log.filter((name) => name === "allToAllV").length, 4);
+    const capped = "capacityFactor" in router && router.kind !== "expertChoice";
+    for (const split of [[8, 0, 0], [0, 0, 8], [0, 8, 0], [0, 0, 0]]) {
+      const n = split.reduce((a, b) => a + b, 0);
+      for (const batch of [inputs(n, 9), same(n)]) {
+        const again = await run({ router, experts: 6 }, batch, split);
+        // Drops by probability ask for scores only if an expert is over its capacity, which all ranks know.
+        if (!capped) assert.deepEqual(again.log, log);
+      }
+    }
+  }
+  const { counts } = await run({ router: { kind: "switch" } }, same(8), [8, 0]);
+  assert.deepEqual(counts.toSorted(), [0, 0, 0, 0, 0, 8]);
+  const alone = await run({ router: { kind: "softmax", topK: 2 } }, inputs(8, 8), [8]);
+  assert.ok(!alone.log.includes("allToAllV") && !alone.log.includes("allGather"));
+});
+
+Deno.test("experts that move keep their weights, and the layer its output", async () => {
+  const seats = fc.array(fc.uniqueArray(fc.nat(2), { minLength: 1 }), {
+    minLength: 4,
+    maxLength: 4,
+  }).map((homes) => [0, 1, 2].map((r) => homes.flatMap((on, e) => on.includes(r) ? [e] : [])));
+  await fc.assert(
+    fc.asyncProperty(fc.array(seats, { minLength: 1, maxLength: 4 }), async (moves) => {
+      let step = 0;
+      const placement: ExpertPlacement = {
+        name: "moving",
+        plan: (context) => {
+          const plan = staticPlacement().plan(context);
+          if (context.counts === null) return plan; // at construction
+          const even = (source: number, e: number, count: number) => {
+            const on = moves[step].filter((held) => held.includes(e)).length;
+            return Array.from({ length: on }, (_, i) => {
+              return Math.floor((count + (i + source) % on) / on);
+            });
+          };
+          return { seats: moves[step], split: even };
+        },
+      };
+      const batch = inputs(6, 10), router = { kind: "softmax", topK: 2 } as const;
+      const still = await run({ router, experts: 4, training: false }, batch);
+      const world = loopbackWorld(3);
+      const device = cpuDevice();
+      const layers = world.ranks.map((comm) =>
+        new MoeLayer({
+          device,
+          comm,
+          layer: 3,
+          width: D,
+          hidden: 5,
+          experts: 4,
+          router,
+          placement,
+          seed: 11,
+          initStd: 0.7,
+          dtype: "f64",
+        })
+      );
+      const first = new Map<string, Float64Array>();
+      const parameters = () => layers.flatMap((layer) => layer.store.parameters);
+      for (const { name, value } of parameters()) first.set(name, await read(value));
+      for (step = 0; step < moves.length; step++) {
+        const parts = await Promise.all(layers.map(async (layer, rank) => {
+          using x = fromArray(device, batch.x.slice(rank * 2 * D, (rank + 1) * 2 * D), [2, D]);
+          using out = (await layer.forward(x, plainStep(device))).out_ND;
+          return [...await read(out)];
+        }));
+        parts.flat().forEach((v, i) => assert.ok(Math.abs(v - still.out[i]) < 1e-12));
+        layers.forEach(({ store }, r) => {
+          assert.deepEqual(store.seats, moves[step]);
+          assert.equal(store.parameters.length, 3 * moves[step][r].length);
+        });
+        for (const { name, value } of parameters()) {
+          assert.deepEqual(await read(value), first.get(name));
+        }
+      }
+      for (const layer of layers) layer[Symbol.dispose]();
+    }),
+    { numRuns: 40 },
+  );
+});
+
+Deno.test("in training, experts do not move within a step", async () => {
+  const placement: ExpertPlacement = {
+    name: "restless",
+    plan: ({ counts }) => ({ seats: [counts ? [1, 0] : [0, 1]], split: (_s, _e, n) => [n] }),
+  };
+  await assert.rejects(
+    run({ router: { kind: "switch" }, experts: 2, placement }, inputs(3, 1)),
+    /Cannot train layer 3 as experts must stay in their seats within a step.*"restless"/,
+  );
+});
+
+Deno.test("a recorded routing replays on any number of ranks, with the same loss and gradients", async () => {
+  const batch = inputs(10, 12);
+  for (const name of ["gshard, second sampled", "softmax", "sigmoid", "expert choice"]) {
+    const router = ROUTERS[name];
+    let record: RoutingRecord | undefined;
+    const recorders = [new RoutingRecorder(), new RoutingRecorder()];
+    const recorded = await run(
+      { router, prepare: (layer, comm) => void (layer.tap = recorders[comm.rank]) },
+      batch,
+      [4, 6],
+    );
+    [record] = await loopbackWorld(2).run((comm) => recorders[comm.rank].gather(comm, 6));
+    for (const split of [[10], [4, 6], [1, 2, 7]]) {
+      const prepare = (layer: MoeLayer) => void (layer.tap = new RoutingReplay(record!));
+      alike(await run({ router, prepare }, batch, split), recorded, 1e-12);
+    }
+  }
+  const reversed: RoutingRecord = {
+    experts: 6,
+    choices: 1,
+    blocks: [{ pass: 0, layer: 3, experts_NK: new Uint16Array([5, 4, 3, 2, 1, 0, 0, 0, 0, 0]) }],
+  };
+  const prepare = (layer: MoeLayer) => void (layer.tap = new RoutingReplay(reversed));
+  const { counts } = await run({ router: { kind: "switch" }, prepare }, batch, [5, 5]);
+  assert.deepEqual(counts, [5, 1, 1, 1, 1, 1]);
+});
+
+Deno.test("the selection bias follows the load of all ranks and passes of a step", async () => {
+  const router = { kind: "sigmoid", topK: 2, biasRate: 0.1 } as const;
+  const biases: Float64Array[] = [];
+  for (const split of [[8], [3, 5]]) {
+    const layers: MoeLayer[] = [];
+    const total = new Float64Array(6);
+    const { counts } = await run(
+      { router, prepare: (layer) => void layers.push(layer) },
+      inputs(8, 13),
+      split,
+    );
+    counts.forEach((n, e) => total[e] += n);
+    for (const layer of layers) layer.endStep();
+    const mean = total.reduce((a, b) => a + b, 0) / 6;
+    for (const { bias } of layers) {
+      assert.deepEqual([...bias], [...total].map((n) => 0.1 * Math.sign(mean - n)));
+    }
+    layers[0].endStep(); // nothing has been counted since
+    assert.deepEqual(layers[0].bias, layers[layers.length - 1].bias);
+    biases.push(layers[0].bias);
+  }
+  assert.deepEqual(biases[0], biases[1]);
+});
+
+Deno.test("the auxiliary losses' gradient is scaled by auxScale, and by nothing else", async () => {
+  const router = { ...ROUTERS.softmax }, batch = inputs(6, 14);
+  const gate = "model.layers.3.block_sparse_moe.gate.weight";
+  const gateAt = async (auxScale: number) => {
+    const prepare = (layer: MoeLayer) => void (layer.auxScale = auxScale);
+    return (await run({ router, prepare }, batch, [2, 4])).grads.get(gate)!;
+  };
+  const [none, half, whole] = [await gateAt(0), await gateAt(0.5), await gateAt(1)];
+  half.forEach((v, i) => assert.ok(Math.abs(v - (none[i] + whole[i]) / 2) < 1e-12));
+  assert.notDeepEqual(none, whole);
+});
+
+Deno.test("layers refuse what they cannot do, saying what to do", async () => {
+  const make = (ranks: number, options: object) => () => {
+    using _ = new MoeLayer({
+      device: cpuDevice(),
+      comm: loopbackWorld(ranks).ranks[0],
+      layer: 0,
+      width: 4,
+      hidden: 4,
+      experts: 4,
+      router: { kind: "switch" },
+      ...options,
+    });
+  };
+  assert.doesNotThrow(make(4, {}));
+  assert.throws(make(8, {}), {
+    message: "Cannot place experts as every rank must hold one, so 8 ranks need at least 8 " +
+      "experts: current value is 4; use fewer ranks, more experts or replicas",
+  });
+  assert.throws(make(1, { router: { kind: "softmax", topK: 5 } }), /in 1..4.*current value is 5/);
+  assert.throws(make(1, { width: 0 }), /width must be a whole number >= 1: current value is 0/);
+  assert.throws(make(1, { sharedExperts: 0.5 }), /sharedExperts must be a whole number >= 0/);
+  assert.throws(make(1, { experts: 1.5 }), /experts must be a whole number >= 1/);
+  const bad = (seats: number[][]) => ({ name: "bad", plan: () => ({ seats, split: () => [] }) });
+  assert.throws(
+    make(2, { placement: bad([[0, 1, 2, 3]]) }),
+    /must have 2 ranks: current value is 1/,
+  );
+  assert.throws(make(2, { placement: bad([[0, 1], [2]]) }), /current value is none for expert 3/);
+  using layer = new MoeLayer({
+    device: cpuDevice(),
+    comm: loopbackWorld(1).ranks[0],
+    layer: 0,
+    width: 4,
+    hidden: 4,
+    experts: 4,
+    router: { kind: "switch" },
+  });
+  using narrow = fromArray(cpuDevice(), new Float32Array(6), [2, 3]);
+  await assert.rejects(
+    layer.forward(narrow, plainStep(cpuDevice())),
+    /Cannot run layer 0 as its input must be f32 \[N,4\]: current value is f32 \[2,3\]/,
+  );
+});
