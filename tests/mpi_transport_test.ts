@@ -46,6 +46,29 @@ async function mpirun(
   }
 }
 
+/** MPICH's launcher, where it is installed too; its library comes from the loader's path or LINA_MPI_LIB. */
+async function hasMpich(): Promise<boolean> {
+  try {
+    return (await new Deno.Command("mpiexec.hydra", { args: ["--version"] }).output()).success;
+  } catch {
+    return false;
+  }
+}
+
+Deno.test({
+  name: "MPI carries every operation on 3 ranks of MPICH",
+  ignore: !await hasMpich(),
+  async fn() {
+    const { code, stdout, stderr } = await new Deno.Command("timeout", {
+      args: ["60", "mpiexec.hydra", "-n", "3", Deno.execPath(), "run", "-A", PROGRAM.href, "all"],
+      env: { NO_COLOR: "1" },
+    }).output();
+    const text = new TextDecoder().decode(stdout) + new TextDecoder().decode(stderr);
+    assert.equal(code, 0, text);
+    assert.match(text, /^ok all$/m);
+  },
+});
+
 for (const ranks of [1, 2, 4]) {
   Deno.test({
     name: `MPI carries every operation on ${ranks} ranks`,
