@@ -1,0 +1,81 @@
+// What training must not depend on: number of ranks, replicas of experts, passes of a step, buckets of gradients.
+
+import assert from "node:assert/strict";
+import { runRanks } from "./_ranks.ts";
+import type { TrainArgs, TrainResult } from "./_train_ranks.ts";
+
+const PROGRAM = new URL("./_train_ranks.ts", import.meta.url);
+
+async function train(ranks: number, args: TrainArgs): Promise<TrainResult[]> {
+  return (await runRanks<TrainResult>(PROGRAM, ranks, { args })).map(({ result }) => result!);
+}
+
+function assertAlike(actual: TrainResult, expected: TrainResult, tolerance: number): void {
+  for (const key of ["loss", "gradNorm", "auxLoss"] as const) {
+    assert.equal(actual[key].length, expected[key].length);
+    actual[key].forEach((x, i) => {
+      const y = expected[key][i];
+      assert.ok(Math.abs(x - y) <= tolerance * Math.abs(y), `${key}[${i}]: ${x}, not ${y}`);
+    });
+  }
+  assert.ok(Math.abs(actual.valLoss - expected.valLoss) <= tolerance * expected.valLoss);
+}
+
+const ROUTERS: Readonly<Record<string, TrainArgs["model"]>> = {
+  "softmax, top-2": {},
+  "switch with capacity": {
+    router: { kind: "switch", auxLoss: 0.02, capacityFactor: 1, drop: "probability" },
+  },
+  "sigmoid with noise, shared expert": {
+    sharedExperts: 1,
+    denseLayers: 1,
+    router: { kind: "sigmoid", topK: 2, jitter: 0.1, biasRate: 0.01 },
+  },
+};
+
+for (const [name, model] of Object.entries(ROUTERS)) {
+  Deno.test(`training: loss and gradients are those of one rank at 2 and 4 (${name})`, async () => {
+    const [alone] = await train(1, { steps: 3, model });
+    assert.ok(alone.loss[2] < alone.loss[0]);
+    for (const ranks of [2, 4]) {
+      const results = await train(ranks, { steps: 3, model });
+      for (const result of results) assertAlike(result, alone, 1e-5);
+    }
+  });
+}
+
+Deno.test("training: replicas of experts change nothing but rounding", async () => {
+  const [alone] = await train(1, { steps: 3 });
+  for (const replicas of [2, 4]) {
+    assertAlike((await train(4, { steps: 3, replicas }))[3], alone, 1e-5);
+  }
+});
+
+Deno.test("training: three passes of a third are one whole step", async () => {
+  // Without the balance loss: it is one of the whole batch, and the mean over passes is another.
+  const model = { router: { kind: "softmax", topK: 2, zLoss: 0.01 } } as const;
+  const [whole] = await train(2, { steps: 3, batch: 6, model });
+  const [parts] = await train(2, { steps: 3, batch: 6, accumulate: 3, model });
+  assertAlike(parts, whole, 1e-5);
+});
+
+Deno.test("training: ranks may have unequal shares of the batch", async () => {
+  const [alone] = await train(1, { steps: 2, batch: 7 });
+  for (const result of await train(3, { steps: 2, batch: 7 })) assertAlike(result, alone, 1e-5);
+});
+
+Deno.test("training: buckets of gradients change no bit", async () => {
+  const small = await train(2, { steps: 3, bucketBytes: 100, parameters: true });
+  const large = await train(2, { steps: 3, bucketBytes: 1e9, parameters: true });
+  small.forEach((result, rank) => {
+    assert.deepEqual(result.loss, large[rank].loss);
+    assert.deepEqual(result.sums, large[rank].sums);
+  });
+});
+
+Deno.test("training: a low limit clips the update, not the norm that is shown", async () => {
+  const [free] = await train(2, { steps: 2, clip: 0 });
+  const [clipped] = await train(2, { steps: 2, clip: 1e-3 });
+  assert.equal(free.gradNorm[0], clipped.gradNorm[0]);
+  assert.notEqual(free.loss[1], clipped.loss[1]);
+});

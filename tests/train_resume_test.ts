@@ -1,0 +1,61 @@
+// Going on from a checkpoint: bit for bit on as many ranks, and the same to rounding on another number.
+
+import assert from "node:assert/strict";
+import { runRanks } from "./_ranks.ts";
+import type { TrainArgs, TrainResult } from "./_train_ranks.ts";
+
+const PROGRAM = new URL("./_train_ranks.ts", import.meta.url);
+
+async function train(ranks: number, args: TrainArgs): Promise<TrainResult[]> {
+  return (await runRanks<TrainResult>(PROGRAM, ranks, { args })).map(({ result }) => result!);
+}
+
+Deno.test("resume: same losses, weights and selection bias bit for bit; other ranks alike", async () => {
+  const directory = await Deno.makeTempDir({ prefix: "lina-resume-" });
+  try {
+    const model = { router: { kind: "sigmoid", topK: 2, biasRate: 0.01 } } as const;
+    const common = { model, batch: 8, accumulate: 2, parameters: true };
+    const through = await train(2, { ...common, steps: 6, saveAt: 3, directory });
+    const resumed = await train(2, { ...common, steps: 6, resume: true, directory });
+    resumed.forEach((result, rank) => {
+      assert.deepEqual(result.loss, through[rank].loss.slice(3));
+      assert.deepEqual(result.gradNorm, through[rank].gradNorm.slice(3));
+      assert.deepEqual(result.sums, through[rank].sums);
+      assert.equal(result.valLoss, through[rank].valLoss);
+    });
+    assert.ok(
+      Object.keys(resumed[0].sums).some((name) => name.endsWith("e_score_correction_bias")),
+    );
+    // The experts sit elsewhere on four ranks and on one; the next losses are the same to rounding.
+    for (const ranks of [1, 4]) {
+      const [other] = await train(ranks, {
+        ...common,
+        accumulate: 1,
+        steps: 6,
+        resume: true,
+        directory,
+      });
+      other.loss.forEach((x, i) => {
+        const y = through[0].loss[3 + i];
+        assert.ok(Math.abs(x - y) < 1e-5 * y, `${ranks} ranks, step ${4 + i}: ${x}, not ${y}`);
+      });
+    }
+  } finally {
+    await Deno.remove(directory, { recursive: true });
+  }
+});
+
+Deno.test("resume: a checkpoint of another model is refused, and the field named", async () => {
+  const directory = await Deno.makeTempDir({ prefix: "lina-resume-" });
+  try {
+    await train(1, { steps: 1, saveAt: 1, directory });
+    const [other] = await runRanks(PROGRAM, 1, {
+      args: { steps: 2, resume: true, directory, model: { hidden: 32 } } satisfies TrainArgs,
+      check: false,
+    });
+    assert.notEqual(other.code, 0);
+    assert.match(other.output, /config\.hidden must be 32: current value is 24/);
+  } finally {
+    await Deno.remove(directory, { recursive: true });
+  }
+});
