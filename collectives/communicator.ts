@@ -2,7 +2,7 @@
 // the time and keeps the trace. It moves no bytes itself.
 
 import { now, recorder } from "../trace/mod.ts";
-import type { Device } from "../tensor/device.ts";
+import type { Device, StreamEvent } from "../tensor/device.ts";
 import { Tensor } from "../tensor/tensor.ts";
 import { orderChecked } from "./order.ts";
 import { COMPLETED, type Operation, PendingWork } from "./progress.ts";
@@ -59,6 +59,8 @@ export interface CommunicatorOptions {
 
 const OPS: readonly ReduceOp[] = ["sum", "min", "max", "prod", "avg"];
 const NO_COUNTS: Counts = [];
+/** From this many bytes on, operations that are complete when the call returns are timed too. */
+const TIMED_BYTES = 16 << 10;
 
 /**
  * Makes a communicator over a transport.
@@ -122,7 +124,7 @@ class TransportCommunicator implements Communicator {
       sameDType(caller, from, to);
       haveLength(caller, to, from.length, "out");
     }
-    return this.#start("allReduce", from, to, op);
+    return this.#start("allReduce", from, to, op, 0, 0, NO_COUNTS, NO_COUNTS, options?.after);
   }
 
   reduceScatter(x: Data, out: Data, options?: { readonly op?: ReduceOp }): Work {
@@ -238,18 +240,48 @@ class TransportCommunicator implements Communicator {
     return this.#start("allToAllV", from, to, "sum", 0, 0, sendCounts, recvCounts);
   }
 
-  send(x: Data, to: number, options?: { readonly tag?: number }): Work {
+  send(
+    x: Data,
+    to: number,
+    options?: { readonly tag?: number; readonly after?: StreamEvent },
+  ): Work {
     const caller = this.#caller("send");
     beRank(caller, to, "to");
     const region = this.#region(caller, x, "x");
-    return this.#start("send", region, null, "sum", to, tagOf(caller, options?.tag));
+    const tag = tagOf(caller, options?.tag);
+    return this.#start(
+      "send",
+      region,
+      null,
+      "sum",
+      to,
+      tag,
+      NO_COUNTS,
+      NO_COUNTS,
+      options?.after,
+    );
   }
 
-  recv(out: Data, from: number, options?: { readonly tag?: number }): Work {
+  recv(
+    out: Data,
+    from: number,
+    options?: { readonly tag?: number; readonly after?: StreamEvent },
+  ): Work {
     const caller = this.#caller("recv");
     beRank(caller, from, "from");
     const region = this.#region(caller, out, "out");
-    return this.#start("recv", null, region, "sum", from, tagOf(caller, options?.tag));
+    const tag = tagOf(caller, options?.tag);
+    return this.#start(
+      "recv",
+      null,
+      region,
+      "sum",
+      from,
+      tag,
+      NO_COUNTS,
+      NO_COUNTS,
+      options?.after,
+    );
   }
 
   barrier(): Work {
@@ -384,6 +416,7 @@ class TransportCommunicator implements Communicator {
     tag = 0,
     sendCounts = NO_COUNTS,
     recvCounts = NO_COUNTS,
+    after?: StreamEvent,
   ): Work {
     const paired = operation === "send" || operation === "recv";
     const sequence = paired ? this.#messages++ : this.#sequence++;
@@ -397,22 +430,28 @@ class TransportCommunicator implements Communicator {
       op,
       peer,
       tag,
+      after,
     };
     const bytes = bytesSent(request, this.rank, this.size);
     const traffic = this.#traffic[operation] ??= { calls: 0, bytes: 0 };
     traffic.calls++;
     traffic.bytes += bytes;
-    const running = new Running(this, request, bytes);
+    // Reading the clock takes as long as a small exchange: what is complete at once is timed only where it matters.
+    const timed = bytes >= TIMED_BYTES || recorder.capturing;
+    const start = timed ? now() : 0;
+    let completion: Completion;
     try {
-      running.completion = this.#launch(request);
-      if (running.completion.poll()) {
-        running.finished();
+      completion = this.#launch(request);
+      if (completion.poll() && completion.waitOn === undefined) {
+        if (timed) record(this.name, request, bytes, start, now());
         return COMPLETED;
       }
     } catch (cause) {
-      throw running.failed(cause);
+      throw this.fail(request, cause);
     }
-    return new PendingWork(running);
+    return new PendingWork(
+      new Running(this, request, completion, bytes, timed ? start : now(), this.#timeout_ms),
+    );
   }
 
   #launch(request: CollectiveRequest): Completion {
@@ -444,83 +483,86 @@ class TransportCommunicator implements Communicator {
     return { poll: () => true, idle: () => {}, waitOn: () => {} };
   }
 
-  /** Marks the communicator broken. For operations. */
-  break(cause: unknown): void {
-    this.#failure ??= cause;
+  /** Marks the communicator broken. For operations. @returns The error that says where. */
+  fail({ operation, sequence }: CollectiveRequest, cause: unknown): Error {
+    const error = new Error(
+      `Cannot complete ${operation} ${sequence} of ${this.name} on rank ${this.rank}: ${
+        cause instanceof Error ? cause.message : cause
+      }`,
+      { cause },
+    );
+    this.#failure ??= error;
+    return error;
   }
 
-  /** The watchdog's error. For operations. */
-  timeout(request: CollectiveRequest): Promise<Error> {
-    return timeoutError(this.#transport, {
-      operation: request.operation,
-      sequence: request.sequence,
-      peer: request.operation === "send" || request.operation === "recv" ? request.peer : null,
+  /** The watchdog's verdict: marks the communicator broken. For operations. */
+  async timeout(request: CollectiveRequest): Promise<Error> {
+    const { operation, sequence, peer } = request;
+    const error = await timeoutError(this.#transport, {
+      operation,
+      sequence,
+      peer: operation === "send" || operation === "recv" ? peer : null,
       communicator: this.name,
       rank: this.rank,
       timeout_ms: this.#timeout_ms,
     });
-  }
-
-  /** The time-out in ms. For operations. */
-  get timeout_ms(): number {
-    return this.#timeout_ms;
+    this.#failure ??= error;
+    return error;
   }
 }
 
 /** One operation in flight: its trace and its watchdog. */
 class Running implements Operation {
-  completion!: Completion;
+  readonly completion: Completion;
+  readonly deadline_ms: number;
   readonly #communicator: TransportCommunicator;
   readonly #request: CollectiveRequest;
   readonly #bytes: number;
-  readonly #start = now();
+  readonly #start: number;
 
-  constructor(communicator: TransportCommunicator, request: CollectiveRequest, bytes: number) {
+  constructor(
+    communicator: TransportCommunicator,
+    request: CollectiveRequest,
+    completion: Completion,
+    bytes: number,
+    start: number,
+    timeout_ms: number,
+  ) {
+    this.completion = completion;
+    this.deadline_ms = performance.now() + timeout_ms;
     this.#communicator = communicator;
     this.#request = request;
     this.#bytes = bytes;
+    this.#start = start;
   }
-
-  get deadline_ms(): number {
-    return this.#startedAt_ms + this.#communicator.timeout_ms;
-  }
-
-  #startedAt_ms = performance.now();
 
   finished(): void {
-    const { operation, sequence } = this.#request;
-    recorder.record({
-      track: this.#communicator.name,
-      name: operation,
-      category: operation === "allToAll" || operation === "allToAllV"
-        ? "allToAll"
-        : operation === "allReduce"
-        ? "allReduce"
-        : "comm",
-      start: this.#start,
-      end: now(),
-      args: { bytes: this.#bytes, sequence },
-    });
+    const [start, end] = this.completion.span?.() ?? [this.#start, now()];
+    record(this.#communicator.name, this.#request, this.#bytes, start, end);
   }
 
   failed(cause: unknown): unknown {
-    const { operation, sequence } = this.#request;
-    const { rank, name } = this.#communicator;
-    const error = new Error(
-      `Cannot complete ${operation} ${sequence} of ${name} on rank ${rank}: ${
-        cause instanceof Error ? cause.message : cause
-      }`,
-      { cause },
-    );
-    this.#communicator.break(error);
-    return error;
+    return this.#communicator.fail(this.#request, cause);
   }
 
-  async expired(): Promise<Error> {
-    const error = await this.#communicator.timeout(this.#request);
-    this.#communicator.break(error);
-    return error;
+  expired(): Promise<Error> {
+    return this.#communicator.timeout(this.#request);
   }
+}
+
+function record(
+  track: string,
+  { operation, sequence }: CollectiveRequest,
+  bytes: number,
+  start: number,
+  end: number,
+): void {
+  const category = operation === "allToAll" || operation === "allToAllV"
+    ? "allToAll"
+    : operation === "allReduce"
+    ? "allReduce"
+    : "comm";
+  recorder.record({ track, name: operation, category, start, end, args: { bytes, sequence } });
 }
 
 function reduction(caller: Caller, op: ReduceOp | undefined): ReduceOp {

@@ -8,11 +8,11 @@ import type { Completion } from "./transport.ts";
 import type { Work } from "./types.ts";
 
 /** Polls before an awaiting host goes back to the event loop for the first time. */
-const SPINS_IN_AWAIT = 400;
+const SPINS_IN_AWAIT = 3000;
 /** Polls in one turn of the event loop after that; the last of them may wait natively. */
 const SPINS_PER_TURN = 16;
 /** From this count on, a transport's `idle` may put the thread to sleep. */
-export const SLEEP_AFTER_SPINS = 512;
+export const SLEEP_AFTER_SPINS = 4096;
 /** How often deadlines are looked at, in ms. */
 const DEADLINE_INTERVAL_MS = 20;
 
@@ -189,7 +189,9 @@ function turn(): void {
       turns = 0;
       break;
     }
-    const spins = turns > 4 && i === SPINS_PER_TURN - 1 ? SLEEP_AFTER_SPINS + turns : 256 + i;
+    const spins = turns > 4 && i === SPINS_PER_TURN - 1
+      ? SLEEP_AFTER_SPINS + turns
+      : SPINS_IN_AWAIT + i;
     for (const work of pending) {
       if (!work.awaited) continue;
       work.idle(spins);

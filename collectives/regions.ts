@@ -215,16 +215,14 @@ export function sumOf(caller: Caller, counts: Counts, what: string): number {
  */
 export function beApart(caller: Caller, x: Region, out: Region): void {
   if (x.length === 0 || out.length === 0) return;
-  const [a, b] = [placeOf(x), placeOf(out)];
-  if (a.space !== b.space) return;
+  let from = x.address, to = out.address;
+  if (from < 0 || to < 0) {
+    if (from >= 0 || to >= 0 || x.array!.buffer !== out.array!.buffer) return;
+    from = x.array!.byteOffset;
+    to = out.array!.byteOffset;
+  }
   const width = bytesOf(x.dtype);
-  if (a.at < b.at + out.length * width && b.at < a.at + x.length * width) {
+  if (from < to + out.length * width && to < from + x.length * width) {
     throw argumentError(caller, "x and out must not overlap", "memory that both use");
   }
-}
-
-function placeOf(region: Region): { space: unknown; at: number } {
-  if (region.address >= 0) return { space: "device", at: region.address };
-  const { buffer, byteOffset } = region.array!;
-  return { space: buffer, at: byteOffset };
 }

@@ -9,6 +9,7 @@ import { openSelf } from "../collectives/self.ts";
 import { openShm } from "../collectives/shm/mod.ts";
 import type { BootContext, Store } from "../collectives/transport.ts";
 import type { Communicator } from "../collectives/types.ts";
+import { cpuDevice } from "../tensor/cpu/device.ts";
 
 /** How a rank ended. */
 export interface RankResult<T> {
@@ -128,7 +129,7 @@ export async function rankMain(
   const env = (name: string) => Deno.env.get(`LINA_TEST_${name}`)!;
   const rank = Number(env("RANK")), size = Number(env("SIZE"));
   const store = fileStore(env("STORE"));
-  const boot: BootContext = { rank, size, localRank: rank, store };
+  const boot: BootContext = { rank, size, localRank: rank, device: cpuDevice(), store };
   const transport = size === 1 ? openSelf() : await openShm(boot);
   const comm = createCommunicator(transport, { rank, size, name: "world", ...options });
   const result = await main({ ...boot, comm, args: JSON.parse(env("ARGS")) });

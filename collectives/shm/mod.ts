@@ -9,6 +9,7 @@ import { timeoutOf } from "../watchdog.ts";
 import type { BootContext, CollectiveRequest, Completion, Transport } from "../transport.ts";
 import { Channels, type PairOperation } from "./channels.ts";
 import { RoundsOperation, Slots } from "./rounds.ts";
+import { Attempt, SmallExchange } from "./small.ts";
 import { prepareSleep, Segment, type SegmentAddress } from "./segment.ts";
 
 const BOOT_KEY = "shm/world";
@@ -16,8 +17,8 @@ const BOOT_KEY = "shm/world";
 const LIVENESS_INTERVAL_MS = 200;
 /** Longest native sleep, in µs; the event loop runs in between. */
 const SLEEP_US = 1000;
-/** Polls without giving the core away, when there is one for every rank. */
-const BUSY_POLLS = 64;
+/** Most and fewest polls before the core is given away, when there is one for every rank. */
+const MOST_BUSY_POLLS = 2000, FEWEST_BUSY_POLLS = 16;
 
 /**
  * Connects the ranks of a job on one machine. All ranks call it.
@@ -27,7 +28,7 @@ const BUSY_POLLS = 64;
  * @throws {Error} If the memory cannot be shared, or a rank does not come in time.
  */
 export async function openShm(context: BootContext): Promise<Transport> {
-  const { rank, size, store } = context;
+  const { rank, size, store, departed } = context;
   if (size === 1) return openSelf();
   prepareSleep();
   let segment: Segment;
@@ -39,7 +40,7 @@ export async function openShm(context: BootContext): Promise<Transport> {
     segment = Segment.open(rank, size, JSON.parse(text) as SegmentAddress);
   }
   await joined(segment, "the job");
-  return new ShmTransport(segment, segment, [...Array(size).keys()]);
+  return new ShmTransport(segment, segment, [...Array(size).keys()], departed);
 }
 
 /** Waits until all ranks have opened a segment. */
@@ -66,6 +67,7 @@ async function until(met: () => boolean, rule: string): Promise<void> {
   }
 }
 
+const DONE: Completion = { poll: () => true, idle: () => {} };
 const open = new Set<ShmTransport>();
 
 class ShmTransport implements Transport {
@@ -73,21 +75,32 @@ class ShmTransport implements Transport {
   readonly segment: Segment;
   /** Where this process sleeps, whatever it waits for: the segment of the whole job. */
   readonly #bell: Segment;
+  readonly #departed: ReadonlyMap<number, string> | undefined; // by rank of the job
   readonly #slots: Slots;
   readonly #channels: Channels;
+  readonly #small: SmallExchange;
   readonly #queue: ShmCompletion[] = []; // collectives in the order of their calls
   readonly #splitting = new Map<number, Promise<void>>();
-  readonly #yields: boolean;
   #failure: Error | undefined;
   #nextLivenessCheck = 0;
+  #busyPolls: number;
+  #lastSpins = 0; // how long the present wait has lasted
 
-  constructor(segment: Segment, bell: Segment, bellRanks: readonly number[]) {
+  constructor(
+    segment: Segment,
+    bell: Segment,
+    bellRanks: readonly number[],
+    departed: ReadonlyMap<number, string> | undefined,
+  ) {
     this.segment = segment;
+    this.#departed = departed;
     this.#bell = bell;
     segment.ringAt(bell, bellRanks);
     this.#slots = new Slots(segment);
     this.#channels = new Channels(segment);
-    this.#yields = bell.size > navigator.hardwareConcurrency;
+    const yields = bell.size > navigator.hardwareConcurrency;
+    this.#busyPolls = yields ? 0 : MOST_BUSY_POLLS;
+    this.#small = new SmallExchange(this.#slots, bell, yields);
     open.add(this);
   }
 
@@ -100,7 +113,17 @@ class ShmTransport implements Transport {
       return new ShmCompletion(this, pair, null, request.peer);
     }
     this.segment.begin(request.sequence + 1);
-    const rounds = new RoundsOperation(this.#slots, request);
+    const slots = this.#slots;
+    let attempt = Attempt.None;
+    if (this.#queue.length === 0 && this.#failure === undefined && slots.writable(slots.round)) {
+      attempt = this.#small.start(request);
+      if (attempt === Attempt.Complete) {
+        slots.next();
+        return DONE;
+      }
+      if (attempt === Attempt.Asleep) slots.wakeAll();
+    }
+    const rounds = new RoundsOperation(slots, request, attempt !== Attempt.None);
     const completion = new ShmCompletion(this, rounds, rounds, -1);
     this.#queue.push(completion);
     return completion;
@@ -127,7 +150,9 @@ class ShmTransport implements Transport {
   /** One step of waiting; see {@linkcode Completion.idle}. */
   idle(completion: ShmCompletion, spins: number): void {
     if (spins < SLEEP_AFTER_SPINS) {
-      if (spins >= BUSY_POLLS || this.#yields) libc().sched_yield();
+      if (spins === 0) this.#adapt();
+      this.#lastSpins = spins;
+      if (spins >= this.#busyPolls) libc().sched_yield();
       return;
     }
     this.#checkOthers(completion);
@@ -135,6 +160,18 @@ class ShmTransport implements Transport {
     bell.drowse();
     if (progress() || this.#failure) bell.rouse();
     else bell.sleep(SLEEP_US);
+  }
+
+  /**
+   * Sets how long the next wait is busy. Ranks that share a core, because other programs run, must give it away at once; ranks that have
+   * one each must not. Which it is shows in whether the last wait ended before the core was given away.
+   */
+  #adapt(): void {
+    if (this.#busyPolls === 0) return;
+    const missed = this.#lastSpins >= this.#busyPolls;
+    this.#busyPolls = missed
+      ? Math.max(FEWEST_BUSY_POLLS, this.#busyPolls >> 1)
+      : Math.min(MOST_BUSY_POLLS, this.#busyPolls * 2);
   }
 
   /** Fails this transport if a rank that is waited for is gone, or one has aborted the job. */
@@ -149,7 +186,8 @@ class ShmTransport implements Transport {
     }
     const head = completion.rounds === null ? completion : this.#queue[0] ?? completion;
     for (const rank of head.awaited()) {
-      const reason = this.segment.gone(rank);
+      const reason = this.segment.gone(rank) ??
+        this.#departed?.get(this.segment.bellRank(rank)) ?? null;
       // It may have done its part just before it went.
       if (reason !== null && head.awaited().includes(rank)) {
         this.#fail(
@@ -190,7 +228,12 @@ class ShmTransport implements Transport {
       segment = Segment.open(rank, size, address!);
       await joined(segment, id);
     }
-    return new ShmTransport(segment, this.#bell, members.map((r) => parent.bellRank(r)));
+    return new ShmTransport(
+      segment,
+      this.#bell,
+      members.map((r) => parent.bellRank(r)),
+      this.#departed,
+    );
   }
 
   missing(sequence: number): readonly number[] {

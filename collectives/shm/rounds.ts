@@ -8,12 +8,13 @@
 
 import { bytesOf, DTYPES } from "../../tensor/dtype.ts";
 import type { CollectiveRequest } from "../transport.ts";
+import type { Counts } from "../types.ts";
 import { UserBytes } from "./copy.ts";
 import { reduceLinear } from "./kernels.ts";
 import { type Segment, SLOT_HEADER_BYTES, SLOTS } from "./segment.ts";
 
 /** Up to this many bytes every rank reduces everything itself, which takes one round instead of two. */
-const ONE_ROUND_BYTES = 16 << 10;
+export const ONE_ROUND_BYTES: number = 16 << 10;
 
 /** The state of a segment's slots, shared by the operations of its communicator. */
 export class Slots {
@@ -22,6 +23,7 @@ export class Slots {
   /** Number of the next round. */
   round = 0;
   readonly #seen: Int32Array; // highest flag seen of each rank
+  #all = 0; // all flags are known to be at least this
 
   /** @param segment Where the slots are. */
   constructor(segment: Segment) {
@@ -31,10 +33,11 @@ export class Slots {
 
   /** Byte offset of a slot's payload. @param rank Whose. @param round In which round. @returns The offset in linear memory. */
   payload(rank: number, round: number): number {
-    return this.#slot(rank, round) + SLOT_HEADER_BYTES;
+    return this.slot(rank, round) + SLOT_HEADER_BYTES;
   }
 
-  #slot(rank: number, round: number): number {
+  /** Byte offset of a slot. @param rank Whose. @param round In which round. @returns The offset in linear memory. */
+  slot(rank: number, round: number): number {
     const { base, layout } = this.segment;
     return base + layout.slots + rank * layout.rankStride +
       (round & (SLOTS - 1)) * layout.slotStride;
@@ -43,8 +46,8 @@ export class Slots {
   /** Whether a rank has raised its flag of a round. @param rank Which. @param round Which. @returns Whether its data is there. */
   arrived(rank: number, round: number): boolean {
     const want = round + 1;
-    if (((this.#seen[rank] - want) | 0) >= 0) return true;
-    const flag = Atomics.load(this.segment.words, this.#slot(rank, round) >>> 2);
+    if (((this.#all - want) | 0) >= 0 || ((this.#seen[rank] - want) | 0) >= 0) return true;
+    const flag = Atomics.load(this.segment.words, this.slot(rank, round) >>> 2);
     if (((flag - want) | 0) < 0) return false;
     this.#seen[rank] = flag;
     return true;
@@ -52,32 +55,45 @@ export class Slots {
 
   /** Whether this rank's slot of a round may be overwritten. @param round Which. @returns Whether all have read what it held. */
   writable(round: number): boolean {
+    if (((this.#all - round) | 0) >= 0) return true;
     const { rank, size } = this.segment;
     for (let q = 0; q < size; q++) {
       if (q === rank || ((this.#seen[q] - round) | 0) >= 0) continue;
       if (!this.arrived(q, (round - 1) | 0)) return false;
     }
+    this.#all = round;
     return true;
+  }
+
+  /** Goes to the next round after one in which all flags were seen. */
+  next(): void {
+    this.round = this.#all = (this.round + 1) | 0;
+  }
+
+  /** Wakes all ranks of the group that sleep. */
+  wakeAll(): void {
+    const { rank, size } = this.segment;
+    for (let q = 0; q < size; q++) if (q !== rank) this.segment.wake(q);
   }
 
   /** Raises this rank's flag. @param round Of this round. @param signature Of the operation. @param rounds That it takes. */
   publish(round: number, signature: number, rounds: number): void {
-    const { words, rank, size } = this.segment;
-    const at = this.#slot(rank, round) >>> 2;
+    const { words, rank } = this.segment;
+    const at = this.slot(rank, round) >>> 2;
     words[at + 1] = signature;
     words[at + 2] = rounds;
     Atomics.store(words, at, (round + 1) | 0);
-    for (let q = 0; q < size; q++) if (q !== rank) this.segment.wake(q);
+    this.wakeAll();
   }
 
   /** What a rank says about its operation. @param rank Which. @param round In this round. @returns Signature and rounds. */
   signature(rank: number, round: number): number {
-    return this.segment.words[(this.#slot(rank, round) >>> 2) + 1];
+    return this.segment.words[(this.slot(rank, round) >>> 2) + 1];
   }
 
   /** Rounds that a rank needs. @param rank Which. @param round In this round. @returns Their number. */
   rounds(rank: number, round: number): number {
-    return this.segment.words[(this.#slot(rank, round) >>> 2) + 2];
+    return this.segment.words[(this.slot(rank, round) >>> 2) + 2];
   }
 }
 
@@ -88,6 +104,8 @@ type Needs = "none" | "root" | "all";
 export class RoundsOperation {
   readonly #slots: Slots;
   readonly #request: CollectiveRequest;
+  readonly #sendCounts: Counts; // copies, because the caller may change his
+  readonly #recvCounts: Counts;
   readonly #rank: number;
   readonly #size: number;
   readonly #width: number;
@@ -99,14 +117,17 @@ export class RoundsOperation {
   readonly #whole: boolean; // everybody reduces everything
   #rounds: number;
   #i = 0; // rounds done
-  #published = false;
+  #published: boolean;
 
-  /** @param slots Where. @param request What. */
-  constructor(slots: Slots, request: CollectiveRequest) {
+  /** @param slots Where. @param request What. @param published Whether the first round's flag is up already. */
+  constructor(slots: Slots, request: CollectiveRequest, published: boolean) {
+    this.#published = published;
     const { rank, size, layout } = slots.segment;
     const { operation, send, recv } = request;
     this.#slots = slots;
     this.#request = request;
+    this.#sendCounts = request.sendCounts.slice();
+    this.#recvCounts = request.recvCounts.slice();
     this.#rank = rank;
     this.#size = size;
     const region = send ?? recv;
@@ -216,7 +237,8 @@ export class RoundsOperation {
   }
 
   #write(i: number, payload: number): void {
-    const { operation, peer, sendCounts } = this.#request;
+    const { operation, peer } = this.#request;
+    const sendCounts = this.#sendCounts;
     const width = this.#width, chunk = this.#chunk;
     const send = this.#send!;
     const start = i * chunk;
@@ -264,7 +286,8 @@ export class RoundsOperation {
   }
 
   #read(i: number, round: number): void {
-    const { operation, peer, recvCounts } = this.#request;
+    const { operation, peer } = this.#request;
+    const recvCounts = this.#recvCounts;
     const width = this.#width, chunk = this.#chunk, rank = this.#rank;
     const start = i * chunk;
     switch (operation) {
@@ -331,7 +354,8 @@ export class RoundsOperation {
 
   /** Copies the block of an all-to-all that stays on this rank. */
   #keep(at: number, count: number): void {
-    const { operation, sendCounts } = this.#request;
+    const { operation } = this.#request;
+    const sendCounts = this.#sendCounts;
     let from = 0;
     for (let q = 0; q < this.#rank; q++) from += operation === "allToAll" ? count : sendCounts[q];
     this.#recv!.copyFrom(at * this.#width, this.#send!, from * this.#width, count * this.#width);
@@ -386,15 +410,13 @@ export class RoundsOperation {
         : this.#slots.payload(q, round) + offset * width;
     }
     const direct = to >= 0 && recv!.address >= 0 ? recv!.address + to * width : -1;
-    // Without a place of its own the result replaces this rank's contribution in its slot, which nobody else reads any more:
-    // in one-round reductions the others do, so there it goes behind the payload.
-    const target = shared >= 0
-      ? shared
-      : direct >= 0
-      ? direct
-      : this.#slots.payload(this.#rank, (round + 1) | 0);
-    reduceLinear(dtype, this.#request.op, sources, target, n);
-    if (to >= 0 && (shared >= 0 || direct < 0)) recv!.copyIn(to * width, target, n * width);
+    if (direct >= 0) {
+      return reduceLinear(dtype, this.#request.op, sources, direct, Math.max(shared, 0), n);
+    }
+    // An ordinary array is filled by way of this rank's next slot, which the others have read by now.
+    const target = shared >= 0 ? shared : this.#slots.payload(this.#rank, (round + 1) | 0);
+    reduceLinear(dtype, this.#request.op, sources, target, 0, n);
+    if (to >= 0) recv!.copyIn(to * width, target, n * width);
   }
 }
 
@@ -410,8 +432,14 @@ function maxOf(counts: ArrayLike<number>, except: number): number {
   return max;
 }
 
-/** A number that ranks agree on when they call the same operation. */
-function signatureOf(request: CollectiveRequest, size: number): number {
+/**
+ * A number that ranks agree on when they call the same operation.
+ *
+ * @param request The operation.
+ * @param size Number of ranks.
+ * @returns The number.
+ */
+export function signatureOf(request: CollectiveRequest, size: number): number {
   const { operation, send, recv, peer, op, recvCounts } = request;
   let n = 0;
   if (operation === "allGatherV") { for (let r = 0; r < size; r++) n = mix(n, recvCounts[r]); }
