@@ -2,7 +2,7 @@
 // surrounds a run (files, progress, when to save) is in `run.ts`. The data are a function of the number of the pass, so the step's
 // number is their position.
 
-import type { Communicator } from "../collectives/types.ts";
+import type { Communicator, Traffic } from "../collectives/types.ts";
 import type { Device } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
 import { type Tensor, zeros } from "../tensor/tensor.ts";
@@ -12,7 +12,7 @@ import { loadCheckpoint, newestCheckpoint, saveCheckpoint } from "./checkpoint.t
 import { Fifo } from "./fifo.ts";
 import { GradientReducer } from "./gradients.ts";
 import { buildStepGraph } from "./graph.ts";
-import type { CollectiveScheduler } from "./hooks.ts";
+import type { CollectiveScheduler, Schedule } from "./hooks.ts";
 import type { Transformer } from "./transformer.ts";
 import {
   AdamW,
@@ -119,6 +119,16 @@ export class Trainer implements AsyncDisposable {
     const graph = buildStepGraph(model.outline(rows, world.size));
     this.#reducer = new GradientReducer({ graph, scheduler, comm: gradients, device, parameters });
     this.#sums = zeros(device, [SUMS], "f64");
+  }
+
+  /** How gradients are reduced. */
+  get schedule(): Schedule {
+    return this.#reducer.schedule;
+  }
+
+  /** What this rank has sent: on the model's communicator, and on that of the gradients. */
+  get traffic(): { readonly world: Traffic; readonly gradients: Traffic } {
+    return { world: this.#options.world.traffic, gradients: this.#gradients.traffic };
   }
 
   /** Steps done. */

@@ -1,11 +1,12 @@
 // One rank of the training tests: trains a small model as the test says and returns what it saw.
 
 import type { Communicator } from "../collectives/types.ts";
-import { modelConfig, type ModelOptions } from "../moe/config.ts";
+import { type ModelConfig, modelConfig, type ModelOptions } from "../moe/config.ts";
 import { replicatedPlacement } from "../moe/placement.ts";
 import { Trainer } from "../moe/trainer.ts";
 import { trainingData } from "../moe/training_data.ts";
 import { Transformer } from "../moe/transformer.ts";
+import { stepVolume } from "../moe/volume.ts";
 import { Fifo } from "../moe/fifo.ts";
 import { cpuDevice } from "../tensor/cpu/device.ts";
 import type { Tensor } from "../tensor/tensor.ts";
@@ -27,6 +28,8 @@ export interface TrainArgs {
   readonly resume?: boolean;
   /** Steps after which a checkpoint is saved. */
   readonly saveAt?: number;
+  /** Routes tokens to experts in turn, so that load is balanced. */
+  readonly balanced?: boolean;
   /** Returns a checksum of every parameter that the rank speaks for. */
   readonly parameters?: boolean;
 }
@@ -38,10 +41,10 @@ export interface TrainResult {
   readonly auxLoss: readonly number[];
   readonly valLoss: number;
   readonly sums: Readonly<Record<string, readonly number[]>>;
-  /** Bytes sent in the last step, per operation, on the world's communicator. */
-  readonly worldBytes: Readonly<Record<string, number>>;
-  /** Elements of replicated parameters. */
-  readonly worldElements: number;
+  /** Bytes sent in the last step, per operation; `gradients` is the gradients' allReduce. */
+  readonly bytes: Readonly<Record<string, number>>;
+  /** What the formula says. */
+  readonly formula: Readonly<Record<string, number>>;
 }
 
 /** Sizes of the tests' models. */
@@ -99,19 +102,28 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
   });
   if (args.resume && !await trainer.resume(args.directory!)) throw new Error("no checkpoint");
   const loss: number[] = [], gradNorm: number[] = [], auxLoss: number[] = [];
+  if (args.balanced) {
+    for (const layer of model.moeLayers) layer.tap = { replay: inTurn(config) };
+  }
   let before: Record<string, number> = {};
   while (trainer.steps < steps) {
-    before = bytesOf(comm);
+    before = bytesOf(trainer);
     const row = await trainer.step();
     loss.push(row.loss);
     gradNorm.push(row.grad_norm);
     auxLoss.push(row.aux_loss);
     if (args.saveAt === row.step) await trainer.save(args.directory!, { state: { mark: 1 } });
   }
-  const after = bytesOf(comm);
-  const worldBytes = Object.fromEntries(
-    Object.keys(after).map((name) => [name, after[name] - (before[name] ?? 0)]),
-  );
+  const bytes = bytesOf(trainer);
+  for (const name of Object.keys(bytes)) bytes[name] -= before[name] ?? 0;
+  const formula = stepVolume({
+    ranks: comm.size,
+    rows: batch * SEQUENCE / accumulate / comm.size,
+    passes: accumulate,
+    width: config.width,
+    routers: model.moeLayers.map((layer) => layer.router),
+    schedule: trainer.schedule,
+  });
   const sums: Record<string, number[]> = {};
   if (args.parameters) {
     for (const parameter of model.parameters) {
@@ -121,16 +133,26 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
     }
     for (const { name, read } of model.buffers) sums[name] = [...await read() as Float64Array];
   }
-  const worldElements = model.parameters.filter((p) => p.group === "world")
-    .reduce((sum, p) => sum + p.value.size, 0);
   const valLoss = await trainer.validate();
-  return { loss, gradNorm, auxLoss, valLoss, sums, worldBytes, worldElements };
+  return { loss, gradNorm, auxLoss, valLoss, sums, bytes, formula: { ...formula } };
 }
 
-function bytesOf(comm: Communicator): Record<string, number> {
-  return Object.fromEntries(
-    Object.entries(comm.traffic).map(([name, traffic]) => [name, traffic!.bytes]),
-  );
+function bytesOf({ traffic }: Trainer): Record<string, number> {
+  const bytes: Record<string, number> = { gradients: traffic.gradients.allReduce?.bytes ?? 0 };
+  for (const [name, sent] of Object.entries(traffic.world)) bytes[name] = sent?.bytes ?? 0;
+  return bytes;
+}
+
+/** Token t's choice k is expert (t K + k) mod E. */
+function inTurn({ experts, router }: ModelConfig) {
+  const choices = (router as { topK: number }).topK;
+  return (_layer: number, firstToken: number, tokens: number) => ({
+    choices,
+    experts_NK: Int32Array.from(
+      { length: tokens * choices },
+      (_, i) => (firstToken * choices + i) % experts,
+    ),
+  });
 }
 
 /** A few numbers that change if any element does. */
