@@ -116,9 +116,9 @@ const ENTITIES: Readonly<Record<string, string>> = {
 export function htmlText(page: string): string {
   const body = page.slice(Math.max(0, page.search(/<body[\s>]/i)));
   return body.replace(/<(script|style)[\s>][\s\S]*?<\/\1>/gi, "")
-    .replace(/<[^>]*>/g, (tag) => /^<\/(p|h\d|li)\b/i.test(tag) ? "\u0000" : "")
+    .replace(/<[^>]*>/g, (tag) => /^<\/(p|h\d|li)\b/i.test(tag) ? "\ue000" : "")
     .replace(/\s+/g, " ")
-    .replace(/ ?\u0000 ?/g, "\n\n")
+    .replace(/ ?\ue000 ?/g, "\n\n")
     .replace(/&(#x?[0-9a-f]+|[a-z]+);/gi, (whole, name: string) => {
       if (!name.startsWith("#")) return ENTITIES[name.toLowerCase()] ?? whole;
       const code = /^#x/i.test(name) ? parseInt(name.slice(2), 16) : parseInt(name.slice(1), 10);

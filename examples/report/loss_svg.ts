@@ -68,7 +68,9 @@ export function lossSvg(rows: readonly LossRow[], options: LossSvgOptions = {}):
   const xRange = { from: low(steps, 0), to: Math.max(high(steps, 1), low(steps, 0) + 1) };
   const losses = [...train, ...validation].map((p) => p.y);
   if (baseline) losses.push(baseline.loss);
-  const bottom = low(losses, 0), top = Math.max(high(losses, 1), bottom + 1e-6);
+  const bottom = low(losses, 0);
+  // A flat curve gets a range too: a thousandth of its value, so that ticks are numbers that differ.
+  const top = Math.max(high(losses, 1), bottom + Math.max(1e-6, Math.abs(bottom) * 1e-3));
   const yTicks = ticks(bottom, top, Math.max(3, Math.floor(height / 75)), false);
   const yGap = yTicks[1] - yTicks[0];
   // The range reaches to whole ticks, so that the curve never touches the frame.
@@ -90,8 +92,10 @@ export function lossSvg(rows: readonly LossRow[], options: LossSvgOptions = {}):
   if (options.subtitle) out.push(text(box.left - 36, 60, options.subtitle, { fill: FAINT_INK }));
 
   const digits = Math.max(0, Math.min(6, Math.ceil(-Math.log10(yGap) - 1e-9)));
-  for (let t = yRange.from; t <= yRange.to + yGap / 2; t += yGap) {
-    const edge = Math.abs(t - yRange.from) < yGap / 2;
+  const tickCount = Math.round((yRange.to - yRange.from) / yGap);
+  for (let i = 0; i <= tickCount; i++) {
+    const t = yRange.from + i * yGap;
+    const edge = i === 0;
     out.push(line(box.left, y(t), box.right, y(t), edge ? "#94a3b8" : GRID));
     out.push(
       text(box.left - 10, y(t) + 4.5, t.toFixed(digits), { anchor: "end", fill: FAINT_INK }),
@@ -318,5 +322,5 @@ function f(value: number): string {
 function escapeXml(text: string): string {
   return text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`)
     // deno-lint-ignore no-control-regex -- characters that XML forbids
-    .replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f]/g, "");
+    .replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]/g, "");
 }
