@@ -261,6 +261,23 @@ async function flights(comm: Communicator): Promise<void> {
   }
 }
 
+/** A long reduction and a short one: ranks that were away begin their second exchanges in another order than the rest. */
+async function overtaking(comm: Communicator): Promise<void> {
+  const long = new Float32Array(1 << 20), short = new Float32Array(20_000);
+  for (let round = 0; round < 5; round++) {
+    long.fill(rank + round);
+    short.fill(rank * round);
+    const works = [comm.allReduce(long), comm.allReduce(short)];
+    if (rank % 2 === round % 2) {
+      Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 10); // busy with something else
+    }
+    for (const work of works) await work;
+    const ranks = size * (size - 1) / 2;
+    assert.ok(long.every((v) => v === ranks + size * round));
+    assert.ok(short.every((v) => v === ranks * round));
+  }
+}
+
 async function groups(comm: Communicator): Promise<void> {
   const half = (await comm.split(rank % 2, -rank))!;
   const members = [...Array(size).keys()].filter((r) => r % 2 === rank % 2).reverse();
@@ -349,6 +366,7 @@ async function main(scenario: string): Promise<void> {
     await reductions(comm);
     await movement(comm);
     await flights(comm);
+    await overtaking(comm);
     await groups(comm);
     await late(comm);
   } else if (scenario === "throws") {
