@@ -9,6 +9,7 @@ import { bigramLoss, loadText, type TokenData } from "../moe/data.ts";
 import { generate } from "../moe/generate.ts";
 import { Transformer } from "../moe/transformer.ts";
 import { replicatedPlacement } from "../moe/placement.ts";
+import { encodeRoutingRecord, RoutingRecorder } from "../moe/routing_record.ts";
 import { CHECKPOINTS, type MetricsRow, run } from "../moe/run.ts";
 import { byteTokenizer, type Tokenizer } from "../moe/tokenizer.ts";
 import { Trainer } from "../moe/trainer.ts";
@@ -108,6 +109,8 @@ async function main(options: TrainOptions): Promise<void> {
   const val_loss = data.validation.length > 0 ? await trainer.validate() : NaN;
   progress.finish();
 
+  const recording = text("record-routing");
+  if (recording) await recordRouting(recording, { world, model, trainer });
   if (traceSteps > 0) await writeTrace(join(directory, "trace.json"), { ranks: world });
   const sample = await sampleOf(model, world, tokenizer, options);
   if (world.rank !== 0) return;
@@ -175,6 +178,19 @@ async function sampleOf(
   });
   for await (const token of tokens) out.push(token);
   return tokenizer.decode(out);
+}
+
+/** Writes the experts of every token of a batch of validation text. */
+async function recordRouting(
+  path: string,
+  { world, model, trainer }: { world: World; model: Transformer; trainer: Trainer },
+): Promise<void> {
+  const recorder = new RoutingRecorder();
+  for (const layer of model.moeLayers) layer.tap = recorder;
+  await trainer.validate(1);
+  for (const layer of model.moeLayers) layer.tap = null;
+  const record = await recorder.gather(world, model.config.experts);
+  if (world.rank === 0) Deno.writeFileSync(path, encodeRoutingRecord(record));
 }
 
 function summary(shown: {

@@ -144,11 +144,12 @@ export function modelConfig(options: ModelOptions): ModelConfig {
 export function modelDescription(config: ModelConfig): object {
   const { router, initStd: _, ...sizes } = config;
   if (config.experts === 0) return sizes;
-  const { kind, topK, renormalise, scale, groups, groupLimit } = createRouter(
-    router,
-    config.experts,
-  );
-  return { ...sizes, router: { kind, topK, renormalise, scale, groups, groupLimit } };
+  const full = createRouter(router, config.experts);
+  const { kind, topK, renormalise, scale, groups, groupLimit } = full;
+  const choice = { kind, topK, renormalise, scale, groups, groupLimit };
+  // With expert choice the capacity is what decides how many experts a token has.
+  const capacity = kind === "expertChoice" ? { capacityFactor: full.capacityFactor } : {};
+  return { ...sizes, router: { ...choice, ...capacity } };
 }
 
 /**

@@ -13,6 +13,7 @@ import { Fifo } from "./fifo.ts";
 import { GradientReducer } from "./gradients.ts";
 import { buildStepGraph } from "./graph.ts";
 import type { CollectiveScheduler, Schedule } from "./hooks.ts";
+import { mixtralConfig } from "./mixtral_config.ts";
 import type { Transformer } from "./transformer.ts";
 import {
   AdamW,
@@ -221,13 +222,14 @@ export class Trainer implements AsyncDisposable {
     directory: string,
     options: { readonly keep?: number; readonly state?: object } = {},
   ): Promise<Checkpoint> {
-    const { model, world } = this.#options;
+    const { model, world, data } = this.#options;
     const contents: CheckpointContents = {
       step: this.steps,
       config: model.description,
       model: this.#tensors(),
       optimizer: this.#moments(),
-      state: options.state ?? {},
+      state: { sequence: data.sequence, ...options.state },
+      transformersConfig: mixtralConfig(model.config, data.sequence) ?? undefined,
     };
     return saveCheckpoint(directory, contents, { comm: world, keep: options.keep });
   }

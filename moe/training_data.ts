@@ -7,6 +7,8 @@ import type { Batch } from "./transformer.ts";
 export interface TrainingData {
   /** Tokens of one step, over all ranks and passes. */
   readonly tokensPerStep: number;
+  /** Tokens of the longest sequence. */
+  readonly sequence: number;
   /**
    * This rank's part of a pass.
    * @param pass Number of the forward and backward pass, from 0; a step has as many passes as it accumulates.
@@ -53,6 +55,7 @@ export function trainingData(text: TokenData, options: TrainingDataOptions): Tra
   const train = new Batches(text.train, { sequence, batch, seed });
   return {
     tokensPerStep: batch * sequence,
+    sequence,
     training(pass) {
       const part = pass % accumulate, step = Math.floor(pass / accumulate);
       return rowsOf(train.get(step, { rank, size, part, parts: accumulate }), sequence);

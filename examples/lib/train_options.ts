@@ -84,6 +84,12 @@ const SWITCHES: readonly (readonly [name: string, help: string])[] = [
 /** What `--demo` changes; flags given beside it win. */
 const DEMO: Readonly<Record<string, string>> = {
   "run": "demo",
+  "hidden": "256",
+  "steps": "400",
+  "warmup": "30",
+  "val-every": "50",
+  "val-batches": "2",
+  "val-fraction": "0.05",
   "time-budget": "80",
 };
 
