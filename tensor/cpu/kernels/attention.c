@@ -20,19 +20,12 @@ EXPORT void NAME(attention_tile)(
     real *s = S + r * columns;
     size_t n = visible(r, columns, first_query, first_key);
     real before = first_key == 0 ? -(real)__builtin_inf() : max[r];
-    real top = row_max(s, n), total = 0;
+    real top = row_max(s, n);
     top = before > top ? before : top;
-    {
-      SUMS_MAY_REORDER
-      for (size_t c = 0; c < n; c++) {
-        real e = exp_(s[c] - top);
-        s[c] = e;
-        total += e;
-      }
-    }
+    real total = exponentials(s, s, n, top);
     for (size_t c = n; c < columns; c++) s[c] = 0;
     if (first_key > 0) {
-      real shrink = exp_(before - top);
+      real shrink = exp_(before - top - (vec){ 0 })[0];
       total += sum[r] * shrink;
       if (shrink != 1) for (size_t c = 0; c < C; c++) out[r * ldo + c] *= shrink;
     }
@@ -69,10 +62,11 @@ EXPORT void NAME(attention_tile_backward)(
     real *restrict s = S + r * columns, *restrict d = dP + r * columns;
     size_t n = visible(r, columns, first_query, first_key);
     real shift = lse[r * heads], pull = delta[r];
-    for (size_t c = 0; c < n; c++) {
-      real p = exp_(s[c] - shift);
-      s[c] = p;
-      d[c] = p * (d[c] - pull) * scale;
+    for (size_t c = 0; c < n; c += LANES) {
+      vec p = exp_(load(s + c, n - c, 0) - shift);
+      vec dp = load(d + c, n - c, 0);
+      store(s + c, n - c, p);
+      store(d + c, n - c, p * (dp - pull) * scale);
     }
     for (size_t c = n; c < columns; c++) s[c] = d[c] = 0;
   }

@@ -48,24 +48,24 @@ EXPORT void NAME(relu_backward)(
 }
 
 // gelu(x) = x (1 + tanh(u)) / 2 with u = sqrt(2/pi) (x + 0.044715 x^3); and (1 + tanh(u)) / 2 is sigmoid(2u).
-#define GELU_SCALE ((real)1.5957691216057308) // 2 sqrt(2/pi)
-#define GELU_CUBE ((real)0.044715)
+#define GELU_SCALE constant(1.5957691216057308) // 2 sqrt(2/pi)
+#define GELU_CUBE constant(0.044715)
 
 EXPORT void NAME(gelu)(const real *restrict x, real *restrict out, size_t n) {
-  for (size_t i = 0; i < n; i++) {
-    real v = x[i];
-    out[i] = v * sigmoid_(GELU_SCALE * (v + GELU_CUBE * v * v * v));
+  for (size_t i = 0; i < n; i += LANES) {
+    vec v = load(x + i, n - i, 0);
+    store(out + i, n - i, v * sigmoid_(GELU_SCALE * (v + GELU_CUBE * v * v * v)));
   }
 }
 
 EXPORT void NAME(gelu_backward)(
   const real *restrict d_out, const real *restrict x, real *restrict dx, size_t n
 ) {
-  for (size_t i = 0; i < n; i++) {
-    real v = x[i];
-    real s = sigmoid_(GELU_SCALE * (v + GELU_CUBE * v * v * v));
-    real slope = GELU_SCALE * (1 + 3 * GELU_CUBE * v * v); // d 2u / d x
-    dx[i] = d_out[i] * (s + v * s * (1 - s) * slope);
+  for (size_t i = 0; i < n; i += LANES) {
+    vec d = load(d_out + i, n - i, 0), v = load(x + i, n - i, 0);
+    vec s = sigmoid_(GELU_SCALE * (v + GELU_CUBE * v * v * v));
+    vec one = constant(1), slope = GELU_SCALE * (one + constant(3 * 0.044715) * v * v); // d 2u / d x
+    store(dx + i, n - i, d * (s + v * s * (one - s) * slope));
   }
 }
 
@@ -74,7 +74,10 @@ EXPORT void NAME(swiglu)(const real *restrict x, real *restrict out, size_t rows
   for (size_t r = 0; r < rows; r++) {
     const real *gate = x + r * 2 * F, *up = gate + F;
     real *o = out + r * F;
-    for (size_t f = 0; f < F; f++) o[f] = gate[f] * sigmoid_(gate[f]) * up[f];
+    for (size_t f = 0; f < F; f += LANES) {
+      vec g = load(gate + f, F - f, 0), u = load(up + f, F - f, 0);
+      store(o + f, F - f, g * sigmoid_(g) * u);
+    }
   }
 }
 
@@ -82,12 +85,14 @@ EXPORT void NAME(swiglu_backward)(
   const real *restrict d_out, const real *restrict x, real *restrict dx, size_t rows, size_t F
 ) {
   for (size_t r = 0; r < rows; r++) {
-    const real *gate = x + r * 2 * F, *up = gate + F, *d = d_out + r * F;
-    real *restrict d_gate = dx + r * 2 * F, *restrict d_up = d_gate + F;
-    for (size_t f = 0; f < F; f++) {
-      real g = gate[f], u = up[f], df = d[f], s = sigmoid_(g);
-      d_gate[f] = df * u * s * (1 + g * (1 - s));
-      d_up[f] = df * g * s;
+    const real *gate = x + r * 2 * F, *up = gate + F;
+    real *d_gate = dx + r * 2 * F, *d_up = d_gate + F;
+    for (size_t f = 0; f < F; f += LANES) {
+      vec d = load(d_out + r * F + f, F - f, 0);
+      vec g = load(gate + f, F - f, 0), u = load(up + f, F - f, 0), s = sigmoid_(g);
+      vec silu = g * s;
+      store(d_gate + f, F - f, d * u * (s + silu * (constant(1) - s)));
+      store(d_up + f, F - f, d * silu);
     }
   }
 }

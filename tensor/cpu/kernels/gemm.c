@@ -11,10 +11,8 @@
 #define NC 512 // columns of a packed block of b
 
 #ifdef REAL_F32
-#define MADD(a, b, c) (vec)wasm_f32x4_relaxed_madd((v128_t)(a), (v128_t)(b), (v128_t)(c))
 #define SPLAT(p) (vec)wasm_v128_load32_splat(p)
 #else
-#define MADD(a, b, c) (vec)wasm_f64x2_relaxed_madd((v128_t)(a), (v128_t)(b), (v128_t)(c))
 #define SPLAT(p) (vec)wasm_v128_load64_splat(p)
 #endif
 
@@ -62,7 +60,7 @@ INLINE void micro(const real *restrict a, const real *restrict b, size_t depth, 
 }
 
 // out (rows, columns; stride ldo) = alpha tile + beta out, for a tile that may hang over the edge
-INLINE void store(
+INLINE void store_tile(
   const vec tile[MR][2], real *out, size_t ldo, size_t rows, size_t columns, real alpha, real beta
 ) {
   if (rows == MR && columns == NR) {
@@ -105,7 +103,7 @@ EXPORT void NAME(gemm)(
           for (size_t m = 0; m < rows; m += MR) {
             vec tile[MR][2];
             micro(packed_a + m * depth, packed_b + n * depth, depth, tile);
-            store(
+            store_tile(
               tile, out + (m0 + m) * ldo + n0 + n, ldo, rows - m < MR ? rows - m : MR,
               columns - n < NR ? columns - n : NR, alpha, keep
             );

@@ -57,18 +57,6 @@ EXPORT void NAME(rope)(
   }
 }
 
-// out[i] = exp(x[i] - max); returns their sum. out may be x.
-INLINE real exponentials(const real *x, real *out, size_t n, real max) {
-  SUMS_MAY_REORDER
-  real sum = 0;
-  for (size_t i = 0; i < n; i++) {
-    real e = exp_(x[i] - max);
-    out[i] = e;
-    sum += e;
-  }
-  return sum;
-}
-
 EXPORT void NAME(softmax)(const real *x, real *out, size_t N, size_t V) {
   for (size_t n = 0; n < N; n++) {
     const real *row = x + n * V;

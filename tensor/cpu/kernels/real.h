@@ -17,6 +17,8 @@ typedef unsigned integer; // as wide as a real; unsigned, because shifting its t
 #define NAME(name) name##_f32
 #define LANES 4
 #define MAX(a, b) (vec)wasm_f32x4_pmax((v128_t)(a), (v128_t)(b))
+#define MIN(a, b) (vec)wasm_f32x4_pmin((v128_t)(a), (v128_t)(b))
+#define MADD(a, b, c) (vec)wasm_f32x4_relaxed_madd((v128_t)(a), (v128_t)(b), (v128_t)(c)) // a b + c
 #else
 typedef double real;
 typedef unsigned long long integer;
@@ -25,10 +27,13 @@ typedef unsigned long long integer;
 #define NAME(name) name##_f64
 #define LANES 2
 #define MAX(a, b) (vec)wasm_f64x2_pmax((v128_t)(a), (v128_t)(b))
+#define MIN(a, b) (vec)wasm_f64x2_pmin((v128_t)(a), (v128_t)(b))
+#define MADD(a, b, c) (vec)wasm_f64x2_relaxed_madd((v128_t)(a), (v128_t)(b), (v128_t)(c))
 #endif
 
 typedef unsigned long size_t;
 typedef real vec __attribute__((vector_size(16), aligned(sizeof(real)))); // may lie anywhere
+typedef integer integers __attribute__((vector_size(16)));
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
@@ -42,54 +47,76 @@ INLINE real sqrt_(real x) {
   return sizeof(real) == 4 ? __builtin_sqrtf(x) : __builtin_sqrt(x);
 }
 
-// exp(x) to about 1 ulp, without branches so that loops around it vectorise: x = n ln2 + r with |r| <= ln2 / 2,
-// exp(x) = 2^n exp(r), exp(r) by a polynomial. ln2 is split in two so that n ln2 loses no bits. Adding 1.5 times the
-// power of two at which a real's unit is 1 rounds to a whole number n and leaves it in the low bits. x is held where n
-// has a place in an exponent: at the lower end, about ln of the smallest normal number, exp(x) becomes 0, at the upper
-// infinity. NaN stays NaN.
-INLINE real exp_(real x) {
-  union { real r; integer i; } shifted, power;
-#ifdef REAL_F32
-  const real lowest = -87.4f, highest = 89.0f, shift = 12582912.0f, log2e = 1.44269504f;
-  const real ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-#else
-  const real lowest = -708.5, highest = 710.0, shift = 6755399441055744.0, log2e = 1.4426950408889634;
-  const real ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
-#endif
-  x = x < lowest ? lowest : x;
-  x = x > highest ? highest : x;
-  shifted.r = x * log2e + shift;
-  real n = shifted.r - shift;
-  real r = (x - n * ln2_high) - n * ln2_low;
-#ifdef REAL_F32
-  real p = 1.9875691500e-4f; // minimax, from Cephes
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-#else
-  real p = 1.0 / 6227020800.0; // Taylor's series to r^13 / 13!: what is left out is below 2^-57
-  p = p * r + 1.0 / 479001600.0;
-  p = p * r + 1.0 / 39916800.0;
-  p = p * r + 1.0 / 3628800.0;
-  p = p * r + 1.0 / 362880.0;
-  p = p * r + 1.0 / 40320.0;
-  p = p * r + 1.0 / 5040.0;
-  p = p * r + 1.0 / 720.0;
-  p = p * r + 1.0 / 120.0;
-  p = p * r + 1.0 / 24.0;
-  p = p * r + 1.0 / 6.0;
-  p = p * r + 0.5;
-#endif
-  p = p * r * r + r + 1;
-  // 2^n as 2 * 2^(n - 1), because the highest 2^n is no real itself; at the lowest n, the bits of 2^(n - 1) are those of 0
-  power.i = (shifted.i + EXPONENT_BIAS - 1) << MANTISSA_BITS;
-  return p * power.r * 2;
+// Vectors of LANES reals at the end of a row that is no multiple of LANES: lanes beyond `left` are read as `missing` and
+// not written.
+INLINE vec load(const real *x, size_t left, real missing) {
+  if (left >= LANES) return *(const vec *)x;
+  vec v;
+  for (size_t lane = 0; lane < LANES; lane++) v[lane] = lane < left ? x[lane] : missing;
+  return v;
 }
 
-INLINE real sigmoid_(real x) {
-  return 1 / (1 + exp_(-x));
+INLINE void store(real *x, size_t left, vec v) {
+  if (left >= LANES) *(vec *)x = v;
+  else for (size_t lane = 0; lane < left; lane++) x[lane] = v[lane];
+}
+
+// A constant that the compiler must keep in a register: V8 builds a vector constant anew, in three instructions, wherever
+// one is used.
+INLINE vec constant(real value) {
+  __asm__("" : "+r"(value));
+  return value - (vec){ 0 };
+}
+
+// exp(x) to about 1 ulp: x = n ln2 + r with |r| <= ln2 / 2, exp(x) = 2^n exp(r), exp(r) by a polynomial. ln2 is split in two
+// so that n ln2 loses no bits. Adding 1.5 times the power of two at which a real's unit is 1 rounds to a whole number n and
+// leaves it in the low bits. x is held where n has a place in an exponent: at the lower end, about ln of the smallest normal
+// number, exp(x) becomes 0, at the upper infinity. NaN stays NaN.
+INLINE vec exp_(vec x) {
+#ifdef REAL_F32
+  x = MAX(x, constant(-87.4f));
+  x = MIN(x, constant(89.0f));
+  vec shift = constant(12582912.0f);
+  vec shifted = MADD(x, constant(1.44269504f), shift);
+  vec n = shifted - shift;
+  vec r = MADD(n, constant(-0.693359375f), x);
+  r = MADD(n, constant(2.12194440e-4f), r);
+  vec p = MADD(constant(1.9875691500e-4f), r, constant(1.3981999507e-3f)); // minimax, from Cephes
+  p = MADD(p, r, constant(8.3334519073e-3f));
+  p = MADD(p, r, constant(4.1665795894e-2f));
+  p = MADD(p, r, constant(1.6666665459e-1f));
+  p = MADD(p, r, constant(5.0000001201e-1f));
+#else
+  x = MAX(x, constant(-708.5));
+  x = MIN(x, constant(710.0));
+  vec shift = constant(6755399441055744.0);
+  vec shifted = MADD(x, constant(1.4426950408889634), shift);
+  vec n = shifted - shift;
+  vec r = MADD(n, constant(-6.93145751953125e-1), x);
+  r = MADD(n, constant(-1.42860682030941723212e-6), r);
+  vec p = MADD(constant(1.0 / 6227020800.0), r, constant(1.0 / 479001600.0)); // Taylor's series to r^13 / 13!:
+  p = MADD(p, r, constant(1.0 / 39916800.0)); // what is left out is below 2^-57
+  p = MADD(p, r, constant(1.0 / 3628800.0));
+  p = MADD(p, r, constant(1.0 / 362880.0));
+  p = MADD(p, r, constant(1.0 / 40320.0));
+  p = MADD(p, r, constant(1.0 / 5040.0));
+  p = MADD(p, r, constant(1.0 / 720.0));
+  p = MADD(p, r, constant(1.0 / 120.0));
+  p = MADD(p, r, constant(1.0 / 24.0));
+  p = MADD(p, r, constant(1.0 / 6.0));
+  p = MADD(p, r, constant(0.5));
+#endif
+  vec one = constant(1);
+  p = MADD(p, r, one);
+  p = MADD(p, r, one);
+  // 2^n as 2 * 2^(n - 1), because the highest 2^n is no real itself; at the lowest n, the bits of 2^(n - 1) are those of 0
+  vec power = (vec)(((integers)shifted + (EXPONENT_BIAS - 1)) << MANTISSA_BITS);
+  return (p + p) * power;
+}
+
+INLINE vec sigmoid_(vec x) {
+  vec one = constant(1);
+  return one / (one + exp_(-x));
 }
 
 // max_i x[i], or -infinity if there is none.
@@ -117,4 +144,17 @@ INLINE real dot(const real *x, const real *y, size_t n) {
   UNROLL4
   for (size_t i = 0; i < n; i++) sum += x[i] * y[i];
   return sum;
+}
+
+// out[i] = exp(x[i] - max); returns their sum. out may be x.
+INLINE real exponentials(const real *x, real *out, size_t n, real max) {
+  vec sum = { 0 };
+  for (size_t i = 0; i < n; i += LANES) {
+    vec e = exp_(load(x + i, n - i, -(real)__builtin_inf()) - max);
+    store(out + i, n - i, e);
+    sum += e;
+  }
+  real total = 0;
+  for (int lane = 0; lane < LANES; lane++) total += sum[lane];
+  return total;
 }
