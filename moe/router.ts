@@ -232,7 +232,7 @@ export interface Routing {
   readonly scores_NE: Float64Array;
   /** The logits that scores were made of, noise included. */
   readonly logits_NE: Float64Array;
-  /** Log-sum-exp of each token's logits. */
+  /** Log-sum-exp of each token's logits; zeros for a sigmoid router without z loss. */
   readonly lse_N: Float64Array;
   /** The noise that was applied, or null. */
   readonly noise: NoiseKey | null;
@@ -261,9 +261,12 @@ export function scoreExperts(
   if (noise && router.noise > 0) {
     addGaussian(logits_NE, { experts, std: router.noise, key: noise });
   }
-  const { scores_NE, lse_N } = softmaxScores(logits_NE, experts);
-  if (router.kind !== "sigmoid") return { logits_NE, scores_NE, lse_N, noise };
-  return { logits_NE, scores_NE: sigmoidScores(logits_NE, experts), lse_N, noise };
+  if (router.kind !== "sigmoid") return { logits_NE, ...softmaxScores(logits_NE, experts), noise };
+  const scores_NE = sigmoidScores(logits_NE, experts);
+  const lse_N = router.zLoss > 0
+    ? softmaxScores(logits_NE, experts).lse_N
+    : new Float64Array(logits_NE.length / experts);
+  return { logits_NE, scores_NE, lse_N, noise };
 }
 
 /**

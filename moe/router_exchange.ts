@@ -200,7 +200,8 @@ function makeRecord(router: Router, routing: Routing, places: number): Float64Ar
     if (place === 0 || !firstOnly) record[balance + e]++;
   }
   if (router.auxLoss > 0) {
-    record.set(sumNormalisedScores(routing.scores_NE, experts), balance + experts);
+    const kind = router.kind === "sigmoid" ? "sigmoid" : "softmax";
+    record.set(sumNormalisedScores(routing.scores_NE, experts, kind), balance + experts);
   }
   for (const lse of lse_N) record[record.length - 2] += lse * lse;
   record[record.length - 1] = routing.tokens;

@@ -61,17 +61,22 @@ export function balanceSlope(sums: RouterSums, auxLoss: number): Float64Array {
 }
 
 /**
- * Adds up one rank's normalised scores `scores_n / Σ_e scores_ne` per expert. Softmax scores are normalised already.
+ * Adds up one rank's normalised scores per expert: softmax scores as they are, sigmoid scores as `s_ne / Σ_j s_nj`.
  *
  * @param scores_NE Scores.
  * @param experts E.
+ * @param kind How scores were made of logits.
  * @returns Sum over tokens, per expert.
  */
-export function sumNormalisedScores(scores_NE: Float64Array, experts: number): Float64Array {
+export function sumNormalisedScores(
+  scores_NE: Float64Array,
+  experts: number,
+  kind: "softmax" | "sigmoid",
+): Float64Array {
   const sums_E = new Float64Array(experts);
   for (let row = 0; row < scores_NE.length; row += experts) {
-    const total = sumOfRow(scores_NE, row, experts);
-    for (let e = 0; e < experts; e++) sums_E[e] += scores_NE[row + e] / total;
+    const factor = kind === "softmax" ? 1 : 1 / sumOfRow(scores_NE, row, experts);
+    for (let e = 0; e < experts; e++) sums_E[e] += factor * scores_NE[row + e];
   }
   return sums_E;
 }
@@ -93,13 +98,13 @@ export function balanceLossBackward(
 ): void {
   const experts = slope_E.length;
   for (let row = 0; row < scores_NE.length; row += experts) {
-    const total = sumOfRow(scores_NE, row, experts);
+    const factor = kind === "softmax" ? 1 : 1 / sumOfRow(scores_NE, row, experts);
     let mean = 0;
-    for (let e = 0; e < experts; e++) mean += slope_E[e] * scores_NE[row + e] / total;
+    for (let e = 0; e < experts; e++) mean += factor * slope_E[e] * scores_NE[row + e];
     for (let e = 0; e < experts; e++) {
       const s = scores_NE[row + e];
       const slope = kind === "softmax" ? s : s * (1 - s);
-      dLogits_NE[row + e] += slope * (slope_E[e] - mean) / total;
+      dLogits_NE[row + e] += factor * slope * (slope_E[e] - mean);
     }
   }
 }

@@ -52,7 +52,9 @@ export function groupLimitedTopK(
 ): Int32Array {
   const { experts, choices, groups, groupLimit } = options;
   const biased_NE = new Float64Array(scores_NE.length);
-  for (let i = 0; i < biased_NE.length; i++) biased_NE[i] = scores_NE[i] + bias_E[i % experts];
+  for (let i = 0; i < biased_NE.length;) {
+    for (let e = 0; e < experts; e++, i++) biased_NE[i] = scores_NE[i] + bias_E[e];
+  }
   if (groupLimit < groups) {
     const tokens = scores_NE.length / experts, perGroup = experts / groups;
     const sums_NG = new Float64Array(tokens * groups);
@@ -72,8 +74,8 @@ export function groupLimitedTopK(
     for (let i = 0; i < reached.length; i++) {
       open[Math.floor(i / groupLimit) * groups + reached[i]] = 1;
     }
-    for (let i = 0; i < biased_NE.length; i++) {
-      if (!open[Math.floor(i / perGroup)]) biased_NE[i] = -Infinity;
+    for (let g = 0; g < open.length; g++) {
+      if (!open[g]) biased_NE.fill(-Infinity, g * perGroup, (g + 1) * perGroup);
     }
   }
   return topK(biased_NE, experts, choices);

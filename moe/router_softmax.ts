@@ -25,7 +25,7 @@ export function softmaxScores(
   for (let n = 0; n < tokens; n++) {
     const row = n * experts;
     let max = -Infinity, sum = 0;
-    for (let e = 0; e < experts; e++) max = Math.max(max, logits_NE[row + e]);
+    for (let e = 0; e < experts; e++) if (logits_NE[row + e] > max) max = logits_NE[row + e];
     for (let e = 0; e < experts; e++) {
       sum += scores_NE[row + e] = Math.exp(logits_NE[row + e] - max);
     }
@@ -37,7 +37,8 @@ export function softmaxScores(
         }`,
       );
     }
-    for (let e = 0; e < experts; e++) scores_NE[row + e] /= sum;
+    const factor = 1 / sum;
+    for (let e = 0; e < experts; e++) scores_NE[row + e] *= factor;
   }
   return { scores_NE, lse_N };
 }
@@ -53,28 +54,23 @@ export function softmaxScores(
 export function topK(values_NE: Float64Array, experts: number, choices: number): Int32Array {
   const tokens = values_NE.length / experts;
   const experts_NK = new Int32Array(tokens * choices);
-  const left_E = new Float64Array(experts);
-  for (let n = 0; n < tokens; n++) {
-    for (let e = 0; e < experts; e++) left_E[e] = values_NE[n * experts + e];
-    for (let k = 0; k < choices; k++) {
-      const best = argmax(left_E);
-      experts_NK[n * choices + k] = best;
-      left_E[best] = NaN; // never larger than anything
+  const best_K = new Float64Array(choices);
+  for (let n = 0, i = 0; n < tokens; n++) {
+    // The best so far, in order; a later one must be larger to pass an earlier one.
+    const first = n * choices;
+    for (let e = 0; e < experts; e++, i++) {
+      const value = values_NE[i];
+      if (e >= choices && value <= best_K[choices - 1]) continue;
+      let k = e < choices ? e : choices - 1;
+      for (; k > 0 && value > best_K[k - 1]; k--) {
+        best_K[k] = best_K[k - 1];
+        experts_NK[first + k] = experts_NK[first + k - 1];
+      }
+      best_K[k] = value;
+      experts_NK[first + k] = e;
     }
   }
   return experts_NK;
-}
-
-/** Index of the largest number, the first of equal ones; NaN never is. */
-function argmax(values: Float64Array): number {
-  let best = 0, most = NaN;
-  for (let i = 0; i < values.length; i++) {
-    if (values[i] > most || (most !== most && values[i] === values[i])) {
-      best = i;
-      most = values[i];
-    }
-  }
-  return best;
 }
 
 /**
