@@ -78,6 +78,9 @@ Deno.test("the same seed gives the same order at any step, another seed another 
   const walked = Array.from({ length: 60 }, (_, step) => first.get(step));
   assert.deepEqual(again.get(57), walked[57]); // asked for first, as a resumed run does
   assert.notDeepEqual(other.get(57).inputs, walked[57].inputs);
+  const starts = walked.flatMap(({ inputs }) => [...inputs].filter((_, i) => i % 16 === 0));
+  const ahead = starts.filter((start, i) => i > 0 && start > starts[i - 1]).length;
+  assert.ok(ahead > 150 && ahead < 330, `${ahead} of ${starts.length} follow a smaller one`);
   const big = make(2 ** 40 + 1);
   assert.notDeepEqual(big.get(0).inputs, walked[0].inputs);
 });
@@ -188,6 +191,17 @@ Deno.test("bigramLoss() knows a chain of pairs and a text without any", () => {
   // Ids that the training text lacks have a finite loss.
   assert.ok(Number.isFinite(bigramLoss(alternating, Int32Array.of(5, 6, 7), 8)));
   assert.throws(() => bigramLoss(alternating, Int32Array.of(1), 2), /at least 2 tokens/);
+});
+
+Deno.test("bigramLoss() does not believe pairs that say nothing", () => {
+  let state = 7;
+  const noise = Uint8Array.from({ length: 6000 }, () => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    return state >>> 26;
+  });
+  // Independent tokens of 64 kinds: most pairs are seen about once, which must not count for much.
+  const loss = bigramLoss(noise.subarray(0, 4000), noise.subarray(4000), 64);
+  assert.ok(loss > 4.1 && loss < Math.log(64) + 0.1, String(loss));
 });
 
 Deno.test("bigramLoss() is a probability: over all continuations it sums to one", () => {

@@ -64,8 +64,8 @@ Deno.test("what is written is read back, whole and in ranges", async () => {
   await fc.assert(
     fc.asyncProperty(
       fc.uniqueArray(tensorArbitrary, { selector: (t) => t.name, maxLength: 8 }),
-      fc.double({ min: 0, max: 1, noNaN: true }),
-      fc.double({ min: 0, max: 1, noNaN: true }),
+      fc.nat(16),
+      fc.nat(16),
       async (specs, a, b) => {
         const sources = specs.map((s) => source(s.name, s.dtype, s.shape, s.seed));
         const path = await write(sources);
@@ -79,7 +79,9 @@ Deno.test("what is written is read back, whole and in ranges", async () => {
           assert.equal(info.offset % bytesOf(dtype), 0, "aligned");
           const wanted = bytesUnder(await read());
           assert.deepEqual(bytesUnder(await file.read(name)), wanted);
-          const [start, end] = [a, b].map((x) => Math.floor(x * info.size)).sort((p, q) => p - q);
+          const [start, end] = [a, b].map((x) => Math.floor(x * info.size / 16)).sort((p, q) =>
+            p - q
+          );
           const width = bytesOf(dtype);
           assert.deepEqual(
             bytesUnder(await file.read(name, { start, end })),
