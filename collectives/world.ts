@@ -9,10 +9,15 @@ import {
   type RankEnvironment,
   readEnvironment,
 } from "./rendezvous/environment.ts";
-import { hostIdentity } from "./rendezvous/host.ts";
+import { DeferredStore } from "./rendezvous/deferred_store.ts";
+import { hostIdentity, outwardAddress } from "./rendezvous/host.ts";
 import { LocalStore } from "./rendezvous/local_store.ts";
 import { rangesOf } from "./rendezvous/ranges.ts";
-import { connectStore, DEFAULT_TIMEOUT_MS } from "./rendezvous/store_client.ts";
+import {
+  type ConnectOptions,
+  connectStore,
+  DEFAULT_TIMEOUT_MS,
+} from "./rendezvous/store_client.ts";
 import { StoreServer } from "./rendezvous/store_server.ts";
 import type { BootContext, Store, Transport } from "./transport.ts";
 import type {
@@ -86,60 +91,87 @@ export async function init(options: InitOptions = {}): Promise<World> {
   const device = import("../tensor/cpu/device.ts"); // loads while the ranks meet
   device.catch(() => {}); // the await below reports it, unless something else fails first
   const departed = new Map<number, string>();
-  const meeting = await meet(env, options.timeout_ms ?? DEFAULT_TIMEOUT_MS, departed);
+  const timeout_ms = options.timeout_ms ?? DEFAULT_TIMEOUT_MS;
+  const store = await meet(env, timeout_ms, departed);
   try {
-    const context = { ...env, store: meeting.store, departed };
-    const { transport, reason } = await connect(asked, env, context);
+    const context = { ...env, store, departed };
+    const { transport, reason } = await connect(asked, env, context, timeout_ms);
+    if (store instanceof DeferredStore) {
+      await meetOver(transport, env, store, departed);
+    }
     const { cpuDevice } = await device;
-    return new JobWorld({ env, transport, reason, device: cpuDevice(), ...meeting });
+    return new JobWorld({ env, transport, reason, device: cpuDevice(), store: store });
   } catch (error) {
-    await meeting.leave();
+    await store.close();
     throw error;
   }
-}
-
-/** The store, and how to leave it. */
-interface Meeting {
-  readonly store: Store;
-  leave(): Promise<void>;
 }
 
 async function meet(
   env: RankEnvironment,
   timeout_ms: number,
   departed: Map<number, string>,
-): Promise<Meeting> {
+): Promise<Store> {
   if (env.store === null) {
     if (env.size > 1 && !env.mpi) {
       throw new Error(
         `Cannot join the job of ${env.size} ranks as MASTER_ADDR must say where rank 0 is: current value is unset`,
       );
     }
-    return { store: new LocalStore(), leave: () => Promise.resolve() };
+    return env.size > 1 ? new DeferredStore() : new LocalStore();
   }
   const { hostname, port, serve } = env.store;
   if (serve) {
     // A rank that serves the store goes on with that until the others have left, then its process ends by itself.
     StoreServer.listen({ hostname, port, token: env.token }).unref();
   }
-  const store = await connectStore({
-    hostname,
-    port,
-    token: env.token,
+  return await join(env, { hostname, port, token: env.token, timeout_ms }, departed);
+}
+
+/** Connects to the store as a rank, and keeps the list of those that have left. */
+function join(
+  env: RankEnvironment,
+  place: Pick<ConnectOptions, "hostname" | "port" | "token" | "timeout_ms">,
+  departed: Map<number, string>,
+): Promise<Store> {
+  return connectStore({
+    ...place,
     hello: { kind: "rank", number: env.rank, size: env.size, attempt: env.attempt },
-    timeout_ms,
     onLeft: (rank, how) => departed.set(rank, how),
     onLost: () => {
       if (env.source !== "launcher") departed.set(0, "has ended, and the rendezvous with it");
     },
   });
-  return { store, leave: () => store.close() };
+}
+
+/** Where no variable names a rendezvous, rank 0 makes one and tells the others through the backend that has connected them. */
+async function meetOver(
+  transport: Transport,
+  env: RankEnvironment,
+  store: DeferredStore,
+  departed: Map<number, string>,
+): Promise<void> {
+  const { rank, size } = env;
+  const communicator = createCommunicator(transport, { rank, size, name: "rendezvous" });
+  const message = new Uint8Array(512);
+  if (rank === 0) {
+    const hostname = env.oneHost ? "127.0.0.1" : outwardAddress();
+    const token = crypto.randomUUID();
+    const server = StoreServer.listen({ hostname, token });
+    server.unref();
+    const place = JSON.stringify({ hostname, port: server.port, token });
+    new TextEncoder().encodeInto(place, message);
+  }
+  await communicator.broadcast(message);
+  const text = new TextDecoder().decode(message.subarray(0, message.indexOf(0)));
+  store.give(await join(env, JSON.parse(text), departed));
 }
 
 async function connect(
   asked: BackendChoice,
   env: RankEnvironment,
   context: BootContext,
+  timeout_ms: number,
 ): Promise<{ transport: Transport; reason: string }> {
   if (asked === "nccl") {
     throw new Error(
@@ -156,7 +188,7 @@ async function connect(
       );
     }
   }
-  const elsewhere = await ranksElsewhere(env, context.store);
+  const elsewhere = await ranksElsewhere(env, context.store, timeout_ms);
   if (elsewhere.length === 0) {
     return await openShm(
       context,
@@ -173,11 +205,15 @@ async function connect(
 }
 
 /** Ranks that are not on this rank's host; every rank calls it. */
-async function ranksElsewhere(env: RankEnvironment, store: Store): Promise<number[]> {
+async function ranksElsewhere(
+  env: RankEnvironment,
+  store: Store,
+  timeout_ms: number,
+): Promise<number[]> {
   const mine = hostIdentity();
   await store.set(`host/${env.rank}`, new TextEncoder().encode(mine));
   const all = await Promise.all(
-    Array.from({ length: env.size }, (_, rank) => store.get(`host/${rank}`)),
+    Array.from({ length: env.size }, (_, rank) => store.get(`host/${rank}`, timeout_ms)),
   );
   const decoder = new TextDecoder();
   return all.flatMap((value, rank) => decoder.decode(value) === mine ? [] : [rank]);
@@ -219,11 +255,11 @@ class JobWorld implements World {
   readonly backendReason: string;
   readonly attempt: number;
   #communicator: Communicator;
-  #leave: () => Promise<void>;
 
   constructor(
-    parts: Meeting & {
+    parts: {
       readonly env: RankEnvironment;
+      readonly store: Store;
       readonly transport: Transport;
       readonly reason: string;
       readonly device: Device;
@@ -236,7 +272,6 @@ class JobWorld implements World {
     this.store = parts.store;
     this.backendReason = parts.reason;
     this.attempt = env.attempt;
-    this.#leave = parts.leave;
     this.#communicator = createCommunicator(parts.transport, {
       rank: env.rank,
       size: env.size,
@@ -336,6 +371,6 @@ class JobWorld implements World {
   async [Symbol.asyncDispose](): Promise<void> {
     // Data first, then the rendezvous: while the store is open, the others can tell a rank that leaves from one that is lost.
     await this.#communicator[Symbol.asyncDispose]();
-    await this.#leave();
+    await this.store.close();
   }
 }

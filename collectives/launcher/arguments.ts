@@ -35,15 +35,15 @@ export const USAGE: string = `Usage: deno run -A launch.ts -n N [options] script
 
 Starts N processes of script.ts, the ranks of one job.
 
-  -n N                  ranks on this node (1 to 1024)
-  --backend NAME        auto, shm, mpi or nccl; mpi starts the ranks by mpirun   [auto]
-  --max-restarts K      start all ranks again after a failure, at most K times   [0]
-  --log-dir DIR         also write the output of each rank to DIR/rank_R.log
-  --nnodes M            number of nodes; call the launcher once on each          [1]
-  --node-rank I         number of this node, 0 to M - 1
-  --rdzv HOST:PORT      where node 0 serves the rendezvous; every node needs the
-                        same LINA_TOKEN unless HOST is loopback
-  -h, --help            show this text
+  -n N               ranks on this node, 1 to 1024
+  --backend NAME     auto, shm, mpi or nccl; mpi starts the ranks by mpirun
+  --max-restarts K   start all ranks again after a failure, at most K times
+  --log-dir DIR      also write the output of each rank to DIR/rank_R.log
+  --nnodes M         number of nodes; call the launcher once on each
+  --node-rank I      number of this node, 0 to M - 1
+  --rdzv HOST:PORT   where node 0 serves the rendezvous; every node needs the
+                     same LINA_TOKEN unless HOST is loopback
+  -h, --help         show this text
 `;
 
 const MAX_RANKS = 1024;

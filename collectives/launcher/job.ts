@@ -7,13 +7,16 @@ import { countGpus, jobEnvironment, type JobPlace, rankEnvironment } from "./env
 import { Guard } from "./guard.ts";
 import { startMpi } from "./mpirun.ts";
 import { Nodes } from "./nodes.ts";
-import { headlineOf, JobOutput, processSink } from "./output.ts";
+import { headlineOf, isConsequence, JobOutput, processSink } from "./output.ts";
 
 const SIGNALS: Readonly<Partial<Record<Deno.Signal, number>>> = {
   SIGHUP: 1,
   SIGINT: 2,
   SIGTERM: 15,
 };
+
+/** How long the launcher waits for the cause when a rank has failed for lack of another, in milliseconds. */
+const CAUSE_MS = 2_000;
 
 /** Where a job meets. */
 type Address = Pick<JobPlace, "hostname" | "port" | "token">;
@@ -84,7 +87,7 @@ class Job {
         processSay(`restart ${attempt + 1} of ${this.#options.maxRestarts}`);
       }
     } finally {
-      await nodes?.close();
+      await nodes?.close(this.#signal === undefined);
       for (const remove of listeners) remove();
       await this.#guard.close();
     }
@@ -105,7 +108,7 @@ class Job {
       append: attempt > 0,
     });
     const children = this.#children = new Children(this.#guard);
-    const failed = Promise.withResolvers<Outcome>();
+    const decided = Promise.withResolvers<Outcome>();
     const place: JobPlace = {
       ...this.#address,
       attempt,
@@ -113,24 +116,37 @@ class Job {
       gpus: countGpus(),
       columns: terminalColumns(),
     };
-    void nodes?.failure(attempt).then(failed.resolve);
+    void nodes?.failure(attempt).then(decided.resolve);
     const ends = options.backend === "mpi"
       ? [(await startMpi(options, place, children, output)).ended]
       : await this.#startRanks(place, children, output);
     if (this.#signal) children.end();
+    let consequence: Outcome | undefined;
     for (const end of ends) {
       void end.then((exit) => {
         if (exit.code === 0 || this.#signal) return;
         const outcome = this.#judge(exit, output);
-        failed.resolve(outcome);
-        void nodes?.tell(attempt, outcome);
+        if (!isConsequence(outcome.why)) return decided.resolve(outcome);
+        consequence ??= outcome;
+        setTimeout(decided.resolve, CAUSE_MS, consequence);
       });
     }
-    const outcome = await Promise.race([
-      failed.promise,
-      Promise.all(ends).then(() => nodes?.finish(attempt)).then(() => ({ code: 0, why: "" })),
-    ]);
-    if (outcome.code !== 0) children.end();
+    void Promise.all(ends).then(async (exits) => {
+      if (consequence) return decided.resolve(consequence);
+      if (!this.#signal) {
+        if (exits.some((exit) => exit.code !== 0)) return;
+        await nodes?.finish(attempt);
+      }
+      decided.resolve({ code: 0, why: "" });
+    });
+    const outcome = await decided.promise;
+    if (outcome.code !== 0) {
+      children.end();
+      void nodes?.tell(attempt, outcome);
+    } else if (this.#signal) {
+      const why = `node ${options.nodeRank} was ended by ${this.#signal}`;
+      await nodes?.tell(attempt, { code: 128 + SIGNALS[this.#signal]!, why });
+    }
     await children.settled();
     if (outcome.code !== 0 && !this.#signal) output.say(outcome.why);
     output.close();

@@ -89,7 +89,7 @@ export class TagSplitter {
     const all = this.#rest + text;
     // A tag may be cut in two: what may be the beginning of one waits for more.
     const open = all.lastIndexOf("[");
-    const cut = open >= 0 && all.length - open < 24 && !all.slice(open).match(this.#pattern)
+    const cut = open >= 0 && /^\[\d*,?\d*\]?(<[a-z]*>?:?| )?$/.test(all.slice(open))
       ? open
       : all.length;
     this.#rest = all.slice(cut);

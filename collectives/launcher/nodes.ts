@@ -8,6 +8,7 @@ const JOIN_TIMEOUT_MS = 300_000;
 const FOREVER_MS = 24 * 3600 * 1000;
 const SETTLE_TIMEOUT_MS = 30_000;
 const LEAVE_TIMEOUT_MS = 5_000;
+const FAREWELL_MS = 500;
 
 /** What failed on some node. */
 export interface NodeFailure {
@@ -23,6 +24,7 @@ export class Nodes {
   #store!: StoreClient;
   #gone = Promise.withResolvers<NodeFailure>();
   #left = new Set<number>();
+  #anyLeft = Promise.withResolvers<void>();
   #finished = false;
 
   private constructor(options: LaunchOptions) {
@@ -46,15 +48,20 @@ export class Nodes {
       ...address,
       hello: { kind: "node", number: options.nodeRank, size: options.nodes, attempt: 0 },
       timeout_ms: JOIN_TIMEOUT_MS,
-      onLeft: (node, how) => {
-        nodes.#left.add(node);
-        if (!nodes.#finished) {
-          nodes.#gone.resolve({ code: 1, why: `the launcher of node ${node} ${how}` });
-        }
-      },
-      onLost: () => nodes.#gone.resolve({ code: 1, why: "the launcher of node 0 has ended" }),
+      onLeft: (node, how) => nodes.#miss(node, how),
+      onLost: () => nodes.#miss(0, "has ended"),
     });
     return nodes;
+  }
+
+  /** A launcher may leave as soon as it knows that all nodes are done, a little before this one knows it. */
+  #miss(node: number, how: string): void {
+    this.#left.add(node);
+    this.#anyLeft.resolve();
+    setTimeout(() => {
+      if (this.#finished) return;
+      this.#gone.resolve({ code: 1, why: `the launcher of node ${node} ${how}` });
+    }, FAREWELL_MS);
   }
 
   /**
@@ -103,16 +110,17 @@ export class Nodes {
    */
   async settle(attempt: number): Promise<void> {
     try {
-      await this.#meet(`ended/${attempt}`, SETTLE_TIMEOUT_MS);
+      const met = this.#meet(`ended/${attempt}`, SETTLE_TIMEOUT_MS);
+      await Promise.race([met, this.#anyLeft.promise]);
     } catch {
       // a node that does not answer is not waited for
     }
   }
 
-  /** Leaves; node 0, which serves the store, leaves last. */
-  async close(): Promise<void> {
+  /** Leaves; node 0, which serves the store, leaves last. @param wait Whether the other nodes are about to leave, too. */
+  async close(wait: boolean): Promise<void> {
     this.#finished = true;
-    if (this.#options.nodeRank === 0) {
+    if (this.#options.nodeRank === 0 && wait) {
       const until = performance.now() + LEAVE_TIMEOUT_MS;
       while (this.#left.size < this.#options.nodes - 1 && performance.now() < until) {
         await new Promise((resolve) => setTimeout(resolve, 10));

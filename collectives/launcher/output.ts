@@ -178,6 +178,17 @@ function joinBytes(parts: readonly Uint8Array[]): Uint8Array {
 }
 
 /**
+ * Whether a failure is only the consequence of another rank's: an operation that could not be completed with the others. The rank
+ * that has caused it may be seen to end a moment later.
+ *
+ * @param headline What {@linkcode headlineOf} gave.
+ * @returns Whether another failure, if there is one, says more.
+ */
+export function isConsequence(headline: string): boolean {
+  return /Cannot complete \w+ .*on rank \d+/.test(headline);
+}
+
+/**
  * The line of a rank's stderr that says what went wrong, for the launcher's summary.
  *
  * @param tail The last lines of its stderr.

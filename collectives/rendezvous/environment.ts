@@ -21,6 +21,8 @@ export interface RankEnvironment {
   readonly localRank: number;
   /** Number of ranks on this host. */
   readonly localSize: number;
+  /** Whether the variables say that all ranks run on this host. */
+  readonly oneHost: boolean;
   /** Where the store is, and whether this process is the one to serve it; null when the variables name no place. */
   readonly store:
     | { readonly hostname: string; readonly port: number; readonly serve: boolean }
@@ -93,6 +95,7 @@ export function readEnvironment(env: Variables): RankEnvironment {
       size: 1,
       localRank: 0,
       localSize: 1,
+      oneHost: true,
       store: null,
       token,
       backend,
@@ -116,8 +119,10 @@ export function readEnvironment(env: Variables): RankEnvironment {
       } must be less than the world size ${size}: current value is ${rank}`,
     );
   }
-  const localSize = wholeNumber(env, family.localSize, "the local world size") ??
-    slurmLocalSize(env) ?? size;
+  const knownLocalSize = wholeNumber(env, family.localSize, "the local world size") ??
+    slurmLocalSize(env);
+  const localSize = knownLocalSize ?? size;
+  const oneHost = knownLocalSize === size;
   const localRank = wholeNumber(env, family.localRank, "the local rank") ?? rank % localSize;
   return {
     source: env.LINA_STORE !== undefined ? "launcher" : family.source,
@@ -125,7 +130,8 @@ export function readEnvironment(env: Variables): RankEnvironment {
     size,
     localRank,
     localSize,
-    store: storePlace(env, family.source, rank),
+    oneHost,
+    store: storePlace(env, { source: family.source, rank, oneHost }),
     token: token || jobName(env),
     backend,
     mpi: family.source === "Open MPI" || family.source === "MPICH",
@@ -170,21 +176,25 @@ function slurmLocalSize(env: Variables): number | undefined {
   return perNode[Number(env.SLURM_NODEID ?? 0)];
 }
 
-function storePlace(env: Variables, source: string, rank: number): RankEnvironment["store"] {
+function storePlace(
+  env: Variables,
+  known: { readonly source: string; readonly rank: number; readonly oneHost: boolean },
+): RankEnvironment["store"] {
   if (env.LINA_STORE !== undefined) {
     return { ...parseAddress(env.LINA_STORE, "LINA_STORE"), serve: false };
   }
-  const hostname = env.MASTER_ADDR ?? (source === "Slurm" ? firstSlurmHost(env) : undefined);
-  if (hostname === undefined) return null;
+  const { source, rank, oneHost } = known;
+  const master = env.MASTER_ADDR ?? (source === "Slurm" ? firstSlurmHost(env) : undefined);
+  if (master === undefined) return null;
   // MASTER_PORT itself belongs to whoever set it: torchrun's own store may listen there.
-  const master = wholeNumber(env, ["MASTER_PORT"], "the port") ??
+  const port = wholeNumber(env, ["MASTER_PORT"], "the port") ??
     28_000 + Number(env.SLURM_JOB_ID ?? 0) % 4_000;
-  if (master < 1 || master > 65_534) {
+  if (port < 1 || port > 65_534) {
     throw new Error(
-      `Cannot place the rendezvous as MASTER_PORT must be in 1..65534: current value is ${master}`,
+      `Cannot place the rendezvous as MASTER_PORT must be in 1..65534: current value is ${port}`,
     );
   }
-  return { hostname, port: master + 1, serve: rank === 0 };
+  return { hostname: oneHost ? "127.0.0.1" : master, port: port + 1, serve: rank === 0 };
 }
 
 /** A name that other jobs of the machine do not share: what tells two jobs on one port apart when no token was given. */

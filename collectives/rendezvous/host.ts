@@ -12,3 +12,15 @@ export function hostIdentity(): string {
   const pid = Deno.readLinkSync("/proc/self/ns/pid");
   return `${bootId} ${net} ${pid}`;
 }
+
+/**
+ * An address of this host that others can reach.
+ *
+ * @returns Its first IPv4 address that is not loopback; loopback if it has no other.
+ */
+export function outwardAddress(): string {
+  const outward = Deno.networkInterfaces().find((i) =>
+    i.family === "IPv4" && !i.address.startsWith("127.")
+  );
+  return outward?.address ?? "127.0.0.1";
+}

@@ -16,7 +16,8 @@ import { rangesOf } from "./ranges.ts";
 
 const MAX_VALUES = 100_000;
 const MAX_VALUE_BYTES = 64 << 20;
-const MAX_STRANGERS = 64;
+/** As many as one node may start at once; they are strangers until their first message is read. */
+const MAX_STRANGERS = 1024;
 const MAX_BACKLOG_BYTES = 8 << 20;
 const HELLO_TIMEOUT_MS = 5_000;
 const MAX_WAIT_MS = 24 * 3600 * 1000;
