@@ -25,6 +25,7 @@ if (!found) {
 async function mpirun(
   ranks: number,
   scenario: string,
+  env: Record<string, string> = {},
 ): Promise<{ code: number; text: string; ms: number }> {
   const folder = await Deno.makeTempDir();
   const begin = performance.now();
@@ -32,7 +33,7 @@ async function mpirun(
     const child = new Deno.Command("mpirun", {
       args: ["--oversubscribe", "--allow-run-as-root", "-x", "LINA_TEST_STORE", "-n", `${ranks}`]
         .concat(Deno.execPath(), "run", "-A", PROGRAM.href, scenario),
-      env: { LINA_TEST_STORE: folder, NO_COLOR: "1" },
+      env: { LINA_TEST_STORE: folder, NO_COLOR: "1", ...env },
       stdout: "piped",
       stderr: "piped",
     }).spawn();
@@ -120,6 +121,15 @@ Deno.test({
     const { code, text } = await mpirun(2, "mismatch");
     assert.notEqual(code, 0, text); // a job in which MPI has failed does not end well
     assert.match(text, /^ok mismatch$/m);
+  },
+});
+
+Deno.test({
+  name: "MPI ranks that call different operations are told by the order check",
+  ignore: !found,
+  async fn() {
+    const { text } = await mpirun(2, "order", { LINA_DEBUG: "1" });
+    assert.match(text, /^ok order$/m, text);
   },
 });
 
