@@ -1,10 +1,11 @@
-// How many steps fit into a time: measured once in the first steps, then watched, so that a machine that slows down still ends in time.
-// The number is agreed on by all ranks. A run with a time budget is the only thing here that depends on a clock.
+// How many steps fit into a time: measured in the first steps and corrected twice soon after; from then on it is only lowered, so that
+// a machine that slows down still ends in time. The number is agreed on by all ranks. A run with a time budget is the only thing
+// here that depends on a clock.
 
 import type { Communicator } from "../../collectives/types.ts";
 
-/** Steps after which the time of a step is known; those before the first warm up. */
-const FIRST = 5, KNOWN = 15, WATCH = 100;
+/** Steps that warm up; steps after which the number is set; steps between later looks. */
+const WARM_UP = 5, SET: readonly number[] = [15, 40, 80], WATCH = 100;
 
 /** What a {@linkcode StepBudget} starts from. */
 export interface StepBudgetOptions {
@@ -24,6 +25,7 @@ export class StepBudget {
   steps: number;
   readonly #world: Communicator;
   readonly #budget_ms: number | null;
+  readonly #most: number;
   readonly #from: number;
   readonly #began = performance.now();
   #lastTime = 0;
@@ -36,6 +38,7 @@ export class StepBudget {
   constructor(world: Communicator, options: StepBudgetOptions) {
     this.#world = world;
     this.#from = options.from;
+    this.#most = options.steps;
     const settled = options.settled?.steps;
     this.steps = settled ?? options.steps;
     this.#budget_ms = options.seconds === null || settled ? null : options.seconds * 1000;
@@ -50,18 +53,19 @@ export class StepBudget {
   async onStep(row: { readonly step: number }): Promise<boolean> {
     if (this.#budget_ms === null) return false;
     const done = row.step - this.#from;
-    if (done === FIRST) this.#mark(row.step);
-    if (done !== KNOWN && !(done > KNOWN && done % WATCH === 0)) return false;
+    if (done === WARM_UP) this.#mark(row.step);
+    const sets = SET.includes(done);
+    if (!sets && !(done > SET[0] && done % WATCH === 0)) return false;
     const perStep = (performance.now() - this.#lastTime) / (row.step - this.#lastStep);
     const left = this.#budget_ms - (performance.now() - this.#began);
     const fits = Float64Array.of(row.step + Math.max(1, Math.floor(left / perStep)));
     await this.#world.broadcast(fits);
     this.#mark(row.step);
-    // Once settled, only a plan that would be late by more than 3 % is changed.
-    const late = fits[0] < this.steps - 0.03 * (this.steps - row.step);
-    if (!late) return false;
-    this.steps = Math.min(this.steps, fits[0]);
-    return true;
+    const before = this.steps;
+    // Later a plan is only changed if it would be late by more than 3 %.
+    const late = fits[0] < before - 0.03 * (before - row.step);
+    if (sets || late) this.steps = Math.min(this.#most, fits[0]);
+    return this.steps !== before;
   }
 
   #mark(step: number): void {
