@@ -36,9 +36,11 @@ function random(shape: Shape): Tensor {
 
 /** The best of several times in µs: on a shared machine, everything else is somebody's noise. */
 function best_us(run: () => void): number {
+  // V8 compiles quickly first and well later, on another thread.
   const start = performance.now();
-  for (let i = 0; i < 10; i++) run(); // the compiler takes over hot code
-  const calls = Math.max(1, Math.ceil(10 / (performance.now() - start))); // about 1 ms
+  let calls = 0;
+  for (; calls < 10 || performance.now() - start < 50; calls++) run();
+  calls = Math.ceil(calls / (performance.now() - start)); // about 1 ms
   let best = Infinity;
   for (let repeat = 0; repeat < 50; repeat++) {
     const start = performance.now();

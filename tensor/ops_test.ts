@@ -249,3 +249,19 @@ Deno.test("beta 0 never reads the old contents", () => {
   ops.gemm(empty, none, out);
   assert(hostView(out).every((value) => value === 0));
 });
+
+Deno.test("attention takes no memory that grows with the sequence", () => {
+  const run = (rows: number) => {
+    const shape = { offsets: Int32Array.of(0, rows), heads: 1, kvHeads: 1, headDim: 8 };
+    const [q, k, v, out, dOut, dQ, dK, dV] = Array.from({ length: 8 }, () => f32(rows, 8));
+    const lse = f32(rows, 1);
+    device.resetPeak();
+    const before = device.memory().used_bytes;
+    ops.attention(q, k, v, out, lse, shape);
+    ops.attentionBackward(dOut, q, k, v, out, lse, shape, dQ, dK, dV);
+    assert(hostView(dQ).every(Number.isFinite));
+    return device.memory().peak_bytes - before;
+  };
+  run(10); // takes the room of its tiles
+  assert.equal(run(3000), 0);
+});

@@ -7,8 +7,8 @@ import { matrixProduct } from "./gemm.ts";
 import { allocate } from "./memory.ts";
 import { realKernels } from "./wasm.ts";
 
-/** Queries and keys of a tile. Two tiles of f32 (forward and backward) fit in the L2 cache beside their operands. */
-const QUERIES = 64, KEYS = 256;
+/** Queries and keys of a tile, by measurement. Two tiles of f32 (forward and backward) fit in the L2 cache beside their operands. */
+const QUERIES = 64, KEYS = 512;
 
 /** Offsets of one tile of scores, one of their gradients, and three numbers per query; 8 bytes each suffice for any dtype. */
 let scratch: { scores: number; gradients: number; max: number; sum: number } | undefined;

@@ -60,7 +60,13 @@ function choose(dtype: "f32" | "f64"): MatrixProduct {
   };
 }
 
-/** The compiled product, on scratch memory of its own. */
+/**
+ * The compiled product, on scratch memory of its own.
+ *
+ * @param kernels Kernels of the dtype.
+ * @param elementBytes Size of an element in bytes.
+ * @returns The function.
+ */
 export function wasmProduct(kernels: RealKernels, elementBytes: number): MatrixProduct {
   const scratch = allocate(kernels.gemm_scratch() * elementBytes);
   const product = kernels.gemm;

@@ -5,7 +5,7 @@ import assert from "node:assert/strict";
 import fc from "fast-check";
 import type { Kernels } from "../device.ts";
 import { type DType, newArray, type TypedArray } from "../dtype.ts";
-import { fromArray, type Shape, sizeOf, type Tensor, zeros } from "../tensor.ts";
+import { fromArray, type Shape, sizeOf, Tensor, zeros } from "../tensor.ts";
 import { cpuDevice, hostView } from "./device.ts";
 import { cpuKernels } from "./kernels.ts";
 import { referenceKernels } from "./reference/mod.ts";
@@ -264,6 +264,23 @@ property("attention", (n, d, next) => {
       kernels.attentionBackward(dOut, q, k, v, out, lse, shape, dQ, dK, dV);
     },
   };
+});
+
+Deno.test("kernels and BLAS reach the upper half of the memory", () => {
+  const n = 20, next = random(7);
+  const low = [0, 1, 2].map(() => fromArray(device, fill("f32", n * n, next), [n, n]));
+  const high = low.map((owner, i) =>
+    new Tensor(device, "f32", [n, n], { address: 2 ** 31 + 2 ** 20 * (i + 1), owner })
+  );
+  low.forEach((x, i) => cpuKernels.copy(x, high[i]));
+  for (const [a, b, out] of [low, high]) {
+    cpuKernels.gemm(a, b, out, { beta: 1 });
+    cpuKernels.add(out, a, out);
+    cpuKernels.softmax(out, b);
+    using rows = fromArray(device, Int32Array.from({ length: n }, (_, i) => n - 1 - i));
+    cpuKernels.gatherRows(b, rows, out);
+  }
+  low.forEach((x, i) => assert.deepEqual(hostView(high[i]), hostView(x)));
 });
 
 Deno.test("copy converts between every pair of dtypes as the reference does", () => {

@@ -1,7 +1,7 @@
 // Plain TypeScript of the element-wise kernels, to be read and to test the compiled ones against. Not fast: every
 // number goes through JavaScript's f64, so these results are also the more exact ones.
 
-import { type DType, type TypedArray } from "../../dtype.ts";
+import type { DType, TypedArray } from "../../dtype.ts";
 import type { Activation, AdamWOptions } from "../../device.ts";
 import type { Tensor } from "../../tensor.ts";
 import { floatView, hostView } from "../view.ts";
