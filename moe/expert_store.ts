@@ -71,6 +71,8 @@ export class ExpertStore implements Disposable {
   readonly #groups = new Map<string, Communicator | null>();
 
   /**
+   * Seats the experts of this rank and draws their first weights.
+   *
    * @param options Sizes, seats and seed.
    * @throws {RangeError} If the seats are not valid.
    */

@@ -11,115 +11,26 @@
 //
 // Shape letters: N tokens of this rank, D model width, F hidden width, E experts, K choices per token, S rows sent, M rows received.
 
-import type { Communicator, Work } from "../collectives/types.ts";
-import type { Activation, Device } from "../tensor/device.ts";
+import type { Work } from "../collectives/types.ts";
 import type { DType, TypedArray } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
-import { fromExperts, permute, type PlacedPlan, placePlan, toExperts } from "./dispatch.ts";
-import {
-  type ExpertGroups,
-  expertsBackward,
-  expertsForward,
-  type ExpertsSaved,
-  releaseExperts,
-} from "./experts.ts";
+import { fromExperts, permute, placePlan, toExperts } from "./dispatch.ts";
+import { type ExpertGroups, expertsBackward, expertsForward, releaseExperts } from "./experts.ts";
 import { ExpertStore } from "./expert_store.ts";
-import type { ExpertPlacement, PlacementPlan } from "./hooks.ts";
+import type { PlacementPlan } from "./hooks.ts";
 import { linear, linearBackward } from "./linear.ts";
 import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
+import type { MoeLayerOptions, MoeResult, MoeSaved, MoeStats, RoutingTap } from "./moe_types.ts";
 import { staticPlacement } from "./placement.ts";
 import { makePlan } from "./plan.ts";
-import { createRouter, routeBackward, type Router, type RouterOptions } from "./router.ts";
+import { createRouter, routeBackward, type Router } from "./router.ts";
 import { type GlobalRouting, routeGlobally } from "./router_exchange.ts";
-import type { ExpertChoices } from "./router_expert_choice.ts";
 import { updateBias } from "./router_sigmoid.ts";
 import { SharedExperts } from "./shared_experts.ts";
 import type { Step } from "./step.ts";
 
-/** How a {@linkcode MoeLayer} is made; all but the device is alike on all ranks. */
-export interface MoeLayerOptions {
-  /** Where weights and activations live. */
-  readonly device: Device;
-  /** The ranks that hold the experts and whose tokens make the global batch. */
-  readonly comm: Communicator;
-  /** Number of the layer. */
-  readonly layer: number;
-  /** Model width D. */
-  readonly width: number;
-  /** Hidden width F of an expert. */
-  readonly hidden: number;
-  /** Number of experts E. */
-  readonly experts: number;
-  /** How tokens find their experts. */
-  readonly router: RouterOptions;
-  /** Between the two layers of an expert. @default {"swiglu"} */
-  readonly activation?: Activation;
-  /** Experts that every token meets; they are one network of that many times F. @default {0} */
-  readonly sharedExperts?: number;
-  /** Where experts sit. @default {staticPlacement()} */
-  readonly placement?: ExpertPlacement;
-  /** Seed of weights and noise. @default {0} */
-  readonly seed?: number;
-  /** Standard deviation of the first weights. @default {0.02} */
-  readonly initStd?: number;
-  /** Standard deviation of the first weights back to the model width. @default {initStd} */
-  readonly downStd?: number;
-  /** Element type of weights and activations; the gate computes in f32 at least. @default {"f32"} */
-  readonly dtype?: DType;
-}
-
-/** What a batch has shown, alike on all ranks. */
-export interface MoeStats {
-  /** Choices per expert of the global batch, before drops. */
-  readonly counts: Float64Array;
-  /** Choices that were dropped. */
-  readonly dropped: number;
-  /** Rows that each rank computes. */
-  readonly rowsPerRank: Int32Array;
-  /** Rows of the most loaded rank / mean rows of a rank; 1 for an empty batch. */
-  readonly imbalance: number;
-}
-
-/** What the backward pass of a layer needs. */
-export interface MoeSaved {
-  /** The input; not owned. */
-  readonly x_ND: Tensor;
-  /** The routing of this rank's tokens. */
-  readonly global: GlobalRouting;
-  /** Where every row goes; owned. */
-  readonly placed: PlacedPlan;
-  /** Weights of the choices [N, K]; owned. */
-  readonly weights_NK: Tensor;
-  /** Rows of this rank's experts; owned. */
-  readonly x_MD: Tensor;
-  /** What the experts keep; owned. */
-  readonly experts: ExpertsSaved;
-  /** Outputs of the experts in the send order; owned. */
-  readonly y_SD: Tensor;
-  /** What the shared experts keep; owned. */
-  readonly shared: ExpertsSaved | null;
-}
-
-/** What {@linkcode MoeLayer.forward} returns. */
-export interface MoeResult {
-  /** Output [N, D]; the caller's. */
-  readonly out_ND: Tensor;
-  /** What the backward pass needs; give it to `backward` or to `release`. */
-  readonly saved: MoeSaved;
-  /** Balance and z loss of the global batch, coefficients applied: to be added once to the mean loss, not once per rank. */
-  readonly auxLoss: number;
-  /** Load and drops. */
-  readonly stats: MoeStats;
-}
-
-/** Takes the place of the router's choice, or watches it: see routing_record.ts. */
-export interface RoutingTap {
-  /** Gives the experts of tokens `firstToken` on of the global batch, in place of the router. */
-  replay?(layer: number, firstToken: number, tokens: number): ExpertChoices;
-  /** Is told the experts of this rank's tokens, before drops. */
-  record?(layer: number, choice: ExpertChoices): void;
-}
+export type { MoeLayerOptions, MoeResult, MoeSaved, MoeStats, RoutingTap } from "./moe_types.ts";
 
 /** A Mixture-of-Experts layer. All ranks call its methods together. */
 export class MoeLayer implements Disposable {
@@ -143,6 +54,8 @@ export class MoeLayer implements Disposable {
   readonly #counts: Float64Array;
 
   /**
+   * Makes the gate, the experts that sit on this rank, and the shared experts.
+   *
    * @param options Sizes, router, ranks.
    * @throws {RangeError} If a size is impossible: more ranks than experts, more choices than experts, …
    */
@@ -272,7 +185,7 @@ export class MoeLayer implements Disposable {
     const dLogits_NE = routeBackward(
       this.router,
       saved.global.routing,
-      Float64Array.from(await dWeights_NK.toArray() as Float32Array),
+      new Float64Array(await dWeights_NK.toArray() as Float32Array),
       { sums: saved.global.sums, scale: this.auxScale },
     );
     using dY_MD = await arriving;
@@ -353,7 +266,7 @@ export class MoeLayer implements Disposable {
       bias_E: this.bias,
       noise: step.training ? { seed, step: step.number, layer } : null,
       replay: tap?.replay ? (first, tokens) => tap.replay!(layer, first, tokens) : null,
-    }, Float64Array.from(await logits_NE.toArray() as Float32Array));
+    }, new Float64Array(await logits_NE.toArray() as Float32Array));
     tap?.record?.(layer, global.routing);
     if (step.training) {
       for (let e = 0; e < this.#counts.length; e++) this.#counts[e] += global.chosen_E[e];
@@ -387,7 +300,7 @@ export class MoeLayer implements Disposable {
   /** Host numbers as a tensor of a floating type. */
   #toDevice(numbers: Float64Array, shape: readonly number[], dtype: DType): Tensor {
     const { device } = this.#options;
-    const array: TypedArray = dtype === "f64" ? numbers : Float32Array.from(numbers);
+    const array: TypedArray = dtype === "f64" ? numbers : new Float32Array(numbers);
     const exact = fromArray(device, array, shape);
     if (exact.dtype === dtype) return exact;
     using wide = exact;

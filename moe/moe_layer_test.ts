@@ -323,16 +323,15 @@ Deno.test("a recorded routing replays on any number of ranks, with the same loss
   const batch = inputs(10, 12);
   for (const name of ["gshard, second sampled", "softmax", "sigmoid", "expert choice"]) {
     const router = ROUTERS[name];
-    let record: RoutingRecord | undefined;
     const recorders = [new RoutingRecorder(), new RoutingRecorder()];
     const recorded = await run(
       { router, prepare: (layer, comm) => void (layer.tap = recorders[comm.rank]) },
       batch,
       [4, 6],
     );
-    [record] = await loopbackWorld(2).run((comm) => recorders[comm.rank].gather(comm, 6));
+    const [record] = await loopbackWorld(2).run((comm) => recorders[comm.rank].gather(comm, 6));
     for (const split of [[10], [4, 6], [1, 2, 7]]) {
-      const prepare = (layer: MoeLayer) => void (layer.tap = new RoutingReplay(record!));
+      const prepare = (layer: MoeLayer) => void (layer.tap = new RoutingReplay(record));
       alike(await run({ router, prepare }, batch, split), recorded, 1e-12);
     }
   }

@@ -9,7 +9,7 @@
 
 import { crc32 } from "node:zlib";
 import type { Communicator } from "../collectives/types.ts";
-import type { RoutingTap } from "./moe_layer.ts";
+import type { RoutingTap } from "./moe_types.ts";
 import type { ExpertChoices } from "./router_expert_choice.ts";
 
 /** Experts of one pass of a layer. */
@@ -89,6 +89,8 @@ export class RoutingReplay implements RoutingTap {
   readonly #passes = new Map<number, number>();
 
   /**
+   * Begins at the first pass of every layer.
+   *
    * @param record What is replayed.
    */
   constructor(record: RoutingRecord) {

@@ -52,6 +52,8 @@ export class SharedExperts implements Disposable {
   readonly #down: Parameter;
 
   /**
+   * Draws the first weights.
+   *
    * @param options Sizes and seed.
    */
   constructor(options: SharedExpertsOptions) {

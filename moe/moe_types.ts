@@ -1,0 +1,98 @@
+// What goes into a MoE layer and what comes out of it: plain data. The layer is moe_layer.ts.
+//
+// Shape letters: N tokens of this rank, D model width, F hidden width, E experts, K choices per token, S rows sent, M rows received.
+
+import type { Communicator } from "../collectives/types.ts";
+import type { Activation, Device } from "../tensor/device.ts";
+import type { DType } from "../tensor/dtype.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import type { PlacedPlan } from "./dispatch.ts";
+import type { ExpertsSaved } from "./experts.ts";
+import type { ExpertPlacement } from "./hooks.ts";
+import type { RouterOptions } from "./router.ts";
+import type { GlobalRouting } from "./router_exchange.ts";
+import type { ExpertChoices } from "./router_expert_choice.ts";
+
+/** How a MoE layer is made; all but the device is alike on all ranks. */
+export interface MoeLayerOptions {
+  /** Where weights and activations live. */
+  readonly device: Device;
+  /** The ranks that hold the experts and whose tokens make the global batch. */
+  readonly comm: Communicator;
+  /** Number of the layer. */
+  readonly layer: number;
+  /** Model width D. */
+  readonly width: number;
+  /** Hidden width F of an expert. */
+  readonly hidden: number;
+  /** Number of experts E. */
+  readonly experts: number;
+  /** How tokens find their experts. */
+  readonly router: RouterOptions;
+  /** Between the two layers of an expert. @default {"swiglu"} */
+  readonly activation?: Activation;
+  /** Experts that every token meets; they are one network of that many times F. @default {0} */
+  readonly sharedExperts?: number;
+  /** Where experts sit. @default {staticPlacement()} */
+  readonly placement?: ExpertPlacement;
+  /** Seed of weights and noise. @default {0} */
+  readonly seed?: number;
+  /** Standard deviation of the first weights. @default {0.02} */
+  readonly initStd?: number;
+  /** Standard deviation of the first weights back to the model width. @default {initStd} */
+  readonly downStd?: number;
+  /** Element type of weights and activations; the gate computes in f32 at least. @default {"f32"} */
+  readonly dtype?: DType;
+}
+
+/** What a batch has shown, alike on all ranks. */
+export interface MoeStats {
+  /** Choices per expert of the global batch, before drops. */
+  readonly counts: Float64Array;
+  /** Choices that were dropped. */
+  readonly dropped: number;
+  /** Rows that each rank computes. */
+  readonly rowsPerRank: Int32Array;
+  /** Rows of the most loaded rank / mean rows of a rank; 1 for an empty batch. */
+  readonly imbalance: number;
+}
+
+/** What the backward pass of a layer needs. */
+export interface MoeSaved {
+  /** The input; not owned. */
+  readonly x_ND: Tensor;
+  /** The routing of this rank's tokens. */
+  readonly global: GlobalRouting;
+  /** Where every row goes; owned. */
+  readonly placed: PlacedPlan;
+  /** Weights of the choices [N, K]; owned. */
+  readonly weights_NK: Tensor;
+  /** Rows of this rank's experts; owned. */
+  readonly x_MD: Tensor;
+  /** What the experts keep; owned. */
+  readonly experts: ExpertsSaved;
+  /** Outputs of the experts in the send order; owned. */
+  readonly y_SD: Tensor;
+  /** What the shared experts keep; owned. */
+  readonly shared: ExpertsSaved | null;
+}
+
+/** What the forward pass returns. */
+export interface MoeResult {
+  /** Output [N, D]; the caller's. */
+  readonly out_ND: Tensor;
+  /** What the backward pass needs; give it to `backward` or to `release`. */
+  readonly saved: MoeSaved;
+  /** Balance and z loss of the global batch, coefficients applied: to be added once to the mean loss, not once per rank. */
+  readonly auxLoss: number;
+  /** Load and drops. */
+  readonly stats: MoeStats;
+}
+
+/** Takes the place of the router's choice, or watches it: see routing_record.ts. */
+export interface RoutingTap {
+  /** Gives the experts of tokens `firstToken` on of the global batch, in place of the router. */
+  replay?(layer: number, firstToken: number, tokens: number): ExpertChoices;
+  /** Is told the experts of this rank's tokens, before drops. */
+  record?(layer: number, choice: ExpertChoices): void;
+}
