@@ -25,7 +25,7 @@ export interface ProgressOptions {
   readonly rank?: number;
   /** Step before the first, for a resumed run. @default {0} */
   readonly start?: number;
-  /** Width of the terminal in columns; 0 prints plain lines. @default {the terminal's, 0 without one} */
+  /** Width of the terminal in columns; 0 prints plain lines. @default {the terminal's, else LINA_COLUMNS, else 0} */
   readonly columns?: number;
   /** Least milliseconds between plain lines. @default {5000} */
   readonly interval_ms?: number;
@@ -213,8 +213,9 @@ function dropAbsent(values: ProgressValues): ProgressValues {
   ) as unknown as ProgressValues;
 }
 
+/** Width of the terminal; under a launcher that shows progress lines, what it says of its own. */
 function terminalColumns(): number {
-  if (!Deno.stdout.isTerminal()) return 0;
+  if (!Deno.stdout.isTerminal()) return Math.max(0, Number(Deno.env.get("LINA_COLUMNS")) || 0);
   try {
     return Deno.consoleSize().columns;
   } catch {

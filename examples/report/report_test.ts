@@ -142,6 +142,19 @@ Deno.test("Progress puts messages above the bar, and says nothing on other ranks
   assert.equal(silent.take(), "");
 });
 
+Deno.test("Progress draws a bar for a launcher that has a terminal", () => {
+  const before = Deno.env.get("LINA_COLUMNS");
+  Deno.env.set("LINA_COLUMNS", "40");
+  try {
+    const { progress, take } = recorded(10, {});
+    progress.update({ step: 1, loss: 2 });
+    assert.ok(take().startsWith("\r"));
+  } finally {
+    if (before === undefined) Deno.env.delete("LINA_COLUMNS");
+    else Deno.env.set("LINA_COLUMNS", before);
+  }
+});
+
 Deno.test("a resumed run's time left counts from where it began", () => {
   const { progress, pass, take } = recorded(100, { columns: 0, start: 80 });
   pass(10_000);
