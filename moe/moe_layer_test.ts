@@ -343,6 +343,10 @@ Deno.test("a recorded routing replays on any number of ranks, with the same loss
   const prepare = (layer: MoeLayer) => void (layer.tap = new RoutingReplay(reversed));
   const { counts } = await run({ router: { kind: "switch" }, prepare }, batch, [5, 5]);
   assert.deepEqual(counts, [5, 1, 1, 1, 1, 1]);
+  await assert.rejects(
+    run({ router: { kind: "switch" }, experts: 5, prepare }, batch, [5, 5]),
+    /Cannot replay a routing as its experts must be in 0..4, or -1 for none: current value is 5/,
+  );
 });
 
 Deno.test("the selection bias follows the load of all ranks and passes of a step", async () => {

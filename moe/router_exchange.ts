@@ -80,7 +80,7 @@ export async function routeGlobally(
   const noise = context.noise && { ...context.noise, firstToken };
   const scores = scoreExperts(router, logits_NE, noise);
   const choice = context.replay
-    ? context.replay(firstToken, tokens)
+    ? checkReplay(context.replay(firstToken, tokens), tokens, experts)
     : router.kind === "expertChoice"
     ? await chooseTogether(context, scores, tokens_R!, firstToken)
     : chooseExperts(router, scores, context.bias_E);
@@ -131,6 +131,28 @@ function needsTokenNumbers({ router, noise, replay }: RoutingContext): boolean {
   const random = router.jitter > 0 || router.noise > 0 ||
     (router.kind === "gshard" && router.second !== "greedy");
   return replay !== null || router.kind === "expertChoice" || (noise !== null && random);
+}
+
+/** A replayed choice comes from outside: it must be one of these tokens and experts. */
+function checkReplay(choice: ExpertChoices, tokens: number, experts: number): ExpertChoices {
+  const { choices, experts_NK } = choice;
+  if (experts_NK.length !== tokens * choices) {
+    throw new RangeError(
+      `Cannot replay a routing as it must be of ${tokens} tokens: current value is ${
+        experts_NK.length / choices
+      }`,
+    );
+  }
+  for (const e of experts_NK) {
+    if (e < -1 || e >= experts) {
+      throw new RangeError(
+        `Cannot replay a routing as its experts must be in 0..${
+          experts - 1
+        }, or -1 for none: current value is ${e}`,
+      );
+    }
+  }
+  return choice;
 }
 
 async function gatherTokens(comm: Communicator, tokens: number): Promise<Float64Array> {

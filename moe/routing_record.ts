@@ -37,7 +37,7 @@ const NONE = 65535;
 
 /** Records the choices of this rank's tokens: set it as the `tap` of MoE layers. */
 export class RoutingRecorder implements RoutingTap {
-  readonly #blocks: { readonly layer: number; readonly choice: ExpertChoices }[] = [];
+  readonly #blocks: { layer: number; choices: number; experts_NK: Uint16Array }[] = [];
 
   /**
    * Called by a MoE layer.
@@ -46,8 +46,9 @@ export class RoutingRecorder implements RoutingTap {
    * @param choice Its tokens' experts, before drops.
    */
   record(layer: number, choice: ExpertChoices): void {
-    const { choices, experts_NK } = choice;
-    this.#blocks.push({ layer, choice: { choices, experts_NK: experts_NK.slice() } });
+    // As u16, −1 becomes 65535, which stands for none.
+    const experts_NK = new Uint16Array(choice.experts_NK);
+    this.#blocks.push({ layer, choices: choice.choices, experts_NK });
   }
 
   /**
@@ -61,20 +62,20 @@ export class RoutingRecorder implements RoutingTap {
     checkExperts(experts);
     const blocks = this.#blocks;
     const own = new Int32Array(blocks.length + 1);
-    own[0] = blocks.reduce((most, { choice }) => Math.max(most, choice.choices), 1);
-    blocks.forEach(({ choice }, i) => own[i + 1] = choice.experts_NK.length / choice.choices);
+    own[0] = blocks.reduce((most, block) => Math.max(most, block.choices), 1);
+    blocks.forEach((block, i) => own[i + 1] = block.experts_NK.length / block.choices);
     const all = new Int32Array(own.length * comm.size);
     await comm.allGather(own, all);
     const ranks = Array.from({ length: comm.size }, (_, r) => r * own.length);
     const choices = Math.max(...ranks.map((at) => all[at]));
     const passes = new Map<number, number>();
     const gathered: RoutingBlock[] = [];
-    for (const [i, { layer, choice }] of blocks.entries()) {
+    for (const [i, block] of blocks.entries()) {
       const counts = ranks.map((at) => all[at + i + 1] * choices * 2);
       const experts_NK = new Uint16Array(counts.reduce((a, b) => a + b, 0) / 2);
       const bytes = new Uint8Array(experts_NK.buffer);
-      await comm.allGatherV(new Uint8Array(widen(choice, choices).buffer), bytes, counts);
-      const pass = passes.get(layer) ?? 0;
+      await comm.allGatherV(new Uint8Array(widen(block, choices).buffer), bytes, counts);
+      const { layer } = block, pass = passes.get(layer) ?? 0;
       passes.set(layer, pass + 1);
       gathered.push({ pass, layer, experts_NK });
     }
@@ -214,11 +215,15 @@ export function decodeRoutingRecord(bytes: Uint8Array): RoutingRecord {
   return { experts, choices, blocks };
 }
 
-function widen({ choices, experts_NK }: ExpertChoices, to: number): Uint16Array<ArrayBuffer> {
+/** The same experts with `to` places per token; the places beyond are none. */
+function widen(
+  block: { readonly choices: number; readonly experts_NK: Uint16Array },
+  to: number,
+): Uint16Array<ArrayBuffer> {
+  const { choices, experts_NK } = block;
   const wide_NK = new Uint16Array(experts_NK.length / choices * to).fill(NONE);
-  for (let i = 0; i < experts_NK.length; i++) {
-    const n = Math.floor(i / choices);
-    if (experts_NK[i] >= 0) wide_NK[n * to + i - n * choices] = experts_NK[i];
+  for (let n = 0; n < experts_NK.length / choices; n++) {
+    wide_NK.set(experts_NK.subarray(n * choices, (n + 1) * choices), n * to);
   }
   return wide_NK;
 }
