@@ -1,0 +1,164 @@
+// The training program as a user runs it: its files, its errors, and what a crash leaves.
+
+import assert from "node:assert/strict";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+
+const LAUNCH = fileURLToPath(new URL("../launch.ts", import.meta.url));
+const TRAIN = fileURLToPath(new URL("../examples/train.ts", import.meta.url));
+const GENERATE = fileURLToPath(new URL("../examples/generate.ts", import.meta.url));
+const TEXT = fileURLToPath(new URL("../examples/data/austen.txt", import.meta.url));
+const LIMIT_MS = 60_000;
+
+const TINY = Object.entries({
+  layers: 2,
+  width: 32,
+  heads: 2,
+  experts: 4,
+  hidden: 32,
+  seq: 32,
+  batch: 8,
+  steps: 30,
+  warmup: 5,
+  sample: 20,
+  "val-every": 10,
+  "val-batches": 2,
+  "trace-steps": 2,
+}).flatMap(([name, value]) => [`--${name}`, `${value}`]);
+
+function start(args: readonly string[]): Deno.ChildProcess {
+  return new Deno.Command(Deno.execPath(), {
+    args: ["run", "-A", ...args],
+    env: { NO_COLOR: "1" },
+    stdin: "null",
+    stdout: "piped",
+    stderr: "piped",
+  }).spawn();
+}
+
+async function ended(process: Deno.ChildProcess): Promise<{ code: number; output: string }> {
+  const timer = setTimeout(() => process.kill("SIGTERM"), LIMIT_MS);
+  const { code, stdout, stderr } = await process.output();
+  clearTimeout(timer);
+  const text = new TextDecoder();
+  return { code, output: text.decode(stdout) + text.decode(stderr) };
+}
+
+async function withFolder(use: (folder: string) => Promise<void>): Promise<void> {
+  const folder = await Deno.makeTempDir({ prefix: "lina-train-" });
+  try {
+    const text = (await Deno.readTextFile(TEXT)).slice(10_000, 40_000);
+    await Deno.writeTextFile(join(folder, "text.txt"), text);
+    await use(folder);
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
+}
+
+function flags(folder: string, run: string): string[] {
+  return [...TINY, "--data", join(folder, "text.txt"), "--out", folder, "--run", run];
+}
+
+/** Metrics without what a clock gives. */
+function metrics(folder: string, run: string): Record<string, number>[] {
+  let text = "";
+  try {
+    text = Deno.readTextFileSync(join(folder, run, "metrics.jsonl"));
+  } catch {
+    // not yet
+  }
+  return text.split("\n").slice(0, -1).map((line) => {
+    const { step, loss, val_loss, lr, grad_norm } = JSON.parse(line);
+    return { step, loss, val_loss, lr, grad_norm };
+  });
+}
+
+Deno.test("train.ts: leaves metrics, curve, trace and a checkpoint that generate.ts reads", async () => {
+  await withFolder(async (folder) => {
+    const routing = join(folder, "routing.bin");
+    const args = [...flags(folder, "a"), "--record-routing", routing];
+    const { code, output } = await ended(start([LAUNCH, "-n", "2", TRAIN, ...args]));
+    assert.equal(code, 0, output);
+    for (const word of ["validation loss", "bigram baseline", "all-to-all share", "A sample:"]) {
+      assert.ok(output.includes(word), output);
+    }
+    const rows = metrics(folder, "a");
+    assert.equal(rows.length, 30);
+    assert.ok(rows[29].loss < rows[0].loss);
+    assert.deepEqual(
+      rows.filter((row) => row.val_loss !== undefined).map((row) => row.step),
+      [10, 20, 30],
+    );
+    assert.match(Deno.readTextFileSync(join(folder, "a", "loss.svg")), /^<svg /);
+    const trace = JSON.parse(Deno.readTextFileSync(join(folder, "a", "trace.json")));
+    assert.ok(JSON.stringify(trace).includes("allToAllV"));
+    assert.ok(Deno.statSync(routing).size > 32);
+
+    const say = async (ranks: number) => {
+      const run = [GENERATE, join(folder, "a"), "--tokens", "12", "--temperature", "0"];
+      return await ended(start([LAUNCH, "-n", `${ranks}`, ...run]));
+    };
+    const one = await say(1), two = await say(2);
+    assert.equal(one.code, 0, one.output);
+    assert.ok(one.output.includes("It was "), one.output);
+    assert.equal(one.output, two.output);
+  });
+});
+
+Deno.test("train.ts: a killed rank is restarted from its checkpoint and gives the same losses", async () => {
+  if (Deno.build.os !== "linux") return;
+  await withFolder(async (folder) => {
+    const common = ["--steps", "150", "--checkpoint-every", "20", "--sample", "0"];
+    const args = (run: string) => [TRAIN, ...flags(folder, run), ...common];
+    const whole = await ended(start([LAUNCH, "-n", "2", ...args("whole")]));
+    assert.equal(whole.code, 0, whole.output);
+
+    const launcher = start([LAUNCH, "-n", "2", "--max-restarts", "1", ...args("killed")]);
+    const result = ended(launcher);
+    const deadline = Date.now() + LIMIT_MS;
+    while (metrics(folder, "killed").length < 50) {
+      if (Date.now() > deadline) throw new Error("no progress");
+      await new Promise((done) => setTimeout(done, 2));
+    }
+    const children = Deno.readTextFileSync(
+      `/proc/${launcher.pid}/task/${launcher.pid}/children`,
+    ).trim().split(" ");
+    Deno.kill(Number(children[1]), "SIGKILL");
+    const { code, output } = await result;
+    assert.equal(code, 0, output);
+    assert.match(output, /from step \d+/);
+    assert.deepEqual(metrics(folder, "killed"), metrics(folder, "whole"));
+  });
+});
+
+Deno.test("train.ts: bad input ends with an error that names it", async () => {
+  await withFolder(async (folder) => {
+    await Deno.writeTextFile(join(folder, "empty.txt"), "");
+    await Deno.writeTextFile(join(folder, "short.txt"), "too short");
+    await Deno.writeTextFile(join(folder, "tokenizer.json"), "{");
+    const file = (name: string) => ["--data", join(folder, name)];
+    const cases: [string[], RegExp, number?][] = [
+      [["--bogus"], /Unknown option '--bogus'/],
+      [["--steps", "-5"], /--steps/],
+      [["--steps", "0"], /--steps must be at least 1/],
+      [["--lr", "fast"], /--lr must be a number >= 0: current value is fast/],
+      [["--router", "best"], /--router must be softmax/],
+      [["--heads", "5"], /"heads" must be a divisor of the width 32: current value is 5/],
+      [["--top-k", "5"], /experts per token must be .*current value is 5/],
+      [file("none.txt"), /the file must exist/],
+      [file("empty.txt"), /must hold text/],
+      [file("short.txt"), /must have at least 33 tokens/],
+      [["--tokenizer", join(folder, "tokenizer.json")], /tokenizer\.json/],
+      [["--resume", "--run", "never"], /must have a checkpoint/],
+      [["--experts", "2"], /ranks need at least 4 experts: current value is 2/, 4],
+      [["--batch", "1"], /a sequence for each of 2 ranks/, 2],
+    ];
+    for (const [change, message, ranks = 1] of cases) {
+      const args = [TRAIN, ...flags(folder, "bad"), ...change];
+      const command = ranks > 1 ? [LAUNCH, "-n", `${ranks}`, ...args] : args;
+      const { code, output } = await ended(start(command));
+      assert.notEqual(code, 0, `${change} was accepted`);
+      assert.match(output, message);
+    }
+  });
+});
