@@ -145,7 +145,7 @@ export class Progress implements Disposable {
     return done > 0 ? `${clockTime(elapsed / done * left)} left` : "";
   }
 
-  /** The values as words, the most important first. */
+  /** The values as words, the most important first, and the time at the end. */
   #words(): string[] {
     const v = this.#values;
     const words: string[] = [];
@@ -172,9 +172,12 @@ export class Progress implements Disposable {
     const width = String(this.#total).length;
     const percent = `${String(Math.floor(this.#fraction() * 100)).padStart(3)}%`;
     const words = [`${String(this.#values.step).padStart(width)}/${this.#total}`, ...this.#words()];
-    // The terminal's last column stays empty, so that no terminal wraps. Words that find no room are left out, the last first.
+    // The terminal's last column stays empty, so that no terminal wraps. Words that find no room are left out: first those
+    // before the last one, which is the time.
     const room = columns - 1;
-    while (words.length > 0 && room - widthOf([percent, "", ...words]) < 8) words.pop();
+    while (words.length > 0 && room - widthOf([percent, "", ...words]) < 8) {
+      words.splice(words.length > 3 ? -2 : -1, 1);
+    }
     const cells = Math.min(30, room - widthOf([percent, "", ...words]));
     if (cells < 4) return [percent, ...words].join("  ").slice(0, Math.max(0, room));
     return [percent, drawBar(this.#fraction(), cells), ...words].join("  ");

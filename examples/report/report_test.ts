@@ -108,6 +108,16 @@ Deno.test("Progress redraws one line on a terminal and never wraps it", () => {
   ));
 });
 
+Deno.test("Progress keeps loss and time where there is little room", () => {
+  const { progress, pass, take } = recorded(100, { columns: 64 });
+  pass(1000);
+  const more = { tokens_per_s: 1234567, a2a_share: 0.333, load_imbalance: 1.5, val_loss: 2 };
+  progress.update({ step: 50, loss: 2.5, ...more });
+  const line = take();
+  assert.ok(line.includes("loss 2.500") && line.includes("0:01 left"), line);
+  assert.ok(!line.includes("load"), line);
+});
+
 Deno.test("Progress prints a line every few seconds elsewhere, and the last one", () => {
   const { progress, pass, take } = recorded(100, { columns: 0, interval_ms: 5000 });
   for (let step = 1; step <= 99; step++) {
