@@ -2,17 +2,18 @@
 // or awaits one operation moves all of them, so that two ranks that await in different orders cannot block each other.
 // A host that awaits first spins, then waits natively for a millisecond at a time, and lets the event loop run in between.
 
-import { setImmediate } from "node:timers";
 import type { Stream } from "../tensor/device.ts";
 import type { Completion } from "./transport.ts";
 import type { Work } from "./types.ts";
 
-/** Polls before an awaiting host goes back to the event loop for the first time. */
-const SPINS_IN_AWAIT = 3000;
+/** How long an awaiting host polls before it goes back to the event loop for the first time, in ms. */
+const SPIN_MS = 0.2;
+/** Polls between two looks at the clock. */
+const SPINS_PER_LOOK = 64;
 /** Polls in one turn of the event loop after that; the last of them may wait natively. */
 const SPINS_PER_TURN = 16;
 /** From this count on, a transport's `idle` may put the thread to sleep. */
-export const SLEEP_AFTER_SPINS = 4096;
+export const SLEEP_AFTER_SPINS = 1 << 20;
 /** How often deadlines are looked at, in ms. */
 const DEADLINE_INTERVAL_MS = 20;
 
@@ -92,9 +93,15 @@ export class PendingWork implements Work {
 
   #spin(): void {
     const { completion } = this.#operation;
-    for (let spins = 0; spins < SPINS_IN_AWAIT; spins++) {
+    let end = 0;
+    for (let spins = 0;; spins++) {
       progress();
       if (this.#state !== State.Pending) return;
+      if (spins % SPINS_PER_LOOK === SPINS_PER_LOOK - 1) {
+        const now_ms = performance.now();
+        if (end === 0) end = now_ms + SPIN_MS;
+        else if (now_ms > end) return;
+      }
       completion.idle(spins);
     }
   }
@@ -189,9 +196,7 @@ function turn(): void {
       turns = 0;
       break;
     }
-    const spins = turns > 4 && i === SPINS_PER_TURN - 1
-      ? SLEEP_AFTER_SPINS + turns
-      : SPINS_IN_AWAIT + i;
+    const spins = SLEEP_AFTER_SPINS - SPINS_PER_TURN + 1 + i; // the last one may sleep
     for (const work of pending) {
       if (!work.awaited) continue;
       work.idle(spins);

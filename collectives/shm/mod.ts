@@ -1,7 +1,6 @@
 // The shm transport: ranks of one machine talk through memory that they share. It needs nothing but the C library, works on
 // typed arrays and tensors alike, and reduces in rank order, so that equal inputs give equal bits on every run.
 
-import { setImmediate } from "node:timers/promises";
 import { libc } from "../../ffi/libc.ts";
 import { progress, SLEEP_AFTER_SPINS } from "../progress.ts";
 import { openSelf } from "../self.ts";
@@ -17,8 +16,8 @@ const BOOT_KEY = "shm/world";
 const LIVENESS_INTERVAL_MS = 200;
 /** Longest native sleep, in µs; the event loop runs in between. */
 const SLEEP_US = 1000;
-/** Most and fewest polls before the core is given away, when there is one for every rank. */
-const MOST_BUSY_POLLS = 2000, FEWEST_BUSY_POLLS = 16;
+/** Polls without giving the core away, when there is one for every rank. */
+const BUSY_POLLS = 2000;
 
 /**
  * Connects the ranks of a job on one machine. All ranks call it.
@@ -63,7 +62,7 @@ async function until(met: () => boolean, rule: string): Promise<void> {
     }
     if (turn > 100) libc().usleep(200);
     progress();
-    await setImmediate();
+    await new Promise((resolve) => setImmediate(resolve)); // the global: importing node:timers takes 6 ms
   }
 }
 
@@ -79,12 +78,11 @@ class ShmTransport implements Transport {
   readonly #slots: Slots;
   readonly #channels: Channels;
   readonly #small: SmallExchange;
+  readonly #busyPolls: number;
   readonly #queue: ShmCompletion[] = []; // collectives in the order of their calls
   readonly #splitting = new Map<number, Promise<void>>();
   #failure: Error | undefined;
   #nextLivenessCheck = 0;
-  #busyPolls: number;
-  #lastSpins = 0; // how long the present wait has lasted
 
   constructor(
     segment: Segment,
@@ -99,7 +97,7 @@ class ShmTransport implements Transport {
     this.#slots = new Slots(segment);
     this.#channels = new Channels(segment);
     const yields = bell.size > navigator.hardwareConcurrency;
-    this.#busyPolls = yields ? 0 : MOST_BUSY_POLLS;
+    this.#busyPolls = yields ? 0 : BUSY_POLLS;
     this.#small = new SmallExchange(this.#slots, bell, yields);
     open.add(this);
   }
@@ -150,8 +148,6 @@ class ShmTransport implements Transport {
   /** One step of waiting; see {@linkcode Completion.idle}. */
   idle(completion: ShmCompletion, spins: number): void {
     if (spins < SLEEP_AFTER_SPINS) {
-      if (spins === 0) this.#adapt();
-      this.#lastSpins = spins;
       if (spins >= this.#busyPolls) libc().sched_yield();
       return;
     }
@@ -160,18 +156,6 @@ class ShmTransport implements Transport {
     bell.drowse();
     if (progress() || this.#failure) bell.rouse();
     else bell.sleep(SLEEP_US);
-  }
-
-  /**
-   * Sets how long the next wait is busy. Ranks that share a core, because other programs run, must give it away at once; ranks that have
-   * one each must not. Which it is shows in whether the last wait ended before the core was given away.
-   */
-  #adapt(): void {
-    if (this.#busyPolls === 0) return;
-    const missed = this.#lastSpins >= this.#busyPolls;
-    this.#busyPolls = missed
-      ? Math.max(FEWEST_BUSY_POLLS, this.#busyPolls >> 1)
-      : Math.min(MOST_BUSY_POLLS, this.#busyPolls * 2);
   }
 
   /** Fails this transport if a rank that is waited for is gone, or one has aborted the job. */

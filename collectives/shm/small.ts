@@ -11,8 +11,8 @@ import type { Segment } from "./segment.ts";
 
 /** Most bytes of a message that this file cares for. */
 const SMALL_BYTES = 64 << 10;
-/** Looks at the others' flags in the call that starts an operation; one or two microseconds. */
-const SPINS = 1000;
+/** Looks at the others' flags in the call that starts an operation; a few microseconds. */
+const SPINS = 8000;
 /** Words of `Round` in reduce.c. */
 const ROUND_WORDS = 10;
 const SLOTS_AT = 0, FLAG = 6, SIGNATURE = 7;
