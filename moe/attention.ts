@@ -45,6 +45,8 @@ export class Attention implements Disposable {
   readonly #q: Parameter;
 
   /**
+   * Makes the projections.
+   *
    * @param device Where the weights live.
    * @param layer Number of the layer.
    * @param config Sizes of the model.

@@ -56,6 +56,8 @@ export class Block implements Disposable {
   readonly norms: readonly [Norm, Norm];
 
   /**
+   * Makes attention and norms around a feed-forward part.
+   *
    * @param device Where the weights live.
    * @param layer Number of the layer.
    * @param config Sizes of the model.

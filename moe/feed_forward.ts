@@ -34,6 +34,8 @@ export class FeedForward implements Disposable {
   readonly #down: Parameter;
 
   /**
+   * Makes the projections.
+   *
    * @param device Where the weights live.
    * @param layer Number of the layer.
    * @param config Sizes of the model.

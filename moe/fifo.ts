@@ -28,6 +28,8 @@ export class Fifo implements CollectiveScheduler {
   readonly #bucketBytes: number;
 
   /**
+   * Makes the scheduler.
+   *
    * @param options Size of the buckets.
    * @throws {RangeError} If the size is not positive.
    */

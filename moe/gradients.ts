@@ -48,6 +48,8 @@ export class GradientReducer {
   readonly #flat = new Map<NodeId, Tensor>();
 
   /**
+   * Plans the reduction.
+   *
    * @param options The step, the scheduler and where to reduce.
    * @throws {RangeError} If the scheduler's plan does not reduce every element once, or a parameter is missing.
    */

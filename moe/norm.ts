@@ -22,6 +22,8 @@ export class Norm implements Disposable {
   readonly #eps: number;
 
   /**
+   * Makes the gain, of ones.
+   *
    * @param device Where the gain lives.
    * @param name Name of the gain in checkpoints.
    * @param config Sizes of the model.

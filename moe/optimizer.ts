@@ -75,6 +75,8 @@ export class AdamW implements Disposable {
   readonly #settings: Required<AdamWSettings>;
 
   /**
+   * Makes moments of zeros.
+   *
    * @param device Where the moments live.
    * @param parameters What to update.
    * @param settings Constants.

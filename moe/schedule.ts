@@ -68,6 +68,8 @@ export class ScheduleRun {
   #imminent = false;
 
   /**
+   * Begins a step.
+   *
    * @param scheduler Decides when to launch.
    * @param schedule What it planned.
    */

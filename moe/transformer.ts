@@ -78,6 +78,8 @@ export class Transformer implements Disposable {
   readonly #head: Parameter;
 
   /**
+   * Makes the model; its first weights depend on the seed only.
+   *
    * @param options Sizes, device, ranks, seed.
    * @throws {RangeError} If experts do not fit on the ranks.
    */

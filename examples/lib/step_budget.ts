@@ -32,6 +32,8 @@ export class StepBudget {
   #lastStep = 0;
 
   /**
+   * Starts the clock.
+   *
    * @param world All ranks.
    * @param options Steps and time.
    */
