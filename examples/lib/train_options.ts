@@ -85,10 +85,11 @@ const SWITCHES: readonly (readonly [name: string, help: string])[] = [
 const DEMO: Readonly<Record<string, string>> = {
   "run": "demo",
   "hidden": "256",
-  "steps": "400",
-  "warmup": "30",
+  "batch": "16",
+  "steps": "800",
+  "warmup": "60",
   "val-every": "50",
-  "val-batches": "2",
+  "val-batches": "4",
   "val-fraction": "0.05",
   "time-budget": "80",
 };
