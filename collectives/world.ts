@@ -204,12 +204,13 @@ async function connect(
   );
 }
 
-/** Ranks that are not on this rank's host; every rank calls it. */
+/** Ranks that are not on this rank's host; every rank calls it. Our launcher's own children need not ask. */
 async function ranksElsewhere(
   env: RankEnvironment,
   store: Store,
   timeout_ms: number,
 ): Promise<number[]> {
+  if (env.source === "launcher" && env.oneHost && !env.mpi) return [];
   const mine = hostIdentity();
   await store.set(`host/${env.rank}`, new TextEncoder().encode(mine));
   const all = await Promise.all(
