@@ -8,6 +8,8 @@ import { trainingData } from "../moe/training_data.ts";
 import { Transformer } from "../moe/transformer.ts";
 import { stepVolume } from "../moe/volume.ts";
 import { Fifo } from "../moe/fifo.ts";
+import { worldGradients } from "../moe/graph.ts";
+import type { Boundary, CollectiveScheduler } from "../moe/hooks.ts";
 import { cpuDevice } from "../tensor/cpu/device.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { rankMain } from "./_ranks.ts";
@@ -22,6 +24,8 @@ export interface TrainArgs {
   readonly replicas?: number;
   /** Bytes of a bucket of gradients. */
   readonly bucketBytes?: number;
+  /** In place of buckets: parts of at most 300 elements, launched while no all-to-all runs, or all at the step's end. */
+  readonly policy?: "parts" | "deferred";
   /** Checkpoints lie here. */
   readonly directory?: string;
   /** Goes on from the newest checkpoint. */
@@ -43,6 +47,10 @@ export interface TrainResult {
   readonly sums: Readonly<Record<string, readonly number[]>>;
   /** Bytes sent in the last step, per operation; `gradients` is the gradients' allReduce. */
   readonly bytes: Readonly<Record<string, number>>;
+  /** What happened in the last step, as the scheduler was told: kind, and node or layer. */
+  readonly boundaries: readonly (readonly [Boundary["kind"], number])[];
+  /** The step's nodes: kind, and what they are. */
+  readonly nodes: readonly string[];
   /** What the formula says. */
   readonly formula: Readonly<Record<string, number>>;
 }
@@ -90,6 +98,31 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
   );
   const placement = replicatedPlacement(args.replicas ?? 1);
   using model = new Transformer({ device, comm, config, seed: 11, placement });
+  const boundaries: [Boundary["kind"], number][] = [];
+  let nodes: string[] = [];
+  const inner = args.policy
+    ? parts(args.policy)
+    : new Fifo({ bucketBytes: args.bucketBytes ?? 4000 });
+  const scheduler: CollectiveScheduler = {
+    name: "watched",
+    plan(graph) {
+      nodes = graph.nodes.map((node) =>
+        node.kind === "gradient" ? node.name : `${node.kind} ${node.layer} ${node.phase}`
+      );
+      return inner.plan(graph);
+    },
+    launch(boundary, state) {
+      const of = "gradient" in boundary
+        ? boundary.gradient
+        : "node" in boundary
+        ? boundary.node
+        : "layer" in boundary
+        ? boundary.layer
+        : -1;
+      boundaries.push([boundary.kind, of]);
+      return inner.launch(boundary, state);
+    },
+  };
   await using trainer = await Trainer.create({
     world: comm,
     device,
@@ -98,7 +131,7 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
     learningRate: { peak: 0.01, warmup: 4, steps: 40 },
     accumulate,
     clip,
-    scheduler: new Fifo({ bucketBytes: args.bucketBytes ?? 4000 }),
+    scheduler,
   });
   if (args.resume && !await trainer.resume(args.directory!)) throw new Error("no checkpoint");
   const loss: number[] = [], gradNorm: number[] = [], auxLoss: number[] = [];
@@ -108,6 +141,7 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
   let before: Record<string, number> = {};
   while (trainer.steps < steps) {
     before = bytesOf(trainer);
+    boundaries.length = 0;
     const row = await trainer.step();
     loss.push(row.loss);
     gradNorm.push(row.grad_norm);
@@ -134,7 +168,35 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
     for (const { name, read } of model.buffers) sums[name] = [...await read() as Float64Array];
   }
   const valLoss = await trainer.validate();
-  return { loss, gradNorm, auxLoss, valLoss, sums, bytes, formula: { ...formula } };
+  return {
+    loss,
+    gradNorm,
+    auxLoss,
+    valLoss,
+    sums,
+    bytes,
+    boundaries,
+    nodes,
+    formula: { ...formula },
+  };
+}
+
+/** Small parts of single gradients. */
+function parts(policy: "parts" | "deferred"): CollectiveScheduler {
+  return {
+    name: policy,
+    plan(graph) {
+      const microOps = worldGradients(graph).flatMap(({ id, elements }) => {
+        return Array.from({ length: Math.ceil(elements / 300) }, (_, i) => {
+          const start = 300 * i, end = Math.min(elements, start + 300);
+          return { parts: [{ gradient: id, start, end }], bytes: 4 * (end - start) };
+        });
+      });
+      return { microOps, chunks: new Map() };
+    },
+    launch: (boundary, { ready, allToAlls }) =>
+      boundary.kind === "stepEnds" || (policy === "parts" && allToAlls === 0) ? ready : 0,
+  };
 }
 
 function bytesOf({ traffic }: Trainer): Record<string, number> {

@@ -64,13 +64,45 @@ Deno.test("training: ranks may have unequal shares of the batch", async () => {
   for (const result of await train(3, { steps: 2, batch: 7 })) assertAlike(result, alone, 1e-5);
 });
 
-Deno.test("training: buckets of gradients change no bit", async () => {
-  const small = await train(2, { steps: 3, bucketBytes: 100, parameters: true });
-  const large = await train(2, { steps: 3, bucketBytes: 1e9, parameters: true });
-  small.forEach((result, rank) => {
-    assert.deepEqual(result.loss, large[rank].loss);
-    assert.deepEqual(result.sums, large[rank].sums);
-  });
+Deno.test("training: what only reorders communication changes no bit", async () => {
+  const [plain, ...others] = await Promise.all([
+    train(2, { steps: 3, bucketBytes: 1e9, parameters: true }),
+    train(2, { steps: 3, bucketBytes: 100, parameters: true }),
+    train(2, { steps: 3, policy: "parts", parameters: true }),
+    train(2, { steps: 3, policy: "deferred", parameters: true }),
+  ]);
+  for (const other of others) {
+    other.forEach((result, rank) => {
+      assert.deepEqual(result.loss, plain[rank].loss);
+      assert.deepEqual(result.gradNorm, plain[rank].gradNorm);
+      assert.deepEqual(result.sums, plain[rank].sums);
+    });
+  }
+});
+
+Deno.test("training: the step graph is the order in which things happen, on every rank", async () => {
+  const model = { denseLayers: 1, layers: 3, sharedExperts: 1 };
+  const results = await train(2, { steps: 1, model });
+  for (const { boundaries, nodes } of results) {
+    assert.deepEqual(nodes, results[0].nodes);
+    const begun = boundaries.filter(([kind]) =>
+      kind === "gradientReady" || kind === "allToAllStarts"
+    );
+    const ids = begun.map(([, id]) => id);
+    assert.deepEqual(ids, ids.toSorted((a, b) => a - b));
+    const expected = nodes.filter((node) =>
+      node.startsWith("allToAll") || node.endsWith(".weight")
+    );
+    assert.deepEqual(ids.map((id) => nodes[id]), expected);
+    const backward = boundaries.filter(([kind]) => /combineBackward|layerBackward/.test(kind));
+    assert.deepEqual(backward, [
+      ["combineBackwardStarts", 2],
+      ["layerBackwardEnds", 2],
+      ["combineBackwardStarts", 1],
+      ["layerBackwardEnds", 1],
+    ]);
+    assert.equal(boundaries.at(-1)![0], "stepEnds");
+  }
 });
 
 Deno.test("training: a low limit clips the update, not the norm that is shown", async () => {

@@ -90,7 +90,7 @@ const DEMO: Readonly<Record<string, string>> = {
   "warmup": "60",
   "val-every": "50",
   "val-batches": "4",
-  "val-fraction": "0.05",
+  "val-fraction": "0.03",
   "time-budget": "80",
 };
 
