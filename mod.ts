@@ -31,19 +31,102 @@ export type {
   StreamEvent,
 } from "./tensor/device.ts";
 
-// Mixture-of-Experts models: layers, training, generation, checkpoints.
-export { type ModelConfig, modelConfig, type ModelOptions } from "./moe/config.ts";
+// One Mixture-of-Experts layer and its parts.
 export { MoeLayer } from "./moe/moe_layer.ts";
-export { Transformer, type TransformerOptions } from "./moe/transformer.ts";
-export { Trainer, type TrainerOptions } from "./moe/trainer.ts";
+export type {
+  MoeLayerOptions,
+  MoeResult,
+  MoeSaved,
+  MoeStats,
+  RoutingTap,
+} from "./moe/moe_types.ts";
 export { plainStep, type Step } from "./moe/step.ts";
-export { normal, random } from "./moe/init.ts";
-export { generate, type GenerateOptions } from "./moe/generate.ts";
-export { loadCheckpoint, newestCheckpoint, saveCheckpoint } from "./moe/checkpoint.ts";
-export { byteTokenizer, type Tokenizer } from "./moe/tokenizer.ts";
-export { Batches, loadText, type TokenData } from "./moe/data.ts";
-export { RoutingRecorder, RoutingReplay } from "./moe/routing_record.ts";
-export type { CollectiveScheduler, ExpertPlacement, StepGraph } from "./moe/hooks.ts";
+export { normal, type Random, random } from "./moe/init.ts";
+export type { Parameter } from "./moe/parameter.ts";
+export type { ExpertStore } from "./moe/expert_store.ts";
+export type { ExpertMatrices, ExpertsSaved } from "./moe/experts.ts";
+export type {
+  CommonRouterOptions,
+  ExpertChoiceOptions,
+  GShardOptions,
+  Router,
+  RouterOptions,
+  Routing,
+  SigmoidOptions,
+  SoftmaxOptions,
+  SwitchOptions,
+} from "./moe/router.ts";
+export type { ExpertChoices } from "./moe/router_expert_choice.ts";
+export type { GlobalRouting } from "./moe/router_exchange.ts";
+export type { NoiseKey } from "./moe/router_noise.ts";
+export type { RouterSums } from "./moe/router_losses.ts";
+export type { SecondExpert } from "./moe/router_softmax.ts";
+export type { RoutingPlan } from "./moe/plan.ts";
+export type { PlacedPlan } from "./moe/dispatch.ts";
+export {
+  type RoutingBlock,
+  type RoutingRecord,
+  RoutingRecorder,
+  RoutingReplay,
+} from "./moe/routing_record.ts";
 
-// What happened when: a file for Perfetto.
-export { writeTrace } from "./trace/perfetto.ts";
+// The language model: configuration, training, generation, checkpoints.
+export { type ModelConfig, modelConfig, type ModelOptions } from "./moe/config.ts";
+export {
+  type Batch,
+  type PassOptions,
+  type PassResult,
+  Transformer,
+  type TransformerOptions,
+} from "./moe/transformer.ts";
+export type { Block, BlockSaved, FeedForwardOutput, FeedForwardPart } from "./moe/block.ts";
+export type { Attention, AttentionSaved, Rows } from "./moe/attention.ts";
+export type { Norm, Normed } from "./moe/norm.ts";
+export { type StepMetrics, Trainer, type TrainerOptions } from "./moe/trainer.ts";
+export type { AdamW, AdamWSettings, LearningRateOptions, Moments } from "./moe/optimizer.ts";
+export { loadText, type TextOptions, type TokenData, type Tokens } from "./moe/data.ts";
+export { type TrainingData, trainingData, type TrainingDataOptions } from "./moe/training_data.ts";
+export { byteTokenizer, type Tokenizer } from "./moe/tokenizer.ts";
+export { generate, type GenerateOptions } from "./moe/generate.ts";
+export type { SamplingOptions } from "./moe/sampling.ts";
+export {
+  type Checkpoint,
+  type CheckpointContents,
+  type CheckpointTensor,
+  loadCheckpoint,
+  type LoadOptions,
+  newestCheckpoint,
+  type NewestOptions,
+  saveCheckpoint,
+  type SaveOptions,
+} from "./moe/checkpoint.ts";
+export type { Json, ManifestFile } from "./moe/manifest.ts";
+export type { OutputFile, TensorSource } from "./moe/safetensors.ts";
+export type { NamedTensor } from "./moe/weights.ts";
+
+// Where schedules and placements plug in.
+export type {
+  AllToAllNode,
+  Boundary,
+  CollectiveScheduler,
+  ComputeNode,
+  ExpertPlacement,
+  GradientNode,
+  LaunchState,
+  MicroOp,
+  MicroOpPart,
+  NodeId,
+  PlacementContext,
+  PlacementPlan,
+  Schedule,
+  StepGraph,
+  StepNode,
+} from "./moe/hooks.ts";
+export { Fifo, type FifoOptions } from "./moe/fifo.ts";
+export { replicatedPlacement, staticPlacement } from "./moe/placement.ts";
+export type { GradientOutline, LayerOutline, StepOutline } from "./moe/graph.ts";
+
+// What happened when: spans of this rank, and a file for Perfetto.
+export { type Category, type Recorder, recorder, type Span, type SpanArgs } from "./trace/mod.ts";
+export { type TraceOptions, writeTrace } from "./trace/perfetto.ts";
+export type { Ranks } from "./trace/clock.ts";

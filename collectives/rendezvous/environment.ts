@@ -1,10 +1,10 @@
 // Which rank this process is: read from the environment that a launcher has set, ours or another. A pure function of the
 // variables; nothing is connected here.
 
-/** Backends that can be asked for; `auto` chooses. */
-export const BACKEND_CHOICES = ["auto", "shm", "mpi", "nccl"] as const;
-/** A backend that can be asked for. */
-export type BackendChoice = typeof BACKEND_CHOICES[number];
+/** A backend that can be asked for; `auto` chooses. */
+export type BackendChoice = "auto" | "shm" | "mpi" | "nccl";
+/** Every backend that can be asked for. */
+export const BACKEND_CHOICES: readonly BackendChoice[] = ["auto", "shm", "mpi", "nccl"];
 
 /** Environment variables. */
 export type Variables = Readonly<Record<string, string | undefined>>;
