@@ -7,7 +7,7 @@ import type { Completion } from "./transport.ts";
 import type { Work } from "./types.ts";
 
 /** How long an awaiting host polls before it goes back to the event loop for the first time, in ms. */
-const SPIN_MS = 0.2;
+const SPIN_MS = 0.3;
 /** Polls between two looks at the clock. */
 const SPINS_PER_LOOK = 64;
 /** Polls in one turn of the event loop after that; the last of them may wait natively. */

@@ -25,6 +25,10 @@ const SYMBOLS = {
   ftruncate: { parameters: ["i32", "i64"], result: "i32" },
   // int usleep(useconds_t usec);
   usleep: { parameters: ["u32"], result: "i32" },
+  // int sched_getaffinity(pid_t pid, size_t cpusetsize, cpu_set_t *mask);
+  sched_getaffinity: { parameters: ["i32", "u64", "buffer"], result: "i32", optional: true },
+  // int sched_setaffinity(pid_t pid, size_t cpusetsize, const cpu_set_t *mask);
+  sched_setaffinity: { parameters: ["i32", "u64", "buffer"], result: "i32", optional: true },
   // int sched_yield(void);
   sched_yield: { parameters: [], result: "i32" },
   // long syscall(long number, ...);  used for futex(2), with up to six arguments

@@ -21,8 +21,9 @@ const LENGTHS = [0, 1, 3, 16, 63, 4096, 4097, 16_385, 65_537, 200_003];
 
 for (const size of [1, 2, 3, 4]) {
   Deno.test(`collectives give what they must on ${size} ranks, for arrays and tensors`, async () => {
-    const results = await run<number>("operations", size, { args: { lengths: LENGTHS } });
-    for (const { result } of results) assert(result! > 1000, `${result} cases`);
+    const lengths = size < 3 ? LENGTHS : [0, 1, 63, 4097, 65_537];
+    const results = await run<number>("operations", size, { args: { lengths } });
+    for (const { result } of results) assert(result! > 600, `${result} cases`);
   });
 
   Deno.test(`wrong arguments throw at the call on ${size} ranks`, async () => {

@@ -8,6 +8,7 @@ import { timeoutOf } from "../watchdog.ts";
 import type { BootContext, CollectiveRequest, Completion, Transport } from "../transport.ts";
 import { Channels, type PairOperation } from "./channels.ts";
 import { RoundsOperation, Slots } from "./rounds.ts";
+import { Spread } from "./spread.ts";
 import { Attempt, SmallExchange } from "./small.ts";
 import { prepareSleep, Segment, type SegmentAddress } from "./segment.ts";
 
@@ -17,7 +18,7 @@ const LIVENESS_INTERVAL_MS = 200;
 /** Longest native sleep, in µs; the event loop runs in between. */
 const SLEEP_US = 1000;
 /** Polls without giving the core away, when there is one for every rank. */
-const BUSY_POLLS = 2000;
+const BUSY_POLLS = 1000;
 
 /**
  * Connects the ranks of a job on one machine. All ranks call it.
@@ -30,6 +31,7 @@ export async function openShm(context: BootContext): Promise<Transport> {
   const { rank, size, store, departed } = context;
   if (size === 1) return openSelf();
   prepareSleep();
+  spread = new Spread(rank, size);
   let segment: Segment;
   if (rank === 0) {
     segment = Segment.create(size);
@@ -66,6 +68,7 @@ async function until(met: () => boolean, rule: string): Promise<void> {
   }
 }
 
+let spread: Spread | undefined; // of this process
 const DONE: Completion = { poll: () => true, idle: () => {} };
 const open = new Set<ShmTransport>();
 
@@ -148,6 +151,7 @@ class ShmTransport implements Transport {
   /** One step of waiting; see {@linkcode Completion.idle}. */
   idle(completion: ShmCompletion, spins: number): void {
     if (spins < SLEEP_AFTER_SPINS) {
+      if (spins === this.#busyPolls) spread?.missed();
       if (spins >= this.#busyPolls) libc().sched_yield();
       return;
     }
