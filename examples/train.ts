@@ -209,7 +209,8 @@ function summary(shown: {
     const values = rows.map((row) => row[key]).sort((a, b) => a - b);
     return values[Math.floor(values.length / 2)] ?? NaN;
   };
-  const perByte = (loss: number) => `${(loss / data.bytesPerToken).toFixed(3)} nats/byte`;
+  const perByte = (loss: number) =>
+    Number.isFinite(loss) ? `${(loss / data.bytesPerToken).toFixed(3)} nats/byte` : "none";
   const entries: [string, string][] = [
     ["parameters", `${millions(shown.total)}, ${millions(shown.active)} per token`],
     ["tokens", `${millions(tokens)} in ${rows.length} steps`],
