@@ -97,12 +97,15 @@ async function runMpi(ranks: number): Promise<string> {
 }
 
 const median = (xs: number[]) => xs.sort((a, b) => a - b)[xs.length >> 1];
-const geometricMean = (xs: number[]) => Math.exp(xs.reduce((s, x) => s + Math.log(x), 0) / xs.length);
+const geometricMean = (xs: number[]) =>
+  Math.exp(xs.reduce((s, x) => s + Math.log(x), 0) / xs.length);
 
 function parse(text: string, times: Map<string, number[]>, backend: Backend, ranks: number): void {
   for (const line of text.trim().split("\n")) {
     const [op, bytes, time_us, good] = line.split(" ");
-    if (good !== "1") throw new Error(`${backend}, ${ranks} ranks: wrong data in ${op} of ${bytes} bytes`);
+    if (good !== "1") {
+      throw new Error(`${backend}, ${ranks} ranks: wrong data in ${op} of ${bytes} bytes`);
+    }
     const key = [op, backend, ranks, bytes].join(" ");
     times.set(key, [...times.get(key) ?? [], Number(time_us)]);
   }
@@ -180,7 +183,9 @@ function printTable(rows: Row[], backends: Backend[]): void {
 
 const peer = await compilePeer();
 const backends = options.backends!.split(",").filter((b) => b === "shm" || peer) as Backend[];
-console.log(`# mpirun ${MPIRUN.join(" ")} -n N; ${repeats} repeats of ${SAMPLES} samples; ${machine()}`);
+console.log(
+  `# mpirun ${MPIRUN.join(" ")} -n N; ${repeats} repeats of ${SAMPLES} samples; ${machine()}`,
+);
 const times = new Map<string, number[]>();
 for (const ranks of options.ranks!.split(",").map(Number)) {
   for (let repeat = 0; repeat < repeats; repeat++) {

@@ -57,6 +57,12 @@ export interface CommunicatorOptions {
   readonly debug?: boolean;
 }
 
+/** An operation of a communicator: who calls it, and how often. */
+interface Kind extends Caller {
+  calls: number;
+  bytes: number;
+}
+
 const OPS: readonly ReduceOp[] = ["sum", "min", "max", "prod", "avg"];
 const NO_COUNTS: Counts = [];
 /** From this many bytes on, operations that are complete when the call returns are timed too. */
@@ -87,8 +93,7 @@ class TransportCommunicator implements Communicator {
   readonly #timeout_ms: number;
   readonly #debug: boolean;
   readonly #maxElements: number;
-  #callers = new Map<OperationName, Caller>();
-  #traffic: Partial<Record<string, OperationTraffic>> = {};
+  readonly #kinds: Readonly<Record<OperationName | "split" | "dup", Kind>>;
   #sequence = 0; // of operations that all ranks call
   #messages = 0; // of send and recv, which only two ranks call
   #duplicates = 0;
@@ -105,13 +110,45 @@ class TransportCommunicator implements Communicator {
     this.#transport = transport;
     this.#options = options;
     this.#device = options.device ?? null;
+    const { rank, size, name } = options;
+    const device = this.#device;
+    const kind = (operation: string) => ({
+      operation,
+      rank,
+      size,
+      name,
+      device,
+      calls: 0,
+      bytes: 0,
+    });
+    this.#kinds = {
+      allReduce: kind("allReduce"),
+      reduceScatter: kind("reduceScatter"),
+      allGather: kind("allGather"),
+      allGatherV: kind("allGatherV"),
+      broadcast: kind("broadcast"),
+      reduce: kind("reduce"),
+      gather: kind("gather"),
+      scatter: kind("scatter"),
+      allToAll: kind("allToAll"),
+      allToAllV: kind("allToAllV"),
+      send: kind("send"),
+      recv: kind("recv"),
+      barrier: kind("barrier"),
+      split: kind("split"),
+      dup: kind("dup"),
+    };
     this.#timeout_ms = timeoutOf(options.timeout_ms);
     this.#debug = options.debug ?? Deno.env.get("LINA_DEBUG") === "1";
     this.#maxElements = transport.maxElements ?? Number.MAX_SAFE_INTEGER;
   }
 
   get traffic(): Traffic {
-    return this.#traffic;
+    const traffic: Partial<Record<string, OperationTraffic>> = {};
+    for (const { operation, calls, bytes } of Object.values(this.#kinds)) {
+      if (calls > 0) traffic[operation] = { calls, bytes };
+    }
+    return traffic;
   }
 
   allReduce(x: Data, options?: AllReduceOptions): Work {
@@ -124,7 +161,7 @@ class TransportCommunicator implements Communicator {
       sameDType(caller, from, to);
       haveLength(caller, to, from.length, "out");
     }
-    return this.#start("allReduce", from, to, op, 0, 0, NO_COUNTS, NO_COUNTS, options?.after);
+    return this.#start(caller, from, to, op, 0, 0, NO_COUNTS, NO_COUNTS, options?.after);
   }
 
   reduceScatter(x: Data, out: Data, options?: { readonly op?: ReduceOp }): Work {
@@ -134,7 +171,7 @@ class TransportCommunicator implements Communicator {
     const to = this.#region(caller, out, "out");
     sameDType(caller, from, to);
     haveLength(caller, from, to.length * this.size, "x");
-    return this.#start("reduceScatter", from, to, op);
+    return this.#start(caller, from, to, op);
   }
 
   allGather(x: Data, out: Data): Work {
@@ -143,7 +180,7 @@ class TransportCommunicator implements Communicator {
     const to = this.#region(caller, out, "out");
     sameDType(caller, from, to);
     haveLength(caller, to, from.length * this.size, "out");
-    return this.#start("allGather", from, to);
+    return this.#start(caller, from, to);
   }
 
   allGatherV(x: Data, out: Data, counts: Counts): Work {
@@ -154,14 +191,14 @@ class TransportCommunicator implements Communicator {
     const sum = sumOf(caller, counts, "counts");
     haveLength(caller, from, counts[this.rank], "x");
     haveLength(caller, to, sum, "out");
-    return this.#start("allGatherV", from, to, "sum", 0, 0, NO_COUNTS, counts);
+    return this.#start(caller, from, to, "sum", 0, 0, NO_COUNTS, counts);
   }
 
   broadcast(x: Data, root = 0): Work {
     const caller = this.#caller("broadcast");
     beRank(caller, root, "root");
     const region = this.#region(caller, x, "x");
-    return this.#start("broadcast", region, region, "sum", root);
+    return this.#start(caller, region, region, "sum", root);
   }
 
   reduce(
@@ -178,14 +215,14 @@ class TransportCommunicator implements Communicator {
       if (out !== undefined) {
         throw argumentError(caller, `out must be absent but on root ${root}`, "given");
       }
-      return this.#start("reduce", from, null, op, root);
+      return this.#start(caller, from, null, op, root);
     }
     const to = out === undefined ? from : this.#region(caller, out, "out");
     if (to !== from) {
       sameDType(caller, from, to);
       haveLength(caller, to, from.length, "out");
     }
-    return this.#start("reduce", from, to, op, root);
+    return this.#start(caller, from, to, op, root);
   }
 
   gather(x: Data, out: Data | null, root = 0): Work {
@@ -197,7 +234,7 @@ class TransportCommunicator implements Communicator {
       sameDType(caller, from, to);
       haveLength(caller, to, from.length * this.size, "out");
     }
-    return this.#start("gather", from, to, "sum", root);
+    return this.#start(caller, from, to, "sum", root);
   }
 
   scatter(x: Data | null, out: Data, root = 0): Work {
@@ -209,7 +246,7 @@ class TransportCommunicator implements Communicator {
       sameDType(caller, from, to);
       haveLength(caller, from, to.length * this.size, "x");
     }
-    return this.#start("scatter", from, to, "sum", root);
+    return this.#start(caller, from, to, "sum", root);
   }
 
   allToAll(x: Data, out: Data): Work {
@@ -220,7 +257,7 @@ class TransportCommunicator implements Communicator {
     blockOf(caller, from, "x");
     haveLength(caller, to, from.length, "out");
     beApart(caller, from, to);
-    return this.#start("allToAll", from, to);
+    return this.#start(caller, from, to);
   }
 
   allToAllV(send: Data, sendCounts: Counts, recv: Data, recvCounts: Counts): Work {
@@ -237,7 +274,7 @@ class TransportCommunicator implements Communicator {
       );
     }
     beApart(caller, from, to);
-    return this.#start("allToAllV", from, to, "sum", 0, 0, sendCounts, recvCounts);
+    return this.#start(caller, from, to, "sum", 0, 0, sendCounts, recvCounts);
   }
 
   send(
@@ -249,17 +286,7 @@ class TransportCommunicator implements Communicator {
     beRank(caller, to, "to");
     const region = this.#region(caller, x, "x");
     const tag = tagOf(caller, options?.tag);
-    return this.#start(
-      "send",
-      region,
-      null,
-      "sum",
-      to,
-      tag,
-      NO_COUNTS,
-      NO_COUNTS,
-      options?.after,
-    );
+    return this.#start(caller, region, null, "sum", to, tag, NO_COUNTS, NO_COUNTS, options?.after);
   }
 
   recv(
@@ -272,7 +299,7 @@ class TransportCommunicator implements Communicator {
     const region = this.#region(caller, out, "out");
     const tag = tagOf(caller, options?.tag);
     return this.#start(
-      "recv",
+      caller,
       null,
       region,
       "sum",
@@ -285,12 +312,11 @@ class TransportCommunicator implements Communicator {
   }
 
   barrier(): Work {
-    this.#caller("barrier");
-    return this.#start("barrier", null, null);
+    return this.#start(this.#caller("barrier"), null, null);
   }
 
   async split(color: number | null, key: number = this.rank): Promise<Communicator | null> {
-    const caller = this.#caller("barrier", "split");
+    const caller = this.#caller("split");
     if (color !== null && !(Number.isSafeInteger(color) && color >= 0)) {
       throw argumentError(caller, "color must be a whole number >= 0 or null", color);
     }
@@ -305,7 +331,7 @@ class TransportCommunicator implements Communicator {
   }
 
   async dup(): Promise<Communicator> {
-    this.#caller("barrier", "dup");
+    this.#caller("dup");
     const name = `${this.name}/dup${++this.#duplicates}`;
     return await this.#child([...Array(this.size).keys()], name);
   }
@@ -357,22 +383,14 @@ class TransportCommunicator implements Communicator {
   }
 
   /** Who calls, for messages; throws when the communicator cannot run anything any more. */
-  #caller(operation: OperationName, shown: string = operation): Caller {
-    const { rank, size, name } = this;
-    if (this.#failure !== undefined || this.#closed) {
-      const state = this.#closed ? "closed" : "broken by an earlier failure";
-      throw new Error(
-        `Cannot run ${shown} on rank ${rank} of ${name} as the communicator must be open: current value is ${state}`,
-        { cause: this.#failure },
-      );
-    }
-    if (shown !== operation) return { operation: shown, rank, size, name, device: this.#device };
-    let caller = this.#callers.get(operation);
-    if (caller === undefined) {
-      caller = { operation, rank, size, name, device: this.#device };
-      this.#callers.set(operation, caller);
-    }
-    return caller;
+  #caller(operation: OperationName | "split" | "dup"): Kind {
+    const kind = this.#kinds[operation];
+    if (this.#failure === undefined && !this.#closed) return kind;
+    const state = this.#closed ? "closed" : "broken by an earlier failure";
+    throw new Error(
+      `Cannot run ${operation} on rank ${this.rank} of ${this.name} as the communicator must be open: current value is ${state}`,
+      { cause: this.#failure },
+    );
   }
 
   #region(caller: Caller, data: Data, what: string): Region {
@@ -408,7 +426,7 @@ class TransportCommunicator implements Communicator {
   }
 
   #start(
-    operation: OperationName,
+    kind: Kind,
     send: Region | null,
     recv: Region | null,
     op: ReduceOp = "sum",
@@ -418,6 +436,7 @@ class TransportCommunicator implements Communicator {
     recvCounts = NO_COUNTS,
     after?: StreamEvent,
   ): Work {
+    const operation = kind.operation as OperationName;
     const paired = operation === "send" || operation === "recv";
     const sequence = paired ? this.#messages++ : this.#sequence++;
     const request: CollectiveRequest = {
@@ -433,9 +452,8 @@ class TransportCommunicator implements Communicator {
       after,
     };
     const bytes = bytesSent(request, this.rank, this.size);
-    const traffic = this.#traffic[operation] ??= { calls: 0, bytes: 0 };
-    traffic.calls++;
-    traffic.bytes += bytes;
+    kind.calls++;
+    kind.bytes += bytes;
     // Reading the clock takes as long as a small exchange: what is complete at once is timed only where it matters.
     const timed = bytes >= TIMED_BYTES || recorder.capturing;
     const start = timed ? now() : 0;
