@@ -1,7 +1,7 @@
 // Folders and files of checkpoints on the disk: durable writes, and replacing and removing folders so that a crash in between
 // never leaves half a checkpoint under a checkpoint's name. Knows nothing of what is in the files.
 
-import { createHash } from "node:crypto";
+import { sha256 } from "./hash.ts";
 import type { OutputFile, WrittenFile } from "./safetensors.ts";
 
 /** Folders with this prefix are being written or removed; a later save clears those that a crash left. */
@@ -51,7 +51,7 @@ export function writeText(
   } finally {
     file.close();
   }
-  return { bytes: bytes.length, sha256: createHash("sha256").update(bytes).digest("hex") };
+  return { bytes: bytes.length, sha256: sha256().update(bytes).digest("hex") };
 }
 
 /**

@@ -2,8 +2,7 @@
 // folder with a manifest is complete; and it carries a checksum of itself. Reading trusts nothing in it. Not here: the
 // tensors (`safetensors.ts`) and the order of events (`checkpoint.ts`).
 
-import { createHash } from "node:crypto";
-import { setImmediate as nextTurn } from "node:timers/promises";
+import { nextTurn, sha256 } from "./hash.ts";
 
 /** What JSON can hold. */
 export type Json =
@@ -212,7 +211,7 @@ export function isPlainName(name: unknown): name is string {
 
 async function hashFile(path: string): Promise<string> {
   using file = Deno.openSync(path, { read: true });
-  const hash = createHash("sha256");
+  const hash = sha256();
   const buffer = new Uint8Array(4 * 1024 * 1024);
   for (;;) {
     const n = file.readSync(buffer);
@@ -223,7 +222,7 @@ async function hashFile(path: string): Promise<string> {
 }
 
 function checksumOf(content: unknown): string {
-  return createHash("sha256").update(JSON.stringify(content)).digest("hex");
+  return sha256().update(JSON.stringify(content)).digest("hex");
 }
 
 function isObject(value: Json | undefined): value is { readonly [key: string]: Json } {

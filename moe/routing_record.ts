@@ -7,7 +7,7 @@
 //
 // Shape letters: N tokens of a pass, E experts, K choices per token.
 
-import { crc32 } from "node:zlib";
+import { crc32 } from "./hash.ts";
 import type { Communicator } from "../collectives/types.ts";
 import type { RoutingTap } from "./moe_types.ts";
 import type { ExpertChoices } from "./router_expert_choice.ts";

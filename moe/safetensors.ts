@@ -2,8 +2,7 @@
 // the tensors' bytes. A file is untrusted input: nothing is believed before it is checked, and only the tensors that are
 // asked for are read. Not here: what belongs to a model or to a checkpoint (`checkpoint.ts`).
 
-import { createHash } from "node:crypto";
-import { setImmediate as nextTurn } from "node:timers/promises";
+import { nextTurn, sha256 } from "./hash.ts";
 import { bytesOf, type DType, dtypeOf, newArray, type TypedArray } from "../tensor/dtype.ts";
 import { type Shape, sizeOf } from "../tensor/tensor.ts";
 
@@ -201,7 +200,7 @@ export async function writeSafetensors(
   new DataView(padded.buffer).setBigUint64(0, BigInt(padded.length - 8), true);
   padded.set(json, 8);
 
-  const hash = createHash("sha256");
+  const hash = sha256();
   const append = (bytes: Uint8Array) => {
     hash.update(bytes);
     file.write(bytes);

@@ -59,3 +59,18 @@ Deno.test("the rules see dlopen outside ffi/, and paths that a URL does not have
   assert.equal(lint("moe/x.ts", meta).length, 2);
   assert.deepEqual(lint("tests/x.ts", meta), []);
 });
+
+Deno.test("what every rank loads at its start imports no node: module, which take longer than all of ours", async () => {
+  const { stdout } = await new Deno.Command(Deno.execPath(), {
+    args: ["info", "--json", new URL("../mod.ts", import.meta.url).href],
+  }).output();
+  const { modules } = JSON.parse(new TextDecoder().decode(stdout)) as {
+    modules: { specifier: string; dependencies?: { specifier: string; code?: unknown }[] }[];
+  };
+  const importers = modules
+    .filter((m) => !m.specifier.includes("/collectives/mpi/")) // loaded only by jobs over MPI, which takes longer anyway
+    .filter((m) => m.dependencies?.some((d) => d.specifier.startsWith("node:") && d.code))
+    .map((m) => m.specifier);
+  assert.ok(modules.length > 50);
+  assert.deepEqual(importers, []);
+});
