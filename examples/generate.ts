@@ -13,6 +13,7 @@ import { byteTokenizer, StreamDecoder } from "../moe/tokenizer.ts";
 import { Transformer } from "../moe/transformer.ts";
 import { parameterTensors } from "../moe/weights.ts";
 import { loadTokenizer } from "./lib/hf_tokenizer.ts";
+import { runProgram } from "./lib/program.ts";
 
 const HELP = `Generates text with a model that train.ts has saved, on any number of ranks.
 
@@ -85,7 +86,7 @@ function parse(args: readonly string[]): Options {
   };
 }
 
-async function main(options: Options): Promise<void> {
+async function main(options: Options, begun: () => void): Promise<void> {
   await using world = await init();
   const inner = join(options.path, CHECKPOINTS);
   const found = existsSync(join(options.path, "manifest.json"))
@@ -110,6 +111,8 @@ async function main(options: Options): Promise<void> {
     comm: world,
   });
 
+  begun();
+
   const { tokens, temperature, topP, seed, prompt } = options;
   const context = options.context ?? state.sequence ?? 128;
   const ids = tokenizer.encode(prompt);
@@ -123,15 +126,4 @@ async function main(options: Options): Promise<void> {
   await show(text.flush() + "\n");
 }
 
-if (Deno.args.includes("--help")) {
-  if ((Deno.env.get("RANK") ?? "0") === "0") console.log(HELP);
-} else {
-  let options: Options | undefined;
-  try {
-    options = parse(Deno.args);
-  } catch (error) {
-    console.error(`${(error as Error).message}\nSee --help.`);
-    Deno.exit(2);
-  }
-  await main(options);
-}
+await runProgram({ help: () => HELP, parse, main });

@@ -4,6 +4,7 @@
 
 import { join } from "node:path";
 import { init, type World } from "../collectives/world.ts";
+import { groupOf } from "../moe/agree.ts";
 import { countParameters } from "../moe/config.ts";
 import { bigramLoss, loadText, type TokenData } from "../moe/data.ts";
 import { generate } from "../moe/generate.ts";
@@ -16,13 +17,16 @@ import { Trainer } from "../moe/trainer.ts";
 import { trainingData } from "../moe/training_data.ts";
 import { writeTrace } from "../trace/perfetto.ts";
 import { loadTokenizer } from "./lib/hf_tokenizer.ts";
+import { runProgram } from "./lib/program.ts";
 import { StepBudget } from "./lib/step_budget.ts";
 import { parseTrainOptions, trainHelp, type TrainOptions } from "./lib/train_options.ts";
 import { lossSvg } from "./report/loss_svg.ts";
 import { Progress } from "./report/progress.ts";
 import { formatTable } from "./report/table.ts";
 
-async function main(options: TrainOptions): Promise<void> {
+const START = new Date().toISOString();
+
+async function main(options: TrainOptions, begun: () => void): Promise<void> {
   const started = performance.now();
   const { text, number, has } = options;
   const tokenizerFile = text("tokenizer");
@@ -61,13 +65,13 @@ async function main(options: TrainOptions): Promise<void> {
     accumulate: number("accumulate"),
     clip: number("clip"),
   });
-  const restarts = world.attempt > 0;
-  const checkpoint = has("resume") || restarts
-    ? await trainer.resume(join(directory, CHECKPOINTS))
-    : null;
-  if (has("resume") && !restarts && !checkpoint) {
+  const keeps = has("resume") || await continues(world, directory);
+  const checkpoint = keeps ? await trainer.resume(join(directory, CHECKPOINTS)) : null;
+  if (has("resume") && world.attempt === 0 && !checkpoint) {
     throw new Error(`Cannot resume as ${directory} must have a checkpoint: current value has none`);
   }
+  await beginRun(world, directory, keeps);
+  begun();
   const budget = new StepBudget(world, {
     steps: number("steps"),
     seconds: text("time-budget") === undefined ? null : number("time-budget"),
@@ -137,27 +141,49 @@ function course(options: TrainOptions, steps: number) {
   return { peak: number("lr"), warmup: number("warmup"), steps, floor: number("min-lr") };
 }
 
-/** The run's folder; a new run of an old name begins anew. Rank 0 decides. */
-async function runDirectory(world: World, options: TrainOptions): Promise<string> {
-  const { text, has } = options;
-  const name = new Uint8Array(256);
-  if (world.rank === 0) {
-    const chosen = text("run") ?? new Date().toISOString().slice(0, 19).replaceAll(":", "-");
-    const directory = join(text("out")!, chosen);
-    if (!has("resume") && world.attempt === 0) {
-      for (const old of ["metrics.jsonl", "loss.svg", "trace.json", CHECKPOINTS]) {
-        try {
-          Deno.removeSync(join(directory, old), { recursive: true });
-        } catch (error) {
-          if (!(error instanceof Deno.errors.NotFound)) throw error;
-        }
+/** The run's folder. Without `--run` it is named after the time at which the job was launched, also after a restart. */
+async function runDirectory(world: World, { text }: TrainOptions): Promise<string> {
+  const started = new TextEncoder().encode(launched());
+  await world.broadcast(started);
+  const name = new TextDecoder().decode(started).slice(0, 19).replaceAll(":", "-");
+  return join(text("out")!, text("run") ?? name);
+}
+
+/** When the job was launched. */
+function launched(): string {
+  return Deno.env.get("LINA_STARTED") ?? START;
+}
+
+/** Whether this job has begun the run in a folder, and was restarted since; rank 0 decides. */
+async function continues(world: World, directory: string): Promise<boolean> {
+  const answer = new Uint8Array(1);
+  if (world.rank === 0 && world.attempt > 0) {
+    try {
+      const text = Deno.readTextFileSync(join(directory, "run.json"));
+      answer[0] = Number(JSON.parse(text).started === launched());
+    } catch {
+      // The job had not come so far.
+    }
+  }
+  await world.broadcast(answer);
+  return answer[0] === 1;
+}
+
+/** Makes the run's folder. A new run of an old name begins anew, but not before all that the user gave was found to be usable. */
+function beginRun(world: World, directory: string, keeps: boolean): Promise<void> {
+  return groupOf(world).onRoot(`Cannot write the run to ${directory}`, () => {
+    Deno.mkdirSync(directory, { recursive: true });
+    if (keeps) return;
+    for (const old of ["run.json", "metrics.jsonl", "loss.svg", "trace.json", CHECKPOINTS]) {
+      try {
+        Deno.removeSync(join(directory, old), { recursive: true });
+      } catch (error) {
+        if (!(error instanceof Deno.errors.NotFound)) throw error;
       }
     }
-    Deno.mkdirSync(directory, { recursive: true });
-    new TextEncoder().encodeInto(directory, name);
-  }
-  await world.broadcast(name);
-  return new TextDecoder().decode(name.subarray(0, name.indexOf(0)));
+    const description = { started: launched(), ranks: world.size, arguments: Deno.args };
+    Deno.writeTextFileSync(join(directory, "run.json"), JSON.stringify(description) + "\n");
+  });
 }
 
 async function sampleOf(
@@ -230,15 +256,4 @@ function millions(n: number): string {
   return n < 1e6 ? `${(n / 1e3).toFixed(0)} k` : `${(n / 1e6).toFixed(2)} M`;
 }
 
-if (Deno.args.includes("--help")) {
-  if ((Deno.env.get("RANK") ?? "0") === "0") console.log(trainHelp());
-} else {
-  let options: TrainOptions | undefined;
-  try {
-    options = parseTrainOptions(Deno.args);
-  } catch (error) {
-    console.error(`${(error as Error).message}\nSee --help.`);
-    Deno.exit(2);
-  }
-  await main(options);
-}
+await runProgram({ help: trainHelp, parse: parseTrainOptions, main });

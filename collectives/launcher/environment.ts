@@ -13,6 +13,8 @@ export interface JobPlace {
   readonly token: string;
   /** How many times the job was restarted. */
   readonly attempt: number;
+  /** When the launcher started, as ISO 8601 writes it; the same after a restart. */
+  readonly started: string;
   /** Processor cores of this node. */
   readonly cores: number;
   /** GPUs of this node. */
@@ -51,6 +53,7 @@ export function jobEnvironment(
   env.LINA_TOKEN = place.token;
   env.LINA_BACKEND = options.backend;
   env.LINA_RESTART = String(place.attempt);
+  env.LINA_STARTED = place.started;
   env.MASTER_ADDR = place.hostname;
   env.MASTER_PORT = String(place.port);
   // Ranks that each start a thread per core would fight for the cores.

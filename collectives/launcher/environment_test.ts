@@ -8,6 +8,7 @@ const place: JobPlace = {
   port: 4000,
   token: "secret",
   attempt: 1,
+  started: "2026-01-02T03:04:05.678Z",
   cores: 8,
   gpus: 0,
   columns: null,

@@ -62,6 +62,7 @@ class Job {
   #options: LaunchOptions;
   #address: Address;
   #guard = new Guard();
+  #started = new Date().toISOString();
   #children: Children | undefined;
   #output: JobOutput | undefined;
   #signal: Deno.Signal | undefined;
@@ -112,6 +113,7 @@ class Job {
     const place: JobPlace = {
       ...this.#address,
       attempt,
+      started: this.#started,
       cores: navigator.hardwareConcurrency,
       gpus: countGpus(),
       columns: terminalColumns(),

@@ -152,6 +152,9 @@ export function parseTrainOptions(args: readonly string[]): TrainOptions {
       );
     }
   }
+  if (given.resume && text("run") === undefined) {
+    throw new TypeError("Cannot resume as --run must name a run: current value is unset");
+  }
   const model = (vocab: number) =>
     modelConfig({
       vocab,
