@@ -111,11 +111,13 @@ async function main(options: Options, begun: () => void): Promise<void> {
     comm: world,
   });
 
-  begun();
-
   const { tokens, temperature, topP, seed, prompt } = options;
   const context = options.context ?? state.sequence ?? 128;
   const ids = tokenizer.encode(prompt);
+  if (ids.length === 0) {
+    throw new Error("Cannot generate as --prompt must hold a token: current value has none");
+  }
+  begun();
   const text = new StreamDecoder(tokenizer);
   const show = async (piece: string) => {
     if (world.rank === 0) await Deno.stdout.write(new TextEncoder().encode(piece));

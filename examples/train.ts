@@ -32,6 +32,11 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
   const tokenizerFile = text("tokenizer");
   const tokenizer = tokenizerFile ? loadTokenizer(tokenizerFile) : byteTokenizer;
   const config = options.model(tokenizer.vocabularySize);
+  if (number("sample") > 0 && tokenizer.encode(text("prompt")!).length === 0) {
+    throw new Error(
+      "Cannot train as --prompt must hold a token for the sample: current value is none",
+    );
+  }
   await using world = await init();
   const file = text("data") ?? join(import.meta.dirname!, "data", "austen.txt");
   const data = await loadText(file, {

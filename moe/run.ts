@@ -48,11 +48,9 @@ export const CHECKPOINTS = "checkpoint";
 export async function run(trainer: Trainer, options: RunOptions): Promise<readonly MetricsRow[]> {
   const { world, directory, validateEvery, checkpointEvery, trace } = options;
   const root = world.rank === 0;
-  const rows = root ? keepRows(`${directory}/metrics.jsonl`, trainer.steps) : [];
-  using file = root
-    ? await Deno.open(`${directory}/metrics.jsonl`, { append: true, create: true })
-    : null;
-  const encoder = new TextEncoder();
+  const metrics = `${directory}/metrics.jsonl`;
+  const rows = root ? keepRows(metrics, trainer.steps) : [];
+  using file = root ? await Deno.open(metrics, { append: true, create: true }) : null;
   while (trainer.steps < options.steps()) {
     const number = trainer.steps + 1;
     recorder.capturing = trace !== undefined && number >= trace[0] && number < trace[1];
@@ -64,7 +62,7 @@ export async function run(trainer: Trainer, options: RunOptions): Promise<readon
       ? { ...shown, val_loss: await trainer.validate(options.validationBatches) }
       : shown;
     rows.push(row);
-    if (file) writeAll(file, encoder.encode(JSON.stringify(row) + "\n"));
+    if (file) writeAll(file, metrics, JSON.stringify(row) + "\n");
     await options.onStep?.(row);
     // The number of steps may have been settled in onStep.
     const ends = trainer.steps >= options.steps();
@@ -99,6 +97,11 @@ function keepRows(path: string, steps: number): MetricsRow[] {
   return rows;
 }
 
-function writeAll(file: Deno.FsFile, bytes: Uint8Array): void {
-  for (let at = 0; at < bytes.length;) at += file.writeSync(bytes.subarray(at));
+function writeAll(file: Deno.FsFile, path: string, text: string): void {
+  const bytes = new TextEncoder().encode(text);
+  try {
+    for (let at = 0; at < bytes.length;) at += file.writeSync(bytes.subarray(at));
+  } catch (cause) {
+    throw new Error(`Cannot write ${path}: ${(cause as Error).message}`, { cause });
+  }
 }

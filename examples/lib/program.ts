@@ -1,5 +1,5 @@
-// What `train.ts` and `generate.ts` have in common: `--help`, and how an error is shown. Until a program has begun its work, an
-// error is about what the user gave, and its message says it all: no stack is shown then.
+// What `train.ts` and `generate.ts` have in common: `--help`, and how an error is shown. Where the code was when it found a file
+// damaged, the disk full or another rank gone says nothing to a user, and every rank would say it: such errors are one line.
 
 /** A program of the command line. */
 export interface Program<Options> {
@@ -12,8 +12,8 @@ export interface Program<Options> {
 }
 
 /**
- * Runs a program with the arguments of this process. The process ends with exit code 2 if they are wrong, and with 1 if a file is
- * wrong or sizes do not fit; `LINA_DEBUG=1` shows the stack of such an error, too.
+ * Runs a program with the arguments of this process. The process ends with exit code 2 if they are wrong, and with 1 after an
+ * error. `LINA_DEBUG=1` shows the stack of every error.
  *
  * @param program What to run.
  */
@@ -33,8 +33,15 @@ export async function runProgram<Options>(program: Program<Options>): Promise<vo
   try {
     await program.main(options, () => void (begun = true));
   } catch (error) {
-    if (begun || !(error instanceof Error) || Deno.env.get("LINA_DEBUG") === "1") throw error;
-    console.error(`error: ${error.message}`);
+    if (!saysItAll(error, begun) || Deno.env.get("LINA_DEBUG") === "1") throw error;
+    console.error(`error: ${(error as Error).message}`);
     Deno.exit(1);
   }
+}
+
+/** Whether an error is about the state of the world, or, until the work has begun, about what the user gave; else it is a bug. */
+function saysItAll(error: unknown, begun: boolean): boolean {
+  if (!(error instanceof Error) || !error.message.startsWith("Cannot ")) return false;
+  const ofCaller = error instanceof RangeError && begun;
+  return !(ofCaller || error instanceof TypeError || error instanceof ReferenceError);
 }

@@ -13,7 +13,7 @@ export interface StepBudgetOptions {
   readonly steps: number;
   /** Seconds of training, or null. */
   readonly seconds: number | null;
-  /** What an earlier part of the run had settled. */
+  /** What an earlier part of the run had settled; only a run with a time budget keeps to it. */
   readonly settled?: { readonly steps?: number };
   /** Step that the run goes on from. */
   readonly from: number;
@@ -41,7 +41,7 @@ export class StepBudget {
     this.#world = world;
     this.#from = options.from;
     this.#most = options.steps;
-    const settled = options.settled?.steps;
+    const settled = options.seconds === null ? undefined : options.settled?.steps;
     this.steps = settled ?? options.steps;
     this.#budget_ms = options.seconds === null || settled ? null : options.seconds * 1000;
   }
