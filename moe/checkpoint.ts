@@ -161,7 +161,10 @@ export async function saveCheckpoint(
     if (group.rank === 0) removeQuietly(temporary);
     throw cause;
   }
-  if (group.rank === 0) prune(listCheckpoints(directory).found, folder, keep);
+  if (group.rank === 0) {
+    // Those of later steps were found damaged when this run went on from an older one: they take nobody's place.
+    prune(listCheckpoints(directory).found.filter((other) => other.step < step), keep - 1);
+  }
   verified.add(checkpoint);
   return checkpoint;
 }

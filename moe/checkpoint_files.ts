@@ -96,19 +96,16 @@ export function removeLeftovers(directory: string): void {
 }
 
 /**
- * Removes all but the newest checkpoints.
+ * Removes all but the newest of some checkpoints.
  *
- * @param checkpoints All of a directory, the newest first.
- * @param saved Path of the one that has just been saved, which always stays.
+ * @param older The checkpoints, the newest first.
  * @param keep How many stay.
  */
 export function prune(
-  checkpoints: readonly { readonly path: string }[],
-  saved: string,
+  older: readonly { readonly path: string }[],
   keep: number,
 ): void {
-  const others = checkpoints.filter(({ path }) => path !== saved);
-  for (const { path } of others.slice(keep - 1)) removeFolder(path);
+  for (const { path } of older.slice(keep)) removeFolder(path);
 }
 
 /**

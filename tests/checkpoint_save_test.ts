@@ -98,9 +98,11 @@ Deno.test("the newest ones stay, the others go", async () => {
   const directory = fresh();
   for (const step of [1, 2, 3, 4]) await save(directory, 2, step, { keep: 2 });
   assert.deepEqual(names(directory), ["step-00000003", "step-00000004"]);
-  // One that was saved with a lower step, after a return to an older state, is not removed by its own save.
+  // A save removes older ones only: those of later steps were passed over as damaged, or are somebody's.
   await save(directory, 2, 2, { keep: 1 });
-  assert.deepEqual(names(directory), ["step-00000002"]);
+  assert.deepEqual(names(directory), ["step-00000002", "step-00000003", "step-00000004"]);
+  await save(directory, 2, 5, { keep: 1 });
+  assert.deepEqual(names(directory), ["step-00000005"]);
 });
 
 Deno.test("a step can be saved again", async () => {
