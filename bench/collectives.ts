@@ -41,7 +41,7 @@ const repeats = Number(options.repeats);
 const sizes = BYTES.map((bytes) => `${bytes}:${iterationsOf(bytes)}`);
 
 function iterationsOf(bytes: number): number {
-  return bytes <= 4096 ? 2000 : bytes <= 65536 ? 400 : bytes <= 1 << 20 ? 40 : 5;
+  return bytes <= 4096 ? 20000 : bytes <= 65536 ? 2000 : bytes <= 1 << 20 ? 100 : 8;
 }
 
 /** Ends with an error that says what a command printed. */

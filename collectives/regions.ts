@@ -58,6 +58,12 @@ export class HostRegion implements Region {
   get array(): TypedArray {
     return this.#array ??= viewAs(this.dtype, linearBuffer(), this.address, this.length);
   }
+
+  /** The first elements. @param length How many. @returns A region of them. */
+  first(length: number): HostRegion {
+    const array = this.#array?.subarray(0, length) as TypedArray | undefined;
+    return new HostRegion(this.dtype, length, this.address, array);
+  }
 }
 
 /**
@@ -119,9 +125,8 @@ function describe(value: unknown): string {
  */
 export function firstOf(region: Region, length: number): Region {
   if (length === region.length) return region;
-  const { dtype, address, array } = region;
-  if (address >= 0 && array === null) return { dtype, length, array: null, address };
-  return new HostRegion(dtype, length, address, array!.subarray(0, length) as TypedArray);
+  if (region instanceof HostRegion) return region.first(length);
+  return { ...region, length };
 }
 
 /**

@@ -14,7 +14,7 @@ const SMALL_BYTES = 64 << 10;
 /** Looks at the others' flags in the call that starts an operation; a few microseconds. */
 const SPINS = 8000;
 /** Words of `Round` in reduce.c. */
-const ROUND_WORDS = 10;
+const ROUND_WORDS = 11;
 const SLOTS_AT = 0, FLAG = 6, SIGNATURE = 7;
 
 /** How an attempt ended. */
@@ -63,6 +63,7 @@ export class SmallExchange {
       0,
       yields ? 1 : SPINS,
       this.#at + 4 * ROUND_WORDS,
+      Deno.build.arch === "x86_64" ? 1 : 0,
     ]);
   }
 
