@@ -44,10 +44,14 @@ class Runs implements Disposable {
     Deno.writeTextFileSync(join(this.folder, "text.txt"), text);
   }
 
-  /** Starts the training program. @param run Its name, also its mark. @param more Flags of launcher and program. */
-  start(run: string, more: { launch?: string[]; train?: string[] } = {}): Running {
-    const data = ["--data", join(this.folder, "text.txt"), "--out", this.folder, "--run", run];
-    const args = [TRAIN, ...SIZES, ...data, ...more.train ?? []];
+  /** Starts the training program. @param run Its name, also its mark. @param more Flags of launcher and program; whether the program is not told the name. */
+  start(
+    run: string,
+    more: { launch?: string[]; train?: string[]; unnamed?: boolean } = {},
+  ): Running {
+    const data = ["--data", join(this.folder, "text.txt"), "--out", this.folder];
+    const name = more.unnamed ? [] : ["--run", run];
+    const args = [TRAIN, ...SIZES, ...data, ...name, ...more.train ?? []];
     return startLauncher(["-n", `${RANKS}`, ...more.launch ?? [], ...args], { [MARK]: run });
   }
 
@@ -90,6 +94,23 @@ function processesOf(run: string): Map<number, number> {
     found.set(Number(name), rank === undefined ? -1 : Number(rank.slice(5)));
   }
   return found;
+}
+
+/** The process of a rank, once it runs; undefined if the run has ended. */
+async function pidOf(run: string, rank: number): Promise<number | undefined> {
+  for (const end = performance.now() + 5000; performance.now() < end; await pause(1)) {
+    const processes = processesOf(run);
+    const pid = [...processes].find(([, number]) => number === rank)?.[0];
+    if (pid !== undefined || processes.size === 0) return pid;
+  }
+}
+
+function kill(pid: number | undefined): void {
+  try {
+    if (pid !== undefined) Deno.kill(pid, "SIGKILL");
+  } catch {
+    // it has just ended
+  }
 }
 
 async function noneLeft(run: string): Promise<void> {
@@ -138,9 +159,8 @@ async function moment(
     textOf(join(runs.folder, run, "metrics.jsonl")).split("\n").length - 1 > after;
   const saving = () =>
     list(runs.checkpoints(run)).some((name) => name.startsWith(".checkpoint-saving"));
-  for (const end = performance.now() + 20_000; performance.now() < end;) {
+  for (const end = performance.now() + 20_000; performance.now() < end; await pause(0)) {
     if (arrived() && (what === "in a step" || saving())) break;
-    await pause(0);
   }
   await pause(random() * (what === "while saving" ? 6 : 12));
 }
@@ -153,26 +173,22 @@ async function killOnce(
 ): Promise<string> {
   const random = randomOf(seed);
   const what = MOMENTS[seed % MOMENTS.length];
-  const restarts = random() < 0.5;
+  const restarts = Math.floor(seed / MOMENTS.length) % 2 === 0;
   const victim = Math.floor(random() * RANKS);
   const run = `kill-${seed}`;
   const job = runs.start(run, { launch: restarts ? ["--max-restarts", "1"] : [] });
   await moment(what, { runs, run, random, whole_ms: whole.ms, job });
-  let pid: number | undefined;
-  for (const end = performance.now() + 5000; performance.now() < end; await pause(1)) {
-    pid = [...processesOf(run)].find(([, rank]) => rank === victim)?.[0];
-    if (pid !== undefined || processesOf(run).size === 0) break;
-  }
+  const pid = await pidOf(run, victim);
   const before = savedSteps(runs.checkpoints(run))[0] ?? 0;
   const step = runs.metrics(run).length;
   const killed = performance.now();
-  if (pid !== undefined) Deno.kill(pid, "SIGKILL");
-  const done = job.ended().then(() => {});
-  if (restarts) await Promise.race([done, job.says(/^launch: restart 1 of 1$/m)]);
-  else await done;
+  kill(pid);
+  let over = false;
+  void job.ended().then(() => over = true);
+  while (!over && !(restarts && /^launch: restart 1 of 1$/m.test(job.stderr))) await pause(2);
   const took_ms = performance.now() - killed;
   assert.ok(took_ms < LONGEST_END_MS, `the job ended only ${took_ms} ms after the kill`);
-  const { code, stderr } = await job.ended();
+  const { code, stdout, stderr } = await job.ended();
   assert.equal(code, restarts || stderr === "" ? 0 : 137, stderr);
   if (stderr !== "") { // else the rank had ended before it was killed
     assert.match(stderr, RegExp(`^launch: rank ${victim} of ${RANKS} was ended by SIGKILL`, "m"));
@@ -181,15 +197,13 @@ async function killOnce(
 
   const found = await newestCheckpoint(runs.checkpoints(run), {
     warn: (message) => assert.fail(message),
-  }).catch((error) => {
-    assert.equal(before, 0, error);
-    return null;
   });
-  const announced = Math.max(before, Math.floor((runs.metrics(run).length - 1) / EVERY) * EVERY);
-  assert.ok(
-    (found?.step ?? 0) >= announced,
-    `step ${announced} was saved, ${found?.step} is found`,
-  );
+  // A line of metrics is written once the checkpoint of an earlier step is complete.
+  const saved = Math.max(before, Math.floor((step - 1) / EVERY) * EVERY);
+  const from = restarts && stderr !== ""
+    ? Number(stdout.match(/from step (\d+)$/m)?.[1] ?? 0)
+    : found?.step ?? 0;
+  assert.ok(from >= saved, `step ${saved} was saved, the run went on from step ${from}`);
   if (found) await loadCheckpoint(found, { model: [] });
 
   if (!restarts) {
@@ -200,8 +214,7 @@ async function killOnce(
   }
   assert.deepEqual(runs.metrics(run), whole.metrics);
   const how = stderr === "" ? "too late" : restarts ? "restarted" : "resumed";
-  const from = found?.step ?? "none";
-  return `seed ${seed}: rank ${victim} ${what}, after step ${step}; checkpoint ${from}; ${how}; ended in ${
+  return `seed ${seed}: rank ${victim} ${what}, after step ${step}; ${how} from step ${from}; ended in ${
     took_ms.toFixed(0)
   } ms`;
 }
@@ -227,6 +240,34 @@ Deno.test({
         });
       }
     }
+  },
+});
+
+Deno.test({
+  name: "a restarted run finds its own folder, and takes up nothing of an older run of its name",
+  ignore: Deno.build.os !== "linux",
+  fn: async () => {
+    using runs = new Runs();
+    // Without --run the folder has the time for a name.
+    const unnamed = runs.start("unnamed", { launch: ["--max-restarts", "1"], unnamed: true });
+    const saved = () => list(runs.folder).flatMap((run) => savedSteps(runs.checkpoints(run)));
+    while (saved().length === 0) await pause(1);
+    kill(await pidOf("unnamed", 1));
+    const first = await unnamed.ended();
+    assert.equal(first.code, 0, first.stderr);
+    assert.match(first.stdout, /from step [1-9]\d*$/m);
+    const folders = list(runs.folder).filter((name) => name !== "text.txt");
+    assert.equal(folders.length, 1, `${folders}`);
+
+    // The second run of the name dies before it has begun.
+    const run = folders[0];
+    const again = runs.start(run, { launch: ["--max-restarts", "1"], train: ["--lr", "0.001"] });
+    kill(await pidOf(run, 0));
+    const second = await again.ended();
+    assert.equal(second.code, 0, second.stderr);
+    assert.match(second.stderr, /^launch: restart 1 of 1$/m);
+    assert.doesNotMatch(second.stdout, /from step/);
+    assert.equal(Math.max(...runs.metrics(run).map((row) => row.lr)), 0.001);
   },
 });
 
