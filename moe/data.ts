@@ -129,7 +129,7 @@ export interface Share {
   readonly rank?: number;
   /** Number of ranks. @default {1} */
   readonly size?: number;
-  /** Which part of the rank's share, when gradients are accumulated. @default {0} */
+  /** Which part of the batch, when gradients are accumulated: one that all ranks share. @default {0} */
   readonly part?: number;
   /** Number of such parts. @default {1} */
   readonly parts?: number;
@@ -193,7 +193,8 @@ export class Batches {
   }
 
   /**
-   * A rank's share of the global batch of a step: its sequences `rank · B / size` to `(rank + 1) · B / size`, rounded down.
+   * A rank's share of the global batch of a step: its sequences `rank · B / size` to `(rank + 1) · B / size`, rounded down; of B cut
+   * into parts alike, if there are any.
    * Shares do not overlap and together are the batch.
    *
    * @param step The step, from 0.
@@ -207,10 +208,11 @@ export class Batches {
     requireWhole("rank", rank, 0, size - 1);
     requireWhole("parts", parts, 1);
     requireWhole("part", part, 0, parts - 1);
-    const first = Math.floor(rank * this.batch / size);
-    const mine = Math.floor((rank + 1) * this.batch / size) - first;
-    const from = first + Math.floor(part * mine / parts);
-    const to = first + Math.floor((part + 1) * mine / parts);
+    // Parts first, then ranks: what a pass has in it does not depend on how many ranks there are.
+    const first = Math.floor(part * this.batch / parts);
+    const held = Math.floor((part + 1) * this.batch / parts) - first;
+    const from = first + Math.floor(rank * held / size);
+    const to = first + Math.floor((rank + 1) * held / size);
     const T = this.sequence;
     const inputs = new Int32Array((to - from) * T), targets = new Int32Array((to - from) * T);
     for (let b = from; b < to; b++) {

@@ -37,12 +37,15 @@ Deno.test("the shares of all ranks and parts are the global batch, whatever thei
         const whole = batches.get(step);
         assert.equal(whole.sequences, options.batch);
         const inputs: number[] = [], targets: number[] = [];
-        for (let rank = 0; rank < size; rank++) {
-          for (let part = 0; part < parts; part++) {
+        // A part is the same, by whatever number of ranks it is shared.
+        for (let part = 0; part < parts; part++) {
+          for (let rank = 0; rank < size; rank++) {
             const share = batches.get(step, { rank, size, part, parts });
             inputs.push(...share.inputs);
             targets.push(...share.targets);
           }
+          const { inputs: alone } = batches.get(step, { part, parts });
+          assert.deepEqual(inputs.slice(inputs.length - alone.length), [...alone]);
         }
         assert.deepEqual(inputs, [...whole.inputs]);
         assert.deepEqual(targets, [...whole.targets]);

@@ -116,7 +116,8 @@ export class Trainer implements AsyncDisposable {
     this.learningRate = options.learningRate;
     const parameters = model.parameters;
     this.optimizer = new AdamW(device, parameters, adamW);
-    const rows = data.training(0).tokens.length;
+    // The mean, not this rank's own rows: the graph must be alike on all ranks.
+    const rows = data.tokensPerStep / (options.accumulate * world.size);
     const graph = buildStepGraph(model.outline(rows, world.size));
     this.#reducer = new GradientReducer({ graph, scheduler, comm: gradients, device, parameters });
     this.#sums = zeros(device, [SUMS], "f64");

@@ -146,7 +146,7 @@ export class Transformer implements Disposable {
    * The model as a step graph's outline. It is alike on all ranks: the gradients of experts, which each rank holds others of, are not
    * in it, as their replicas reduce them among themselves.
    *
-   * @param rows Rows of a rank.
+   * @param rows Rows of a rank in a pass, on average; alike on all ranks.
    * @param ranks Number of ranks.
    * @returns The outline.
    */

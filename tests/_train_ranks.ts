@@ -107,7 +107,9 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
     name: "watched",
     plan(graph) {
       nodes = graph.nodes.map((node) =>
-        node.kind === "gradient" ? node.name : `${node.kind} ${node.layer} ${node.phase}`
+        node.kind === "gradient"
+          ? node.name
+          : `${node.kind} ${node.layer} ${node.phase} ${node.kind === "allToAll" ? node.bytes : ""}`
       );
       return inner.plan(graph);
     },

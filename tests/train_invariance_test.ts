@@ -59,6 +59,13 @@ Deno.test("training: three passes of a third are one whole step", async () => {
   assertAlike(parts, whole, 1e-5);
 });
 
+Deno.test("training: a pass of several is that of one rank, its balance loss and drops too", async () => {
+  const model = { router: { kind: "switch", auxLoss: 0.1, capacityFactor: 1 } } as const;
+  const common = { steps: 3, batch: 9, accumulate: 2, model };
+  const [alone] = await train(1, common);
+  for (const result of await train(3, common)) assertAlike(result, alone, 1e-5);
+});
+
 Deno.test("training: ranks may have unequal shares of the batch", async () => {
   const [alone] = await train(1, { steps: 2, batch: 7 });
   for (const result of await train(3, { steps: 2, batch: 7 })) assertAlike(result, alone, 1e-5);
@@ -82,7 +89,7 @@ Deno.test("training: what only reorders communication changes no bit", async () 
 
 Deno.test("training: the step graph is the order in which things happen, on every rank", async () => {
   const model = { denseLayers: 1, layers: 3, sharedExperts: 1 };
-  const results = await train(2, { steps: 1, model });
+  const results = await train(2, { steps: 1, batch: 7, model });
   for (const { boundaries, nodes } of results) {
     assert.deepEqual(nodes, results[0].nodes);
     const begun = boundaries.filter(([kind]) =>
