@@ -39,11 +39,11 @@ export function argumentError(caller: Caller, rule: string, value: unknown): Ran
 /** Elements on the host; the view of linear memory is made when a transport asks for it. */
 export class HostRegion implements Region {
   /** Element type. */
-  readonly dtype: DType;
+  dtype: DType;
   /** Number of elements. */
-  readonly length: number;
+  length: number;
   /** Byte offset in linear memory, or −1. */
-  readonly address: number;
+  address: number;
   #array: TypedArray | undefined;
 
   /** @param dtype Element type. @param length Elements. @param address In linear memory, or −1. @param array The ordinary array, if it is one. */
@@ -52,6 +52,20 @@ export class HostRegion implements Region {
     this.length = length;
     this.address = address;
     this.#array = array;
+  }
+
+  /** Describes other elements from now on: the communicator reuses two regions for what is complete at once. @returns This. */
+  set(dtype: DType, length: number, address: number, array: TypedArray | undefined): HostRegion {
+    this.dtype = dtype;
+    this.length = length;
+    this.address = address;
+    this.#array = array;
+    return this;
+  }
+
+  /** A region of the same elements that nobody reuses. @returns It. */
+  keep(): HostRegion {
+    return new HostRegion(this.dtype, this.length, this.address, this.#array);
   }
 
   /** The elements as a typed array. */
@@ -72,15 +86,13 @@ export class HostRegion implements Region {
  * @param caller Who calls what.
  * @param data The argument.
  * @param what Its name in messages: `x`, `out`.
+ * @param into The region that describes them if they are on the host.
  * @returns Its elements.
  * @throws {TypeError} If it is no typed array or tensor.
  * @throws {RangeError} If a tensor is disposed or lives on another device.
  */
-export function regionOf(caller: Caller, data: Data, what: string): Region {
-  if (data instanceof Float32Array && caller.device?.kind !== "cuda") { // the most frequent array
-    return new HostRegion("f32", data.length, linearOffset(data), data);
-  }
-  if (data instanceof Tensor) return tensorRegion(caller, data, what);
+export function regionOf(caller: Caller, data: Data, what: string, into: HostRegion): Region {
+  if (data instanceof Tensor) return tensorRegion(caller, data, what, into);
   if (!ArrayBuffer.isView(data)) {
     throw new TypeError(
       argumentError(caller, `${what} must be a typed array or a tensor`, describe(data)).message,
@@ -93,10 +105,10 @@ export function regionOf(caller: Caller, data: Data, what: string): Region {
       "a host array",
     );
   }
-  return new HostRegion(dtypeOf(data), data.length, linearOffset(data), data);
+  return into.set(dtypeOf(data), data.length, linearOffset(data), data);
 }
 
-function tensorRegion(caller: Caller, tensor: Tensor, what: string): Region {
+function tensorRegion(caller: Caller, tensor: Tensor, what: string, into: HostRegion): Region {
   if (tensor.disposed) {
     throw argumentError(caller, `${what} must not be disposed`, "a freed tensor");
   }
@@ -108,7 +120,7 @@ function tensorRegion(caller: Caller, tensor: Tensor, what: string): Region {
       `a tensor on ${device.name}`,
     );
   }
-  if (device.kind === "cpu") return new HostRegion(dtype, size, address, undefined);
+  if (device.kind === "cpu") return into.set(dtype, size, address, undefined);
   return { dtype, length: size, array: null, address };
 }
 
@@ -203,7 +215,7 @@ export function sumOf(caller: Caller, counts: Counts, what: string): number {
   let sum = 0;
   for (let r = 0; r < counts.length; r++) {
     const n = counts[r];
-    if (!Number.isSafeInteger(n) || n < 0) {
+    if (!(n >= 0) || (n | 0) !== n && !Number.isSafeInteger(n)) {
       throw argumentError(caller, `${what} must be whole numbers >= 0`, `${n} for rank ${r}`);
     }
     sum += n;

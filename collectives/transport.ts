@@ -81,6 +81,11 @@ export interface Transport {
    */
   start(request: CollectiveRequest): Completion;
   /**
+   * Tries to complete a collective within the call. The request and its regions are lent: they change after it. If it returns false,
+   * `start` of the same operation is the next call and goes on from what has been done.
+   */
+  now?(request: CollectiveRequest): boolean;
+  /**
    * A transport among some of the ranks, called by all of them at the same point. `members[newRank]` is the rank in this transport;
    * `id` is a name that all members agree on and that nobody else uses.
    */

@@ -69,7 +69,6 @@ async function until(met: () => boolean, rule: string): Promise<void> {
 }
 
 let spread: Spread | undefined; // of this process
-const DONE: Completion = { poll: () => true, idle: () => {} };
 const open = new Set<ShmTransport>();
 
 class ShmTransport implements Transport {
@@ -84,6 +83,8 @@ class ShmTransport implements Transport {
   readonly #busyPolls: number;
   readonly #queue: ShmCompletion[] = []; // collectives in the order of their calls
   readonly #splitting = new Map<number, Promise<void>>();
+  /** How far `now` came with the operation that is started next. */
+  #attempt = Attempt.None;
   #failure: Error | undefined;
   #nextLivenessCheck = 0;
 
@@ -105,6 +106,19 @@ class ShmTransport implements Transport {
     open.add(this);
   }
 
+  now(request: CollectiveRequest): boolean {
+    const slots = this.#slots;
+    if (this.#queue.length > 0 || this.#failure !== undefined || !slots.writable(slots.round)) {
+      return false;
+    }
+    this.segment.begin(request.sequence + 1);
+    this.#attempt = this.#small.start(request);
+    if (this.#attempt !== Attempt.Complete) return false;
+    this.#attempt = Attempt.None;
+    slots.next();
+    return true;
+  }
+
   start(request: CollectiveRequest): Completion {
     const { operation } = request;
     if (operation === "send" || operation === "recv") {
@@ -113,18 +127,11 @@ class ShmTransport implements Transport {
         : this.#channels.recv(request);
       return new ShmCompletion(this, pair, null, request.peer);
     }
-    this.segment.begin(request.sequence + 1);
+    if (this.#attempt === Attempt.None) this.segment.begin(request.sequence + 1);
     const slots = this.#slots;
-    let attempt = Attempt.None;
-    if (this.#queue.length === 0 && this.#failure === undefined && slots.writable(slots.round)) {
-      attempt = this.#small.start(request);
-      if (attempt === Attempt.Complete) {
-        slots.next();
-        return DONE;
-      }
-      if (attempt === Attempt.Asleep) slots.wakeAll();
-    }
-    const rounds = new RoundsOperation(slots, request, attempt !== Attempt.None);
+    if (this.#attempt === Attempt.Asleep) slots.wakeAll();
+    const rounds = new RoundsOperation(slots, request, this.#attempt !== Attempt.None);
+    this.#attempt = Attempt.None;
     const completion = new ShmCompletion(this, rounds, rounds, -1);
     this.#queue.push(completion);
     return completion;
