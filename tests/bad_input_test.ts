@@ -66,6 +66,7 @@ Deno.test("ranks that disagree are told so, never left hanging", async () => {
         await (odd ? other : world).barrier();
         await (odd ? world : other).barrier();
       },
+      dup: () => odd ? new Promise((resolve) => setTimeout(resolve, 60_000)) : world.dup(),
       message: async () => {
         if (world.rank === 0) await world.send(x, 1);
         if (odd) await world.recv(x.subarray(1), 0);
@@ -93,6 +94,7 @@ Deno.test("ranks that disagree are told so, never left hanging", async () => {
     ["skip", another, both("allReduce", "barrier")],
     ["gathered", another, both("allGatherV.f32, counts 2 2 2", "allGatherV.f32, counts 3 2 2")],
     ["communicators", late, late],
+    ["dup", /world\/dup1 within 1000 ms.*not arrived: rank 1$/, /world\/dup1 within 1000 ms/],
     ["message", size, size],
     // Without the check these exchange what the sender, or each root, has sent.
     ["counts", /^$/, /sendCounts\[1\] of rank 0 must be recvCounts\[0\] of rank 1, 2: .* 3$/],

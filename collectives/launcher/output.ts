@@ -185,7 +185,7 @@ function joinBytes(parts: readonly Uint8Array[]): Uint8Array {
  * @returns Whether another failure, if there is one, says more.
  */
 export function isConsequence(headline: string): boolean {
-  return /Cannot complete \w+ .*on rank \d+/.test(headline);
+  return /Cannot (complete \w+ .*on rank \d+|connect as .* must join)/.test(headline);
 }
 
 /**

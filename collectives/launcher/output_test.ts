@@ -131,6 +131,7 @@ Deno.test("isConsequence() tells errors for lack of another rank", () => {
   assert.ok(
     isConsequence("Error: Cannot complete allReduce 3 of world on rank 0: rank 1 must take part"),
   );
+  assert.ok(isConsequence("Error: Cannot connect as rank 1 must join world/dup1: it has died"));
   assert.ok(
     !isConsequence("Error: Cannot run allReduce on rank 0 of world as out must have 8 elements"),
   );

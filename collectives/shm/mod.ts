@@ -40,27 +40,52 @@ export async function openShm(context: BootContext): Promise<Transport> {
     const text = new TextDecoder().decode(await store.get(BOOT_KEY));
     segment = Segment.open(rank, size, JSON.parse(text) as SegmentAddress);
   }
-  await joined(segment, "the job");
-  return new ShmTransport(segment, segment, [...Array(size).keys()], departed);
+  const members = [...Array(size).keys()];
+  await joined(segment, "the job", members, (r) => departed?.get(r) ?? null);
+  return new ShmTransport(segment, segment, members, departed);
 }
 
-/** Waits until all ranks have opened a segment. */
-async function joined(segment: Segment, what: string): Promise<void> {
-  await until(
-    () => segment.complete,
-    `all ${segment.size} ranks must join ${what} in shared memory`,
-  );
+/** Why a rank of a group that is being made will not come, or null. */
+type Gone = (rank: number) => string | null;
+
+/** Waits until all members, who are known by their ranks in the group that this one is made of, have opened a segment. */
+async function joined(
+  segment: Segment,
+  what: string,
+  members: readonly number[],
+  gone: Gone,
+): Promise<void> {
+  const awaited = () => segment.absent.map((rank) => members[rank]);
+  await until(() => segment.complete, { what, awaited, gone });
   segment.seal();
 }
 
-async function until(met: () => boolean, rule: string): Promise<void> {
+async function until(
+  met: () => boolean,
+  { what, awaited, gone }: { what: string; awaited: () => readonly number[]; gone: Gone },
+): Promise<void> {
   const timeout_ms = timeoutOf(undefined);
-  const end = performance.now() + timeout_ms;
+  const began = performance.now();
+  let nextLivenessCheck = began + LIVENESS_INTERVAL_MS;
   for (let turn = 0; !met(); turn++) {
-    if (performance.now() > end) {
+    const now_ms = performance.now();
+    if (now_ms > began + timeout_ms) {
       throw new Error(
-        `Cannot connect as ${rule} within ${timeout_ms} ms: current value is still waiting`,
+        `Cannot connect as all ranks must join ${what} within ${timeout_ms} ms: current value is still waiting; not arrived: rank ${
+          awaited().join(", rank ")
+        }`,
       );
+    }
+    if (now_ms > nextLivenessCheck) {
+      nextLivenessCheck = now_ms + LIVENESS_INTERVAL_MS;
+      const lost = awaited().find((rank) => gone(rank) !== null);
+      if (lost !== undefined && !met()) {
+        throw new Error(
+          `Cannot connect as rank ${lost} must join ${what}: current value is that it ${
+            gone(lost)
+          }`,
+        );
+      }
     }
     if (turn > 100) libc().usleep(200);
     progress();
@@ -181,8 +206,7 @@ class ShmTransport implements Transport {
     }
     const head = completion.rounds === null ? completion : this.#queue[0] ?? completion;
     for (const rank of head.awaited()) {
-      const reason = this.segment.gone(rank) ??
-        this.#departed?.get(this.segment.bellRank(rank)) ?? null;
+      const reason = this.#goneFrom(this.segment, rank);
       // It may have done its part just before it went.
       if (reason !== null && head.awaited().includes(rank)) {
         this.#fail(
@@ -193,12 +217,17 @@ class ShmTransport implements Transport {
     }
   }
 
+  #goneFrom(segment: Segment, rank: number): string | null {
+    return segment.gone(rank) ?? this.#departed?.get(segment.bellRank(rank)) ?? null;
+  }
+
   async split(members: readonly number[], id: string): Promise<Transport> {
     if (members.length === 1) return openSelf();
     const parent = this.segment;
     const rank = members.indexOf(parent.rank);
     const size = members.length;
     const key = keyOf(id);
+    const gone = (r: number) => this.#goneFrom(parent, r);
     let segment: Segment | undefined;
     if (rank === 0) {
       // One letter-box per rank: the members of an earlier group must have opened it first.
@@ -209,7 +238,7 @@ class ShmTransport implements Transport {
       try {
         segment = Segment.create(size);
         parent.post(key, segment.address);
-        await joined(segment, id);
+        await joined(segment, id, members, gone);
       } finally {
         this.#splitting.delete(key);
         resolve();
@@ -218,10 +247,10 @@ class ShmTransport implements Transport {
       let address: SegmentAddress | null = null;
       await until(
         () => (address = parent.mail(members[0], key)) !== null,
-        `rank ${members[0]} must make the memory of ${id}`,
+        { what: id, awaited: () => [members[0]], gone },
       );
       segment = Segment.open(rank, size, address!);
-      await joined(segment, id);
+      await joined(segment, id, members, gone);
     }
     return new ShmTransport(
       segment,

@@ -217,6 +217,12 @@ export class Segment {
     return Atomics.load(this.words, this.base / 4 + H_JOINED) === this.size;
   }
 
+  /** Ranks that have not opened the segment yet. */
+  get absent(): number[] {
+    return [...Array(this.size).keys()]
+      .filter((rank) => Atomics.load(this.words, this.#status(rank) + S_PID) === 0);
+  }
+
   /** Gives the descriptor back; to be called once all ranks have opened the segment. */
   seal(): void {
     if (this.#fd < 0) return;
