@@ -42,7 +42,7 @@ export type {
 } from "./moe/moe_types.ts";
 export { plainStep, type Step } from "./moe/step.ts";
 export { normal, type Random, random } from "./moe/init.ts";
-export type { Parameter } from "./moe/parameter.ts";
+export type { Moments, Parameter } from "./moe/parameter.ts";
 export type { ExpertStore } from "./moe/expert_store.ts";
 export type { ExpertMatrices, ExpertsSaved } from "./moe/experts.ts";
 export type {
@@ -83,7 +83,7 @@ export type { Block, BlockSaved, FeedForwardOutput, FeedForwardPart } from "./mo
 export type { Attention, AttentionSaved, Rows } from "./moe/attention.ts";
 export type { Norm, Normed } from "./moe/norm.ts";
 export { type StepMetrics, Trainer, type TrainerOptions } from "./moe/trainer.ts";
-export type { AdamW, AdamWSettings, LearningRateOptions, Moments } from "./moe/optimizer.ts";
+export type { AdamW, AdamWSettings, LearningRateOptions } from "./moe/optimizer.ts";
 export { loadText, type TextOptions, type TokenData, type Tokens } from "./moe/data.ts";
 export { type TrainingData, trainingData, type TrainingDataOptions } from "./moe/training_data.ts";
 export { byteTokenizer, type Tokenizer } from "./moe/tokenizer.ts";

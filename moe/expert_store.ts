@@ -1,4 +1,4 @@
-// The one owner of the experts of a layer on this rank: weights and gradients by expert id. A rank has *seats* that experts sit in; a
+// The one owner of the experts of a layer on this rank: weights, gradients and, while a trainer works, AdamW's moments, by expert id. A rank has *seats* that experts sit in; a
 // replica is an expert that sits on several ranks, whose gradients are reduced among these ranks alone. Every expert is one flat
 // block of memory, [up | down], so that reducing or moving an expert is one message.
 //
@@ -15,7 +15,7 @@ import { empty, fromArray, type Tensor, zeros } from "../tensor/tensor.ts";
 import type { ExpertMatrices } from "./experts.ts";
 import type { PlacementPlan } from "./hooks.ts";
 import { normal, random } from "./init.ts";
-import type { Parameter } from "./parameter.ts";
+import { createMoments, freeMoments, type Moments, type Parameter } from "./parameter.ts";
 import { holdersOf } from "./placement.ts";
 
 /** How an {@linkcode ExpertStore} is made; all but the device is alike on all ranks. */
@@ -46,13 +46,16 @@ export interface ExpertStoreOptions {
   readonly downStd: number;
 }
 
-/** An expert that sits on this rank. */
-interface SeatedExpert {
-  readonly id: number;
-  /** All weights, [up | down]. */
+/** The memory of an expert, each tensor flat: [up | down]. */
+interface ExpertMemory {
   readonly weights: Tensor;
-  /** Their gradient. */
   readonly gradient: Tensor;
+  readonly moments: Moments | null;
+}
+
+/** An expert that sits on this rank. */
+interface SeatedExpert extends ExpertMemory {
+  readonly id: number;
   /** The matrices of `weights`. */
   readonly matrices: ExpertMatrices;
   /** The matrices of `gradient`. */
@@ -67,6 +70,7 @@ export class ExpertStore implements Disposable {
   #seats: PlacementPlan["seats"];
   #holders: readonly (readonly number[])[];
   #seated: readonly SeatedExpert[];
+  #holdsMoments = false;
   /** Communicators of replicas, by the ranks they join; null where this rank is not one of them. */
   readonly #groups = new Map<string, Communicator | null>();
 
@@ -83,7 +87,7 @@ export class ExpertStore implements Disposable {
     this.#seats = seats;
     this.#holders = holdersOf(seats, experts);
     this.#seated = seats[comm.rank].map((id) => {
-      const expert = this.#makeSeat(id);
+      const expert = this.#seat(id, this.#allocate());
       this.#initialise(expert);
       return expert;
     });
@@ -134,8 +138,8 @@ export class ExpertStore implements Disposable {
   }
 
   /**
-   * Seats the experts anew: weights of an expert that a rank did not hold come from one that did, gradients there begin at zero. All
-   * ranks call it together, between steps. Experts that stay keep their memory; `parameters` changes.
+   * Seats the experts anew: weights and moments of an expert that a rank did not hold come from one that did, gradients there begin at
+   * zero. All ranks call it together, between steps. Experts that stay keep their memory; `parameters` changes.
    *
    * @param seats Experts of each rank from now on.
    * @throws {RangeError} If the seats are not valid; nothing has moved then.
@@ -152,11 +156,13 @@ export class ExpertStore implements Disposable {
       holders[e].filter((rank) => !old.includes(rank)).forEach((rank, i) => {
         const source = old[i % old.length];
         if (comm.rank === source) {
-          works.push(comm.send(held.get(e)!.weights, rank, { tag: e }));
+          for (const tensor of stateOf(held.get(e)!)) {
+            works.push(comm.send(tensor, rank, { tag: e }));
+          }
         } else if (comm.rank === rank) {
-          const expert = this.#makeSeat(e);
+          const expert = this.#seat(e, this.#allocate());
           held.set(e, expert);
-          works.push(comm.recv(expert.weights, source, { tag: e }));
+          for (const tensor of stateOf(expert)) works.push(comm.recv(tensor, source, { tag: e }));
         }
       });
     }
@@ -169,9 +175,24 @@ export class ExpertStore implements Disposable {
     this.#seated = seats[comm.rank].map((id) => held.get(id)!);
   }
 
-  /** Frees weights and gradients. Communicators of replicas end with the world. */
+  /**
+   * Makes the experts hold AdamW's moments, from zero, and take them along when they move; or frees them. All ranks call it together.
+   *
+   * @param hold Whether they shall. `parameters` changes.
+   */
+  holdMoments(hold: boolean): void {
+    this.#holdsMoments = hold;
+    this.#seated = this.#seated.map((expert) => {
+      if (expert.moments) freeMoments(expert.moments);
+      const { id, weights, gradient } = expert;
+      return this.#seat(id, { weights, gradient, moments: hold ? createMoments(weights) : null });
+    });
+  }
+
+  /** Frees what the experts hold. Communicators of replicas end with the world. */
   [Symbol.dispose](): void {
     this.#seated.forEach(freeSeat);
+    this.#seated = [];
   }
 
   /** The experts that sit here by ascending id: an order that ranks agree on whatever the order of their seats. */
@@ -179,16 +200,25 @@ export class ExpertStore implements Disposable {
     return [...this.#seated].sort((a, b) => a.id - b.id);
   }
 
-  #makeSeat(id: number): SeatedExpert {
-    const { device, layer, width, hidden, activation, dtype } = this.#options;
+  #allocate(): ExpertMemory {
+    const { device, width, hidden, activation, dtype } = this.#options;
+    const size = (activation === "swiglu" ? 3 : 2) * hidden * width;
+    const weights = empty(device, [size], dtype);
+    const moments = this.#holdsMoments ? createMoments(weights) : null;
+    return { weights, gradient: zeros(device, [size], dtype), moments };
+  }
+
+  #seat(id: number, memory: ExpertMemory): SeatedExpert {
+    const { layer, width, hidden, activation } = this.#options;
+    const { weights, gradient, moments } = memory;
     const rows = activation === "swiglu" ? 2 * hidden : hidden;
-    const weights = empty(device, [(rows + hidden) * width], dtype);
-    const gradient = zeros(device, [(rows + hidden) * width], dtype);
     const matricesOf = (flat: Tensor): ExpertMatrices => ({
       up: flat.rows(0, rows * width).reshape(rows, width),
       down: flat.rows(rows * width, flat.size).reshape(width, hidden),
     });
     const matrices = matricesOf(weights), gradients = matricesOf(gradient);
+    const first = moments && matricesOf(moments.moment1);
+    const second = moments && matricesOf(moments.moment2);
     const parameter = (part: string, matrix: "up" | "down", start: number, end: number) => ({
       name: `model.layers.${layer}.block_sparse_moe.experts.${id}.${part}.weight`,
       value: matrices[matrix].rows(start, end),
@@ -196,10 +226,16 @@ export class ExpertStore implements Disposable {
       group: "replicas" as const,
       expert: { layer, id },
       decay: true,
+      moments: first && second
+        ? {
+          moment1: first[matrix].rows(start, end),
+          moment2: second[matrix].rows(start, end),
+        }
+        : undefined,
     });
     const parameters = [parameter("w2", "down", 0, width), parameter("w1", "up", 0, hidden)];
     if (activation === "swiglu") parameters.push(parameter("w3", "up", hidden, 2 * hidden));
-    return { id, weights, gradient, matrices, gradients, parameters };
+    return { id, ...memory, matrices, gradients, parameters };
   }
 
   #initialise(expert: SeatedExpert): void {
@@ -247,7 +283,13 @@ function checkSeats(seats: PlacementPlan["seats"], ranks: number): void {
   }
 }
 
-function freeSeat({ weights, gradient }: SeatedExpert): void {
+/** What moves with an expert. */
+function stateOf({ weights, moments }: ExpertMemory): Tensor[] {
+  return moments ? [weights, moments.moment1, moments.moment2] : [weights];
+}
+
+function freeSeat({ weights, gradient, moments }: ExpertMemory): void {
   weights[Symbol.dispose]();
   gradient[Symbol.dispose]();
+  if (moments) freeMoments(moments);
 }

@@ -1,10 +1,9 @@
 // AdamW with decoupled decay, the learning rate's course, and clipping by the global norm. Each rank updates the parameters that it
-// holds: replicated ones alike on all ranks, an expert where it sits. The moments are kept by name, for checkpoints.
+// holds: replicated ones alike on all ranks, an expert where it sits now. Moments of experts are the expert store's, and move with them.
 
-import type { Device } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
-import { type Tensor, zeros } from "../tensor/tensor.ts";
-import type { Parameter } from "./parameter.ts";
+import type { Tensor } from "../tensor/tensor.ts";
+import { createMoments, freeMoments, type Moments, type Parameter } from "./parameter.ts";
 
 /** Course of the learning rate: a linear warm-up, then half a cosine down to a floor. */
 export interface LearningRateOptions {
@@ -57,42 +56,42 @@ export interface AdamWSettings {
   readonly weightDecay?: number;
 }
 
-/** The two moments of a parameter; same shape as it. */
-export interface Moments {
-  /** Mean of the gradient. */
-  readonly moment1: Tensor;
-  /** Mean of the squared gradient. */
-  readonly moment2: Tensor;
-}
-
 /** AdamW (Loshchilov and Hutter) over a set of parameters. */
 export class AdamW implements Disposable {
   /** Updates done so far; a resumed run sets it. */
   steps = 0;
-  /** The moments by name of their parameter. */
-  readonly moments: ReadonlyMap<string, Moments>;
-  readonly #parameters: readonly Parameter[];
+  readonly #parameters: () => readonly Parameter[];
+  /** Moments by name of their parameter, of those that have none themselves. */
+  readonly #moments = new Map<string, Moments>();
   readonly #settings: Required<AdamWSettings>;
 
   /**
-   * Makes moments of zeros.
+   * Makes moments of zeros for the parameters that bring none.
    *
-   * @param device Where the moments live.
-   * @param parameters What to update.
+   * @param parameters What to update; asked again in every step, as experts may move in between.
    * @param settings Constants.
    */
-  constructor(device: Device, parameters: readonly Parameter[], settings: AdamWSettings = {}) {
+  constructor(parameters: () => readonly Parameter[], settings: AdamWSettings = {}) {
     this.#parameters = parameters;
     this.#settings = { beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, ...settings };
-    const moments = new Map<string, Moments>();
-    for (const { name, value } of parameters) {
-      const dtype = value.dtype === "f64" ? "f64" : "f32";
-      moments.set(name, {
-        moment1: zeros(device, value.shape, dtype),
-        moment2: zeros(device, value.shape, dtype),
-      });
+    for (const { name, value, moments } of parameters()) {
+      if (!moments) this.#moments.set(name, createMoments(value));
     }
-    this.moments = moments;
+  }
+
+  /**
+   * The moments of a parameter.
+   *
+   * @param parameter One of those that are updated.
+   * @returns Its moments.
+   * @throws {Error} If it came later and brought none.
+   */
+  momentsOf({ name, moments }: Parameter): Moments {
+    const found = moments ?? this.#moments.get(name);
+    if (!found) {
+      throw new Error(`Cannot update ${name} as it must have moments: current value has none`);
+    }
+    return found;
   }
 
   /**
@@ -104,8 +103,9 @@ export class AdamW implements Disposable {
   update(lr: number, gradScale: number = 1): void {
     const step = ++this.steps;
     const { beta1, beta2, eps, weightDecay } = this.#settings;
-    for (const { name, value, grad, decay } of this.#parameters) {
-      const { moment1, moment2 } = this.moments.get(name)!;
+    for (const parameter of this.#parameters()) {
+      const { value, grad, decay } = parameter;
+      const { moment1, moment2 } = this.momentsOf(parameter);
       const options = {
         lr,
         beta1,
@@ -120,12 +120,9 @@ export class AdamW implements Disposable {
     }
   }
 
-  /** Frees the moments. */
+  /** Frees the moments, but for those that are the parameters' own. */
   [Symbol.dispose](): void {
-    for (const { moment1, moment2 } of this.moments.values()) {
-      moment1[Symbol.dispose]();
-      moment2[Symbol.dispose]();
-    }
+    this.#moments.forEach(freeMoments);
   }
 }
 

@@ -29,7 +29,7 @@ Deno.test("learning rate: warm-up, cosine, floor", () => {
 
 Deno.test("AdamW: two steps as the formula has them; decay only where asked; gradients are cleared", async () => {
   const [a, b] = [parameter("a", [0.5, -2]), parameter("b", [0.5, -2], { decay: false })];
-  using adam = new AdamW(device, [a, b], { beta1: 0.9, beta2: 0.99, eps: 1e-8, weightDecay: 0.1 });
+  using adam = new AdamW(() => [a, b], { beta1: 0.9, beta2: 0.99, eps: 1e-8, weightDecay: 0.1 });
   const expected = [[1, 1], [1, 1]], m = [0, 0], v = [0, 0];
   for (const step of [1, 2]) {
     const grads = [0.5 * step, -2 / step];

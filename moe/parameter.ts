@@ -5,6 +5,14 @@ import type { Device } from "../tensor/device.ts";
 import { empty, fromArray, type Shape, sizeOf, type Tensor, zeros } from "../tensor/tensor.ts";
 import { normal, random } from "./init.ts";
 
+/** AdamW's two moments of a parameter; same shape as it. */
+export interface Moments {
+  /** Mean of the gradient. */
+  readonly moment1: Tensor;
+  /** Mean of the squared gradient. */
+  readonly moment2: Tensor;
+}
+
 /** A trainable tensor. */
 export interface Parameter {
   /** Name in checkpoints, as Hugging Face's Mixtral layout has it. */
@@ -19,6 +27,8 @@ export interface Parameter {
   readonly expert?: { readonly layer: number; readonly id: number };
   /** Whether weight decay applies (matrices yes, gains no). */
   readonly decay: boolean;
+  /** The moments, where they move with the parameter, as an expert's do; those of others are the optimizer's. */
+  readonly moments?: Moments;
 }
 
 /** What {@linkcode createParameter} makes. */
@@ -29,6 +39,17 @@ export interface ParameterOptions {
   readonly dtype: DType;
   /** Normal numbers of this standard deviation, seeded by the run's seed and the name; or one constant value. */
   readonly init: { readonly std: number; readonly seed: number } | { readonly value: number };
+}
+
+/**
+ * Moments of zeros, as training begins.
+ *
+ * @param weights What they are the moments of.
+ * @returns The moments, in f32 at least.
+ */
+export function createMoments({ device, shape, dtype }: Tensor): Moments {
+  const wide = dtype === "f64" ? "f64" : "f32";
+  return { moment1: zeros(device, shape, wide), moment2: zeros(device, shape, wide) };
 }
 
 /**
@@ -93,6 +114,16 @@ export function createFusedParameters(
     return { ...first, value, grad: whole.grad.rows(i * rows, (i + 1) * rows) };
   });
   return { whole, parts };
+}
+
+/**
+ * Frees moments.
+ *
+ * @param moments The moments.
+ */
+export function freeMoments({ moment1, moment2 }: Moments): void {
+  moment1[Symbol.dispose]();
+  moment2[Symbol.dispose]();
 }
 
 /**

@@ -114,12 +114,18 @@ export class Trainer implements AsyncDisposable {
     this.#options = options;
     this.#gradients = gradients;
     this.learningRate = options.learningRate;
-    const parameters = model.parameters;
-    this.optimizer = new AdamW(device, parameters, adamW);
+    for (const layer of model.moeLayers) layer.store.holdMoments(true);
+    this.optimizer = new AdamW(() => model.parameters, adamW);
     // The mean, not this rank's own rows: the graph must be alike on all ranks.
     const rows = data.tokensPerStep / (options.accumulate * world.size);
     const graph = buildStepGraph(model.outline(rows, world.size));
-    this.#reducer = new GradientReducer({ graph, scheduler, comm: gradients, device, parameters });
+    this.#reducer = new GradientReducer({
+      graph,
+      scheduler,
+      comm: gradients,
+      device,
+      parameters: model.parameters,
+    });
     this.#sums = zeros(device, [SUMS], "f64");
   }
 
@@ -267,7 +273,7 @@ export class Trainer implements AsyncDisposable {
   #moments(): CheckpointTensor[] {
     const { model } = this.#options;
     return model.parameters.flatMap((parameter) => {
-      const { moment1, moment2 } = this.optimizer.moments.get(parameter.name)!;
+      const { moment1, moment2 } = this.optimizer.momentsOf(parameter);
       const owner = model.ownerOf(parameter);
       return [
         namedTensor(`${parameter.name}.moment1`, moment1, owner),
@@ -279,6 +285,7 @@ export class Trainer implements AsyncDisposable {
   /** Frees the optimizer's moments and the gradients' communicator. */
   async [Symbol.asyncDispose](): Promise<void> {
     this.optimizer[Symbol.dispose]();
+    for (const layer of this.#options.model.moeLayers) layer.store.holdMoments(false);
     this.#sums[Symbol.dispose]();
     await this.#gradients[Symbol.asyncDispose]();
   }

@@ -9,7 +9,7 @@ import { Transformer } from "../moe/transformer.ts";
 import { stepVolume } from "../moe/volume.ts";
 import { Fifo } from "../moe/fifo.ts";
 import { worldGradients } from "../moe/graph.ts";
-import type { Boundary, CollectiveScheduler } from "../moe/hooks.ts";
+import type { Boundary, CollectiveScheduler, PlacementPlan } from "../moe/hooks.ts";
 import { cpuDevice } from "../tensor/cpu/device.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { rankMain } from "./_ranks.ts";
@@ -22,6 +22,8 @@ export interface TrainArgs {
   readonly accumulate?: number;
   readonly clip?: number;
   readonly replicas?: number;
+  /** After every step experts move on: to other ranks, or to more ranks and back. */
+  readonly moves?: "turn" | "replicate";
   /** Bytes of a bucket of gradients. */
   readonly bucketBytes?: number;
   /** In place of buckets: parts of at most 300 elements, launched while no all-to-all runs, or all at the step's end. */
@@ -96,7 +98,9 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
     },
     { sequence: SEQUENCE, batch, accumulate, seed: 5, rank: comm.rank, size: comm.size },
   );
-  const placement = replicatedPlacement(args.replicas ?? 1);
+  const seatings = seatingsOf(args, config.experts, comm.size);
+  let seating = 0;
+  const placement = { name: "moving", plan: () => seatings[seating] };
   using model = new Transformer({ device, comm, config, seed: 11, placement });
   const boundaries: [Boundary["kind"], number][] = [];
   let nodes: string[] = [];
@@ -148,6 +152,10 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
     loss.push(row.loss);
     gradNorm.push(row.grad_norm);
     auxLoss.push(row.aux_loss);
+    if (seatings.length > 1) {
+      seating = (seating + 1) % seatings.length;
+      for (const layer of model.moeLayers) await layer.store.moveTo(seatings[seating].seats);
+    }
     if (args.saveAt === row.step) await trainer.save(args.directory!, { state: { mark: 1 } });
   }
   const bytes = bytesOf(trainer);
@@ -181,6 +189,21 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
     nodes,
     formula: { ...formula },
   };
+}
+
+/** Where experts sit, step after step. */
+function seatingsOf({ replicas = 1, moves }: TrainArgs, experts: number, ranks: number) {
+  const plan = (replicas: number): PlacementPlan =>
+    replicatedPlacement(replicas).plan({ layer: 0, experts, ranks, counts: null });
+  const first = plan(replicas);
+  if (moves === undefined) return [first];
+  if (moves === "replicate") return [first, plan(ranks)];
+  // Each rank gets its neighbour's experts, in the opposite order.
+  const turn = ({ seats, split }: PlacementPlan): PlacementPlan => ({
+    seats: seats.map((_, rank) => seats[(rank + 1) % ranks].toReversed()),
+    split,
+  });
+  return [first, turn(first), turn(turn(first))];
 }
 
 /** Small parts of single gradients. */

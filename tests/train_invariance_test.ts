@@ -51,6 +51,20 @@ Deno.test("training: replicas of experts change nothing but rounding", async () 
   }
 });
 
+Deno.test("training: experts that move between steps take all with them that the optimizer knows", async () => {
+  // Without clipping: the squares of the gradient are added up rank by rank, so its norm is another in the last bits.
+  const common = { steps: 5, clip: 0, parameters: true };
+  const [still, moving, replicated] = await Promise.all([
+    train(3, common),
+    train(3, { ...common, moves: "turn" }),
+    train(2, { ...common, moves: "replicate" }),
+  ]);
+  assert.deepEqual(moving[0].loss, still[0].loss);
+  const all = (results: readonly TrainResult[]) => Object.assign({}, ...results.map((r) => r.sums));
+  assert.deepEqual(all(moving), all(still));
+  assertAlike(replicated[1], still[0], 1e-5);
+});
+
 Deno.test("training: three passes of a third are one whole step", async () => {
   // Without the balance loss: it is one of the whole batch, and the mean over passes is another.
   const model = { router: { kind: "softmax", topK: 2, zLoss: 0.01 } } as const;
