@@ -564,7 +564,7 @@ class TransportCommunicator implements Communicator {
 /** One operation in flight: its trace and its watchdog. */
 class Running implements Operation {
   readonly completion: Completion;
-  readonly deadline_ms: number;
+  readonly timeout_ms: number;
   readonly #communicator: TransportCommunicator;
   readonly #request: CollectiveRequest;
   readonly #bytes: number;
@@ -579,7 +579,7 @@ class Running implements Operation {
     timeout_ms: number,
   ) {
     this.completion = completion;
-    this.deadline_ms = performance.now() + timeout_ms;
+    this.timeout_ms = timeout_ms;
     this.#communicator = communicator;
     this.#request = request;
     this.#bytes = bytes;

@@ -78,6 +78,7 @@ class CheckedCompletion implements Completion {
   #previous: CheckedCompletion | undefined;
   #check: Completion | undefined;
   #run: Completion | undefined;
+  #error: unknown; // of the check: whoever comes after fails with it, too
 
   constructor(
     transport: Transport,
@@ -94,6 +95,15 @@ class CheckedCompletion implements Completion {
 
   poll(): boolean {
     if (this.#run) return this.#run.poll();
+    if (this.#error !== undefined) throw this.#error;
+    try {
+      return this.#advance();
+    } catch (cause) {
+      throw this.#error = cause;
+    }
+  }
+
+  #advance(): boolean {
     if (this.#previous) {
       if (!this.#previous.#run) {
         this.#previous.poll();

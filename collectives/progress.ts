@@ -25,9 +25,9 @@ export interface Operation {
   finished(): void;
   /** Called once when it has failed. @returns The error that those who await get. */
   failed(cause: unknown): unknown;
-  /** When the watchdog gives up, on the clock of `performance.now()`. */
-  readonly deadline_ms: number;
-  /** Called when the deadline has passed. @returns The error, or a promise of it. */
+  /** How long the host may wait for it before the watchdog gives up, in ms. */
+  readonly timeout_ms: number;
+  /** Called when that time is over. @returns The error, or a promise of it. */
   expired(): unknown;
 }
 
@@ -54,6 +54,8 @@ export class PendingWork implements Work {
   #state = State.Pending;
   #error: unknown;
   #waiters: PromiseWithResolvers<void> | undefined;
+  // Time counts from when the host awaits, or first asks: what it does between start and await is no fault of the other ranks.
+  #deadline_ms = 0;
 
   /** @param operation The started operation; it is polled from now on. */
   constructor(operation: Operation) {
@@ -63,7 +65,10 @@ export class PendingWork implements Work {
 
   /** Whether the operation is complete; lets all operations progress. */
   get done(): boolean {
-    if (this.#state < State.Done) progress();
+    if (this.#state < State.Done) {
+      progress();
+      this.checkDeadline(performance.now());
+    }
     if (this.#state === State.Failed) throw this.#error;
     return this.#state === State.Done;
   }
@@ -85,6 +90,7 @@ export class PendingWork implements Work {
     if (this.#state === State.Failed) return Promise.reject(this.#error).then(onDone, onError);
     if (!this.#waiters) {
       this.#waiters = Promise.withResolvers<void>();
+      this.#deadline_ms = 0;
       waiting++;
       pump();
     }
@@ -131,7 +137,9 @@ export class PendingWork implements Work {
 
   /** Fails the operation if its time is over. For the engine. */
   checkDeadline(now_ms: number): void {
-    if (this.#state !== State.Pending || now_ms < this.#operation.deadline_ms) return;
+    if (this.#state !== State.Pending) return;
+    if (this.#deadline_ms === 0) this.#deadline_ms = now_ms + this.#operation.timeout_ms;
+    if (now_ms < this.#deadline_ms) return;
     this.#state = State.Expiring;
     Promise.resolve(this.#operation.expired()).then(
       (error) => this.#settle(State.Failed, error),
@@ -206,7 +214,7 @@ function turn(): void {
   const now_ms = performance.now();
   if (now_ms >= nextDeadlineCheck) {
     nextDeadlineCheck = now_ms + DEADLINE_INTERVAL_MS;
-    for (const work of pending) work.checkDeadline(now_ms);
+    for (const work of pending) if (work.awaited) work.checkDeadline(now_ms);
   }
   setImmediate(turn);
 }

@@ -484,6 +484,55 @@ const PROGRAMS = {
     }
     return await attempt(() => comm.allReduce(new Float32Array(1 << 20)));
   },
+  /** A receiver that is posted while its message is on the way to one of another tag. */
+  crossing: async ({ comm, rank, store }: RankContext) => {
+    const long = new Float64Array(1 << 17), short = new Float64Array(1);
+    if (rank === 0) {
+      const works = [
+        comm.send(long.fill(3), 1, { tag: 2 }),
+        comm.send(short.fill(4), 1, { tag: 1 }),
+      ];
+      await store.get("receivers");
+      await Promise.all(works);
+      await comm.barrier();
+      return null;
+    }
+    await new Promise((resolve) => setTimeout(resolve, 50));
+    const first = comm.recv(short, 0, { tag: 1 });
+    assert.equal(first.done, false); // the first fragments of the other message have been set aside
+    const second = comm.recv(long, 0, { tag: 2 });
+    await store.set("receivers", new Uint8Array(1));
+    await Promise.all([first, second]);
+    await comm.barrier();
+    return [short[0], long[0], long[long.length - 1]];
+  },
+  /** Rank 0 computes for longer than the time-out before it awaits what it has started. */
+  busy: async ({ comm, rank }: RankContext) => {
+    const x = new Float64Array(4);
+    await comm.barrier();
+    if (rank === 1) {
+      await new Promise((resolve) => setTimeout(resolve, 900));
+      await comm.send(x, 0);
+      return { message: "" };
+    }
+    const work = comm.recv(x, 1);
+    const end = performance.now() + 700;
+    while (performance.now() < end);
+    return await attempt(() => work);
+  },
+  /** Rank 0 only asks whether an operation is done; rank 1 never takes part. */
+  asking: async ({ comm, rank, store }: RankContext) => {
+    if (rank === 1) {
+      await store.get("over");
+      return null;
+    }
+    const work = comm.recv(new Float64Array(4), 1);
+    const result = await attempt(async () => {
+      for (let i = 0; i < 1000 && !work.done; i++) await new Promise((done) => setTimeout(done, 5));
+    });
+    await store.set("over", new Uint8Array(1));
+    return result;
+  },
   /** Rank 0 aborts the job. */
   abort: async ({ comm, rank, store }: RankContext) => {
     await comm.barrier();

@@ -98,6 +98,19 @@ Deno.test("the watchdog names the operation and the ranks that have not arrived"
   }
 });
 
+Deno.test("a time-out counts the waiting, not what the host does before", async () => {
+  for (const { result } of await run<Attempt>("busy", 2, { env: { LINA_TIMEOUT_MS: "500" } })) {
+    assert.equal(result!.message, "");
+  }
+  const [asking] = await run<Attempt>("asking", 2, { env: { LINA_TIMEOUT_MS: "500" } });
+  assert.match(asking.result!.message, /recv 0 of world on rank 0.*500 ms.*not arrived: rank 1$/);
+});
+
+Deno.test("a message that overtakes its receiver is not lost", async () => {
+  const [, second] = await run<number[]>("crossing", 2, { env: { LINA_TIMEOUT_MS: "5000" } });
+  assert.deepEqual(second.result, [4, 3, 3]);
+});
+
 Deno.test("a rank that exits early is named by those who wait for it", async () => {
   for (const { result, rank, end_ms } of await run<Attempt>("leave", 3)) {
     if (rank === 2) continue;

@@ -23,7 +23,7 @@ export function startTimeOf(pid: number): number {
 export function isAlive(pid: number, started: number): boolean {
   if (Deno.build.os !== "linux") return libc().kill(pid, 0) === 0;
   const stat = statOf(pid);
-  if (stat === null) return false;
+  if (stat === null) return libc().kill(pid, 0) === 0; // out of descriptors is no reason to call a rank dead
   return stat.state !== "Z" && stat.state !== "X" && (started === 0 || stat.started === started);
 }
 

@@ -130,8 +130,7 @@ class Incoming {
     const i = this.#aside.findIndex((m) => m.tag === request.tag);
     if (i >= 0) {
       const [message] = this.#aside.splice(i, 1);
-      receiver.match(message, this.#from);
-      receiver.fill(0, message.aside!);
+      receiver.fillWith(message, this.#from);
       receiver.done = true;
     } else {
       this.#receivers.push(receiver);
@@ -156,8 +155,7 @@ class Incoming {
       this.#segment.wake(this.#from);
       if (message.taken < message.bytes) continue;
       this.#head = null;
-      if (message.receiver) this.#finish(message);
-      else this.#aside.push(message);
+      this.#finish(message);
     }
   }
 
@@ -183,9 +181,16 @@ class Incoming {
     return message;
   }
 
-  #finish({ receiver }: Message): void {
-    receiver!.done = true;
-    this.#receivers.splice(this.#receivers.indexOf(receiver!), 1);
+  #finish(message: Message): void {
+    // A message that began before its receiver was there may have one by now.
+    const receiver = message.receiver ?? this.#receivers.find((r) => r.tag === message.tag);
+    if (receiver === undefined) {
+      this.#aside.push(message);
+      return;
+    }
+    if (message.aside !== null) receiver.fillWith(message, this.#from);
+    receiver.done = true;
+    this.#receivers.splice(this.#receivers.indexOf(receiver), 1);
   }
 }
 
@@ -226,7 +231,9 @@ class RecvOperation implements PairOperation {
     this.#data.copyIn(offset, from, bytes);
   }
 
-  fill(offset: number, bytes: Uint8Array<ArrayBuffer>): void {
-    this.#data.fill(offset, bytes);
+  /** Takes a whole message that was set aside. */
+  fillWith(message: Message, from: number): void {
+    this.match(message, from);
+    this.#data.fill(0, message.aside!);
   }
 }
