@@ -39,7 +39,7 @@ interface Outcome {
 export async function runJob(options: LaunchOptions): Promise<number> {
   const token = options.rendezvous === null
     ? crypto.randomUUID()
-    : Deno.env.get("LINA_TOKEN") ?? "";
+    : Deno.env.get("LINA_TOKEN") || (options.nodes === 1 ? crypto.randomUUID() : "");
   const server = options.nodeRank > 0 ? null : StoreServer.listen({
     hostname: options.rendezvous?.hostname,
     port: options.rendezvous?.port,

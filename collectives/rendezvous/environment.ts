@@ -132,7 +132,7 @@ export function readEnvironment(env: Variables): RankEnvironment {
     localSize,
     oneHost,
     store: storePlace(env, { source: family.source, rank, oneHost }),
-    token: token || jobName(env),
+    token: token || (oneHost ? jobName(env) : ""),
     backend,
     mpi: family.source === "Open MPI" || family.source === "MPICH",
     attempt,
@@ -197,7 +197,10 @@ function storePlace(
   return { hostname: oneHost ? "127.0.0.1" : master, port: port + 1, serve: rank === 0 };
 }
 
-/** A name that other jobs of the machine do not share: what tells two jobs on one port apart when no token was given. */
+/**
+ * A name that other jobs of the machine do not share: what tells two jobs on one loopback port apart when no token was given. Anybody
+ * can find it out, so it is no token for an address that other machines reach.
+ */
 function jobName(env: Variables): string {
   const id = env.TORCHELASTIC_RUN_ID ?? env.SLURM_JOB_ID;
   return id === undefined || id === "none" ? "" : `job ${id}`;

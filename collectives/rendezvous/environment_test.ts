@@ -111,7 +111,11 @@ Deno.test("readEnvironment() keeps tokens and jobs apart", () => {
   const base = { RANK: "0", WORLD_SIZE: "2", MASTER_ADDR: "a" };
   assert.equal(readEnvironment(base).token, "");
   assert.equal(readEnvironment({ ...base, LINA_TOKEN: "secret" }).token, "secret");
-  assert.equal(readEnvironment({ ...base, TORCHELASTIC_RUN_ID: "7" }).token, "job 7");
+  const local = { ...base, LOCAL_WORLD_SIZE: "2" };
+  assert.equal(readEnvironment({ ...local, TORCHELASTIC_RUN_ID: "7" }).token, "job 7");
+  // What anybody can find out is no secret where other machines can connect.
+  assert.equal(readEnvironment({ ...base, TORCHELASTIC_RUN_ID: "7" }).token, "");
+  assert.equal(readEnvironment({ ...base, SLURM_JOB_ID: "7" }).token, "");
   assert.equal(readEnvironment({ ...base, LINA_RESTART: "2" }).attempt, 2);
 });
 

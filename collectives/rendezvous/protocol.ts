@@ -150,15 +150,16 @@ export class FrameReader {
   /**
    * The next frame.
    *
+   * @param most Its largest size in bytes. @default {MAX_FRAME_BYTES}
    * @returns Its bytes without the length field, a copy; null at the end of the connection.
-   * @throws {RangeError} If the frame is longer than {@linkcode MAX_FRAME_BYTES}.
+   * @throws {RangeError} If the frame is longer.
    */
-  async next(): Promise<Uint8Array | null> {
+  async next(most: number = MAX_FRAME_BYTES): Promise<Uint8Array | null> {
     if (!await this.#fill(4)) return null;
     const bytes = new DataView(this.#buffer.buffer).getUint32(0, true);
-    if (bytes > MAX_FRAME_BYTES) {
+    if (bytes > most) {
       throw new RangeError(
-        `Cannot read a frame as it must have at most ${MAX_FRAME_BYTES} bytes: current value is ${bytes}`,
+        `Cannot read a frame as it must have at most ${most} bytes: current value is ${bytes}`,
       );
     }
     if (!await this.#fill(4 + bytes)) return null;

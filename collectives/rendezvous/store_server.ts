@@ -7,6 +7,7 @@ import {
   encodeReply,
   FrameReader,
   type Hello,
+  MAX_FRAME_BYTES,
   Operation,
   type Request,
   Status,
@@ -20,6 +21,8 @@ const MAX_VALUE_BYTES = 64 << 20;
 const MAX_STRANGERS = 1024;
 const MAX_BACKLOG_BYTES = 8 << 20;
 const HELLO_TIMEOUT_MS = 5_000;
+/** Largest frame of a stranger: a token and a few words. */
+const MAX_HELLO_BYTES = 4096;
 const MAX_WAIT_MS = 24 * 3600 * 1000;
 
 /** Options of {@linkcode StoreServer.listen}. */
@@ -168,7 +171,7 @@ export class StoreServer {
     const reader = new FrameReader(client.conn);
     try {
       for (;;) {
-        const body = await reader.next();
+        const body = await reader.next(client.hello === null ? MAX_HELLO_BYTES : MAX_FRAME_BYTES);
         const request = body && decodeRequest(body);
         if (!request) break; // the end, or malformed
         if (client.hello === null) {

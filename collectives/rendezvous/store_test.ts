@@ -122,6 +122,7 @@ Deno.test("strangers and malformed clients disturb nobody", async () => {
   const noise = [
     bytes("GET / HTTP/1.1\r\nHost: x\r\n\r\n"),
     new Uint8Array(Uint32Array.of(MAX_FRAME_BYTES + 1).buffer),
+    new Uint8Array(Uint32Array.of(5000).buffer), // as long only from somebody who is known
     new Uint8Array(Uint32Array.of(2, 0).buffer),
     encodeRequest({ operation: Operation.get, id: 0, key: "key", value: new Uint8Array(8) }),
     encodeRequest({ operation: Operation.hello, id: 0, key: "secret", value: bytes("[]") }),
