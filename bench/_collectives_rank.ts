@@ -88,7 +88,7 @@ for (let i = 0; i < 3; i++) {
   for (const name of names) {
     const [x, y] = room.map((tensor) => tensor.rows(0, 16 * size));
     const run = operation(name, 16 * size, x, y);
-    for (let j = 0; j < 4000; j++) await run();
+    for (let j = 0; j < 20000; j++) await run();
   }
 }
 for (const name of names) {

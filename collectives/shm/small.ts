@@ -3,7 +3,8 @@
 
 import { bytesOf, DTYPES } from "../../tensor/dtype.ts";
 import { allocate, linearBuffer } from "../../tensor/cpu/memory.ts";
-import type { CollectiveRequest, Region } from "../transport.ts";
+import { libc } from "../../ffi/libc.ts";
+import type { CollectiveRequest, OperationName, Region } from "../transport.ts";
 import { UserBytes } from "./copy.ts";
 import { type Kernels, kernels, REDUCTIONS } from "./kernels.ts";
 import { ONE_ROUND_BYTES, signatureOf, type Slots } from "./rounds.ts";
@@ -13,9 +14,11 @@ import type { Segment } from "./segment.ts";
 const SMALL_BYTES = 64 << 10;
 /** Looks at the others' flags in the call that starts an operation; a few microseconds. */
 const SPINS = 8000;
+/** Where there are more ranks than cores, how often the core is offered to another rank before the call returns; some 100 µs. */
+const YIELDS = 64;
 /** Words of `Round` in reduce.c. */
-const ROUND_WORDS = 11;
-const SLOTS_AT = 0, FLAG = 6, SIGNATURE = 7;
+const ROUND_WORDS = 12;
+const SLOTS_AT = 0, FLAG = 6, SIGNATURE = 7, PUBLISHED = 11;
 
 /** How an attempt ended. */
 export const enum Attempt {
@@ -39,7 +42,16 @@ export class SmallExchange {
   readonly #countsAt: number;
   readonly #area: number;
   readonly #payload: number;
+  readonly #yields: boolean;
   #stage = 0; // where ordinary arrays are copied to and from
+  // The arguments of the call in progress.
+  #x = 0;
+  #out = 0;
+  #length = 0;
+  #bytes = 0;
+  #received = 0;
+  #dtype = 0;
+  #op = 0;
 
   /** @param slots The slots. @param bell Where processes sleep. @param yields Whether there are more ranks than cores. */
   constructor(slots: Slots, bell: Segment, yields: boolean) {
@@ -64,79 +76,103 @@ export class SmallExchange {
       yields ? 1 : SPINS,
       this.#at + 4 * ROUND_WORDS,
       Deno.build.arch === "x86_64" ? 1 : 0,
+      0,
     ]);
+    this.#yields = yields;
   }
 
   /** Starts an operation if it is small. @param request The operation. @returns How far it came. */
   start(request: CollectiveRequest): Attempt {
-    switch (request.operation) {
+    if (!this.#takes(request)) return Attempt.None;
+    const { operation, recv } = request;
+    const round = this.#round;
+    round[SLOTS_AT] = this.#slots.slot(0, this.#slots.round);
+    round[FLAG] = this.#slots.round + 1;
+    round[SIGNATURE] = signatureOf(request, this.#slots.segment.size);
+    let state = this.#call(operation);
+    if (state === Attempt.Started && this.#yields) {
+      const { sched_yield } = libc();
+      round[PUBLISHED] = 1;
+      for (let i = 0; i < YIELDS && state === Attempt.Started; i++) {
+        sched_yield();
+        state = this.#call(operation);
+      }
+      round[PUBLISHED] = 0;
+    }
+    if (state === Attempt.Complete && recv !== null && recv.address < 0) {
+      new UserBytes(recv).copyIn(0, this.#stage + SMALL_BYTES, this.#received);
+    }
+    return state;
+  }
+
+  #call(operation: OperationName): Attempt {
+    const kernels = this.#kernels;
+    if (operation === "allReduce") {
+      return kernels.small_all_reduce(
+        this.#at,
+        this.#dtype,
+        this.#op,
+        this.#x,
+        this.#out,
+        this.#length,
+        this.#bytes,
+      );
+    }
+    if (operation === "allGather") {
+      return kernels.small_all_gather(this.#at, this.#x, this.#out, this.#bytes);
+    }
+    if (operation === "barrier") return kernels.small_barrier(this.#at);
+    return kernels.small_all_to_all(this.#at, this.#x, this.#out, this.#countsAt, this.#area);
+  }
+
+  /** Notes the arguments of an operation. @returns Whether it is small enough. */
+  #takes(request: CollectiveRequest): boolean {
+    const { operation, send, recv } = request;
+    if (operation === "barrier") return true;
+    if (send === null || recv === null) return false;
+    const width = bytesOf(send.dtype);
+    const bytes = send.length * width, received = recv.length * width;
+    switch (operation) {
       case "allReduce":
-        return this.#allReduce(request);
+        if (bytes === 0 || bytes > ONE_ROUND_BYTES || bytes > this.#payload) return false;
+        this.#dtype = DTYPES.indexOf(send.dtype);
+        this.#op = REDUCTIONS.indexOf(request.op);
+        break;
       case "allGather":
-        return this.#allGather(request);
+        if (bytes === 0 || bytes > this.#payload || received > SMALL_BYTES) return false;
+        break;
       case "allToAll":
       case "allToAllV":
-        return this.#allToAll(request);
-      case "barrier":
-        this.#prepare(request);
-        return this.#kernels.small_barrier(this.#at);
+        if (bytes > SMALL_BYTES || received > SMALL_BYTES) return false;
+        if (!this.#takesCounts(request, bytes, width)) return false;
+        break;
       default:
-        return Attempt.None;
+        return false;
     }
+    this.#length = send.length;
+    this.#bytes = bytes;
+    this.#received = received;
+    this.#x = this.#from(send, bytes);
+    this.#out = this.#to(recv);
+    return true;
   }
 
-  #allReduce(request: CollectiveRequest): Attempt {
-    const send = request.send!, recv = request.recv!;
-    const { length, dtype } = send;
-    const bytes = length * bytesOf(dtype);
-    if (length === 0 || bytes > ONE_ROUND_BYTES || bytes > this.#payload) return Attempt.None;
-    this.#prepare(request);
-    const code = DTYPES.indexOf(dtype), op = REDUCTIONS.indexOf(request.op);
-    const x = this.#from(send, bytes), out = this.#to(recv);
-    const state = this.#kernels.small_all_reduce(this.#at, code, op, x, out, length, bytes);
-    return this.#finish(state, recv, bytes);
-  }
-
-  #allGather(request: CollectiveRequest): Attempt {
-    const send = request.send!, recv = request.recv!;
-    const bytes = send.length * bytesOf(send.dtype);
-    const all = recv.length * bytesOf(send.dtype);
-    if (bytes === 0 || bytes > this.#payload || all > SMALL_BYTES) return Attempt.None;
-    this.#prepare(request);
-    const x = this.#from(send, bytes), out = this.#to(recv);
-    return this.#finish(this.#kernels.small_all_gather(this.#at, x, out, bytes), recv, all);
-  }
-
-  #allToAll(request: CollectiveRequest): Attempt {
-    const send = request.send!, recv = request.recv!;
-    const width = bytesOf(send.dtype);
-    const sent = send.length * width, received = recv.length * width;
-    if (sent > SMALL_BYTES || received > SMALL_BYTES) return Attempt.None;
+  #takesCounts(request: CollectiveRequest, bytes: number, width: number): boolean {
     const { rank, size } = this.#slots.segment;
-    const counts = this.#counts, area = this.#area;
+    const counts = this.#counts;
     if (request.operation === "allToAll") {
-      if (sent === 0 || sent > this.#payload) return Attempt.None;
-      counts.fill(sent / size);
-    } else {
-      const { sendCounts, recvCounts } = request;
-      for (let q = 0; q < size; q++) {
-        const bytes = sendCounts[q] * width;
-        if (bytes > area && q !== rank) return Attempt.None;
-        counts[q] = bytes;
-        counts[size + q] = recvCounts[q] * width;
-      }
+      if (bytes === 0 || bytes > this.#payload) return false;
+      counts.fill(bytes / size);
+      return true;
     }
-    this.#prepare(request);
-    const x = this.#from(send, sent), out = this.#to(recv);
-    const state = this.#kernels.small_all_to_all(this.#at, x, out, this.#countsAt, area);
-    return this.#finish(state, recv, received);
-  }
-
-  #prepare(request: CollectiveRequest): void {
-    const { round } = this.#slots;
-    this.#round[SLOTS_AT] = this.#slots.slot(0, round);
-    this.#round[FLAG] = round + 1;
-    this.#round[SIGNATURE] = signatureOf(request, this.#slots.segment.size);
+    const { sendCounts, recvCounts } = request;
+    for (let q = 0; q < size; q++) {
+      const sent = sendCounts[q] * width;
+      if (sent > this.#area && q !== rank) return false;
+      counts[q] = sent;
+      counts[size + q] = recvCounts[q] * width;
+    }
+    return true;
   }
 
   #from(region: Region, bytes: number): number {
@@ -149,12 +185,5 @@ export class SmallExchange {
   #to(region: Region): number {
     if (region.address >= 0) return region.address;
     return (this.#stage ||= allocate(2 * SMALL_BYTES)) + SMALL_BYTES;
-  }
-
-  #finish(state: Attempt, recv: Region, bytes: number): Attempt {
-    if (state === Attempt.Complete && recv.address < 0) {
-      new UserBytes(recv).copyIn(0, this.#stage + SMALL_BYTES, bytes);
-    }
-    return state;
   }
 }
