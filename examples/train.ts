@@ -8,9 +8,15 @@ import { groupOf } from "../moe/agree.ts";
 import { countParameters } from "../moe/config.ts";
 import { bigramLoss, loadText, type TokenData } from "../moe/data.ts";
 import { generate } from "../moe/generate.ts";
+import type { RoutingTap } from "../moe/moe_types.ts";
 import { Transformer } from "../moe/transformer.ts";
 import { replicatedPlacement } from "../moe/placement.ts";
-import { encodeRoutingRecord, RoutingRecorder } from "../moe/routing_record.ts";
+import {
+  decodeRoutingRecord,
+  encodeRoutingRecord,
+  RoutingRecorder,
+  RoutingReplay,
+} from "../moe/routing_record.ts";
 import { CHECKPOINTS, type MetricsRow, run } from "../moe/run.ts";
 import { byteTokenizer, type Tokenizer } from "../moe/tokenizer.ts";
 import { Trainer } from "../moe/trainer.ts";
@@ -45,6 +51,8 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     validationShare: number("val-fraction"),
   });
   const directory = await runDirectory(world, options);
+  const replayed = text("replay-routing");
+  const replay = replayed ? readReplay(replayed, config.experts) : null;
 
   using model = new Transformer({
     device: world.device,
@@ -120,6 +128,13 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
 
   const recording = text("record-routing");
   if (recording) await recordRouting(recording, { world, model, trainer });
+  if (replay) {
+    const parts = { model, trainer };
+    const own = await validateWith(null, parts), given = await validateWith(replay, parts);
+    if (world.rank === 0) {
+      console.log(`\nreplayed routing: loss ${given.toFixed(6)}, of its own ${own.toFixed(6)}`);
+    }
+  }
   if (traceSteps > 0) await writeTrace(join(directory, "trace.json"), { ranks: world });
   const sample = await sampleOf(model, world, tokenizer, options);
   if (world.rank !== 0) return;
@@ -211,15 +226,35 @@ async function sampleOf(
   return tokenizer.decode(out);
 }
 
+/** Reads a routing record of as many experts. */
+function readReplay(path: string, experts: number): RoutingReplay {
+  try {
+    const record = decodeRoutingRecord(Deno.readFileSync(path));
+    if (record.experts === experts) return new RoutingReplay(record);
+    throw new Error(`it must be of ${experts} experts: current value is ${record.experts}`);
+  } catch (cause) {
+    throw new Error(`Cannot replay ${path}: ${(cause as Error).message}`, { cause });
+  }
+}
+
+/** Loss of a batch of validation text while a tap records or replays the routing. */
+async function validateWith(
+  tap: RoutingTap | null,
+  { model, trainer }: { model: Transformer; trainer: Trainer },
+): Promise<number> {
+  for (const layer of model.moeLayers) layer.tap = tap;
+  const loss = await trainer.validate(1);
+  for (const layer of model.moeLayers) layer.tap = null;
+  return loss;
+}
+
 /** Writes the experts of every token of a batch of validation text. */
 async function recordRouting(
   path: string,
   { world, model, trainer }: { world: World; model: Transformer; trainer: Trainer },
 ): Promise<void> {
   const recorder = new RoutingRecorder();
-  for (const layer of model.moeLayers) layer.tap = recorder;
-  await trainer.validate(1);
-  for (const layer of model.moeLayers) layer.tap = null;
+  await validateWith(recorder, { model, trainer });
   const record = await recorder.gather(world, model.config.experts);
   if (world.rank === 0) Deno.writeFileSync(path, encodeRoutingRecord(record));
 }

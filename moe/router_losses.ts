@@ -132,8 +132,9 @@ export function zLossBackward(
   }
 }
 
+/** Sum of a row's sigmoid scores, off 0 where all of them underflow. */
 function sumOfRow(values: Float64Array, row: number, length: number): number {
-  let sum = 0;
+  let sum = 1e-20;
   for (let i = row; i < row + length; i++) sum += values[i];
   return sum;
 }

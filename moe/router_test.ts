@@ -18,9 +18,9 @@ import {
   scoresOverCapacity,
 } from "./router_capacity.ts";
 import { chooseByExpert } from "./router_expert_choice.ts";
-import { routerLosses } from "./router_losses.ts";
+import { balanceLossBackward, routerLosses, sumNormalisedScores } from "./router_losses.ts";
 import { addGaussian, noiseSource } from "./router_noise.ts";
-import { groupLimitedTopK, updateBias } from "./router_sigmoid.ts";
+import { groupLimitedTopK, sigmoidScores, updateBias } from "./router_sigmoid.ts";
 import { softmaxScores, topK, topTwo } from "./router_softmax.ts";
 
 function route(options: RouterOptions, logits: number[], experts: number, bias?: Float64Array) {
@@ -322,4 +322,11 @@ Deno.test("routers refuse what they cannot do", () => {
     assert.throws(() => route(options, [0, NaN], 2), /logits must be finite/);
     assert.throws(() => route(options, [0, Infinity], 2), /logits must be finite/);
   }
+});
+
+Deno.test("balance loss: sigmoid scores that all underflow give 0, not NaN", () => {
+  const scores = sigmoidScores(new Float64Array([-800, -900]), 2), dLogits = new Float64Array(2);
+  assert.deepEqual([...sumNormalisedScores(scores, 2, "sigmoid")], [0, 0]);
+  balanceLossBackward(scores, new Float64Array([1, 2]), "sigmoid", dLogits);
+  assert.deepEqual([...dLogits], [0, 0]);
 });

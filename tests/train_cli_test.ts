@@ -93,6 +93,22 @@ Deno.test("train.ts: leaves metrics, curve, trace and a checkpoint that generate
     const trace = JSON.parse(Deno.readTextFileSync(join(folder, "a", "trace.json")));
     assert.ok(JSON.stringify(trace).includes("allToAllV"));
     assert.ok(Deno.statSync(routing).size > 32);
+    // A replay of a model's own choices gives its own loss, on another number of ranks too.
+    const replayed = await ended(
+      start([
+        LAUNCH,
+        "-n",
+        "1",
+        TRAIN,
+        ...flags(folder, "a"),
+        "--resume",
+        "--replay-routing",
+        routing,
+      ]),
+    );
+    const [, given, own] = /replayed routing: loss ([\d.]+), of its own ([\d.]+)/
+      .exec(replayed.output) ?? assert.fail(replayed.output);
+    assert.ok(Math.abs(Number(given) - Number(own)) < 1e-5, replayed.output);
 
     const say = async (ranks: number) => {
       const run = [GENERATE, join(folder, "a"), "--tokens", "12", "--temperature", "0"];

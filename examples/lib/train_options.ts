@@ -62,6 +62,12 @@ const FLAGS: readonly Flag[] = [
     "writes every token's experts of a last pass over validation text",
   ],
   [
+    "replay-routing",
+    "FILE",
+    undefined,
+    "runs that pass with the experts of such a file in place of the gates', and prints both losses",
+  ],
+  [
     "time-budget",
     "S",
     undefined,
