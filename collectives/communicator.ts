@@ -99,6 +99,7 @@ class TransportCommunicator implements Communicator {
   #messages = 0; // of send and recv, which only two ranks call
   #duplicates = 0;
   #splits = 0;
+  #making: Promise<unknown> = Promise.resolve(); // the latest split or dup
   #failure: unknown; // what broke the communicator, if anything did
   #closed = false;
   #last: Completion | undefined; // the latest operation under the order check
@@ -342,18 +343,22 @@ class TransportCommunicator implements Communicator {
     }
     if (!Number.isFinite(key)) throw argumentError(caller, "key must be a finite number", key);
     const number = ++this.#splits;
-    const all = await this.#exchange([color ?? -1, key]);
-    if (color === null) return null;
-    const members = [...Array(this.size).keys()]
-      .filter((r) => all[2 * r] === color)
-      .sort((a, b) => all[2 * a + 1] - all[2 * b + 1] || a - b);
-    return this.#child(members, `${this.name}/split${number}.${color}`);
+    const exchange = this.#exchange([color ?? -1, key]); // at the call, as every collective
+    exchange.catch(() => {}); // reported when its turn has come
+    return await this.#inTurn(async () => {
+      const all = await exchange;
+      if (color === null) return null;
+      const members = [...Array(this.size).keys()]
+        .filter((r) => all[2 * r] === color)
+        .sort((a, b) => all[2 * a + 1] - all[2 * b + 1] || a - b);
+      return await this.#child(members, `${this.name}/split${number}.${color}`);
+    });
   }
 
   async dup(): Promise<Communicator> {
     this.#caller("dup");
     const name = `${this.name}/dup${++this.#duplicates}`;
-    return await this.#child([...Array(this.size).keys()], name);
+    return await this.#inTurn(() => this.#child([...Array(this.size).keys()], name));
   }
 
   abort(why: string): never {
@@ -390,6 +395,13 @@ class TransportCommunicator implements Communicator {
     } finally {
       device.free(memory);
     }
+  }
+
+  /** Makes groups one after another in the order of the calls, or two ranks could each wait for the other in another one. */
+  #inTurn<T>(make: () => Promise<T>): Promise<T> {
+    const made = this.#making.then(make);
+    this.#making = made.catch(() => {});
+    return made;
   }
 
   async #child(members: readonly number[], name: string): Promise<Communicator> {

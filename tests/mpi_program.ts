@@ -302,6 +302,9 @@ async function groups(comm: Communicator): Promise<void> {
     : [twin.allReduce(b), comm.allReduce(a)];
   for (const work of works) await work;
   assert.deepEqual([a[29_999], b[29_999]], [size, 2 * size]);
+  // Made at once, but in one order everywhere: two ranks in two calls of MPI would wait for each other for ever.
+  const many = await Promise.all(Array.from({ length: 8 }, () => comm.dup()));
+  for (const one of many) await one[Symbol.asyncDispose]();
   const inner = (await twin.split(0))!;
   await inner.barrier();
   await inner[Symbol.asyncDispose]();

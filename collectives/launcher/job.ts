@@ -137,7 +137,7 @@ class Job {
       if (consequence) return decided.resolve(consequence);
       if (!this.#signal) {
         if (exits.some((exit) => exit.code !== 0)) return;
-        await nodes?.finish(attempt);
+        if (nodes && !await nodes.finish(attempt)) return;
       }
       decided.resolve({ code: 0, why: "" });
     });

@@ -5,7 +5,7 @@ import { connectStore, type StoreClient } from "../rendezvous/store_client.ts";
 import type { LaunchOptions } from "./arguments.ts";
 
 const JOIN_TIMEOUT_MS = 300_000;
-const FOREVER_MS = 24 * 3600 * 1000;
+const LONG_MS = 24 * 3600 * 1000;
 const SETTLE_TIMEOUT_MS = 30_000;
 const LEAVE_TIMEOUT_MS = 5_000;
 const FAREWELL_MS = 500;
@@ -71,10 +71,19 @@ export class Nodes {
    * @returns What failed.
    */
   async failure(attempt: number): Promise<NodeFailure> {
-    const told = this.#store.get(`failed/${attempt}`, FOREVER_MS).then((value) =>
-      JSON.parse(new TextDecoder().decode(value)) as NodeFailure
-    );
-    return await Promise.race([this.#gone.promise, told.catch(() => this.#gone.promise)]);
+    return await Promise.race([this.#gone.promise, this.#told(attempt)]);
+  }
+
+  async #told(attempt: number): Promise<NodeFailure> {
+    while (!this.#finished && !this.#left.has(0)) {
+      try {
+        const value = await this.#store.get(`failed/${attempt}`, LONG_MS);
+        return JSON.parse(new TextDecoder().decode(value)) as NodeFailure;
+      } catch {
+        // the wait is over: jobs may run for longer; or node 0 has gone with the store
+      }
+    }
+    return await this.#gone.promise;
   }
 
   /**
@@ -97,10 +106,18 @@ export class Nodes {
    * Tells that all ranks of this node are done, and waits until those of all nodes are.
    *
    * @param attempt Number of the attempt.
+   * @returns False if a node has gone before; {@linkcode Nodes.failure} says which.
    */
-  async finish(attempt: number): Promise<void> {
-    await this.#meet(`done/${attempt}`, FOREVER_MS);
-    this.#finished = true;
+  async finish(attempt: number): Promise<boolean> {
+    while (!this.#finished) {
+      try {
+        await this.#meet(`done/${attempt}`, LONG_MS);
+        this.#finished = true;
+      } catch {
+        if (this.#left.size > 0) return false;
+      }
+    }
+    return true;
   }
 
   /**
