@@ -345,12 +345,12 @@ class JobWorld implements World {
     return this.#communicator.allToAllV(send, sendCounts, recv, recvCounts);
   }
 
-  send(x: Data, to: number, options?: { readonly tag?: number }): Work {
-    return this.#communicator.send(x, to, options);
+  send(...args: Parameters<Communicator["send"]>): Work {
+    return this.#communicator.send(...args);
   }
 
-  recv(out: Data, from: number, options?: { readonly tag?: number }): Work {
-    return this.#communicator.recv(out, from, options);
+  recv(...args: Parameters<Communicator["recv"]>): Work {
+    return this.#communicator.recv(...args);
   }
 
   barrier(): Work {

@@ -185,6 +185,24 @@ Deno.test("a failure on one node ends, and restarts, the ranks of all", async ()
     assert.equal(stdout.match(/attempt 1/g)?.length, 2);
   }
 });
+Deno.test("a launcher whose ranks are done says so when another disappears", async () => {
+  using folder = new Folder();
+  const script = folder.script(`
+    console.log(\`pid \${Deno.pid}\`);
+    if (Number(Deno.env.get("RANK")) < 2) await new Promise((resolve) => setTimeout(resolve, 60_000));
+  `);
+  const port = freePort();
+  const nodes = [node(0, port, script), node(1, port, script)];
+  for (const n of nodes) await n.says(/(pid \d+[^]*){2}/);
+  await new Promise((resolve) => setTimeout(resolve, 300)); // until the ranks of node 1 have ended
+  nodes[0].kill("SIGKILL");
+  const { code, stderr } = await nodes[1].ended();
+  assert.equal(code, 1);
+  assert.equal(stderr, "launch: the launcher of node 0 has ended\n");
+  await nodes[0].ended();
+  await allEnd(nodes.flatMap((n) => pidsOf(n.stdout)));
+});
+
 Deno.test("a launcher that disappears ends the ranks of the other node", async () => {
   using folder = new Folder();
   const script = folder.script(`

@@ -207,8 +207,8 @@ class ShmTransport implements Transport {
     const head = completion.rounds === null ? completion : this.#queue[0] ?? completion;
     for (const rank of head.awaited()) {
       const reason = this.#goneFrom(this.segment, rank);
-      // It may have done its part just before it went.
-      if (reason !== null && head.awaited().includes(rank)) {
+      // It may have done its part just before it went: what is there is taken first.
+      if (reason !== null && !progress() && head.awaited().includes(rank)) {
         this.#fail(
           new Error(`rank ${rank} must take part: current value is that it ${reason}`),
         );
@@ -277,6 +277,7 @@ class ShmTransport implements Transport {
     open.delete(this);
     this.#failure ??= new Error("the communicator must be open: current value is closed");
     this.segment.leave();
+    this.#small.close();
     // The others may still read what this rank has shown them; its own mapping may go, unless this process sleeps there.
     if (this.segment !== this.#bell) this.segment.unmap();
     return Promise.resolve();

@@ -2,7 +2,7 @@
 // If they have not, `rounds.ts` goes on from the raised flag. It is the same protocol, only without a step through JavaScript.
 
 import { bytesOf, DTYPES } from "../../tensor/dtype.ts";
-import { allocate, linearBuffer } from "../../tensor/cpu/memory.ts";
+import { allocate, free, linearBuffer } from "../../tensor/cpu/memory.ts";
 import { libc } from "../../ffi/libc.ts";
 import type { CollectiveRequest, OperationName, Region } from "../transport.ts";
 import { UserBytes } from "./copy.ts";
@@ -79,6 +79,12 @@ export class SmallExchange {
       0,
     ]);
     this.#yields = yields;
+  }
+
+  /** Gives its memory back; nothing may be started afterwards. */
+  close(): void {
+    free(this.#at);
+    if (this.#stage !== 0) free(this.#stage);
   }
 
   /** Starts an operation if it is small. @param request The operation. @returns How far it came. */
