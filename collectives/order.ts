@@ -78,6 +78,7 @@ class CheckedCompletion implements Completion {
   #previous: CheckedCompletion | undefined;
   #check: Completion | undefined;
   #run: Completion | undefined;
+  #done = false;
   #error: unknown; // of the check: whoever comes after fails with it, too
 
   constructor(
@@ -94,7 +95,8 @@ class CheckedCompletion implements Completion {
   }
 
   poll(): boolean {
-    if (this.#run) return this.#run.poll();
+    if (this.#done) return true; // it may have ended while the next one asked, and a transport says so once
+    if (this.#run) return this.#done = this.#run.poll();
     if (this.#error !== undefined) throw this.#error;
     try {
       return this.#advance();
@@ -115,7 +117,7 @@ class CheckedCompletion implements Completion {
     if (!this.#check.poll()) return false;
     compare(this.#all, this.#checker);
     this.#run = this.#transport.start(this.#request);
-    return this.#run.poll();
+    return this.#done = this.#run.poll();
   }
 
   idle(spins: number): void {
