@@ -267,7 +267,8 @@ static inline int publish(const Round *r) {
   if (!r->published && raise(r)) return 2;
   for (int spins = r->spins, q = 0;;) {
     int32_t *other = (int32_t *)slot(r, q);
-    if (__atomic_load_n(other, __ATOMIC_SEQ_CST) - r->flag < 0) {
+    // Flags wrap around, which only unsigned numbers may do in C.
+    if ((int32_t)((uint32_t)__atomic_load_n(other, __ATOMIC_SEQ_CST) - (uint32_t)r->flag) < 0) {
       if (--spins <= 0) return 0;
       continue;
     }

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import fc from "fast-check";
 import { bytesOf, DTYPES, viewAs } from "../../tensor/dtype.ts";
 import { allocate, free, linearBuffer } from "../../tensor/cpu/memory.ts";
-import { reduceLinear, REDUCTIONS } from "./kernels.ts";
+import { kernels, reduceLinear, REDUCTIONS } from "./kernels.ts";
 import { reduceReference } from "./reduce.ts";
 
 Deno.test("reduceLinear() gives the bits of the reference for all dtypes and reductions", () => {
@@ -53,3 +53,17 @@ function numbers(dtype: string, array: ArrayLike<number | bigint>): unknown[] {
   const nan = (x: number) => (x & 0x7f80) === 0x7f80 && (x & 0x7f) !== 0;
   return Array.from(array, (x) => dtype === "bf16" && nan(Number(x)) ? "NaN" : x);
 }
+
+Deno.test("a flag that has not come is missed when the count of rounds wraps around, too", () => {
+  const slots = allocate(256), round = allocate(64), sleepers = allocate(64);
+  const words = new Int32Array(linearBuffer());
+  words.fill(0, sleepers / 4, sleepers / 4 + 16);
+  for (const before of [100, 0x7ffffffe, 0x7fffffff, -1]) {
+    const flag = (before + 1) | 0;
+    for (const [theirs, complete] of [[before, 0], [flag, 1]]) {
+      words.set([theirs, 7, 1], slots / 4 + 32); // rank 1's slot: flag, signature, rounds
+      words.set([slots, 128, 0, 2, sleepers, 2, flag, 7, 100, round + 52, 1, 0], round / 4);
+      assert.equal(kernels().small_barrier(round), complete, `${theirs} for ${flag}`);
+    }
+  }
+});
