@@ -1,10 +1,12 @@
 // Moves rows to their experts and back, as a routing plan says. There are two movements, each the other's inverse and gradient:
 //   toExperts:   send order → all-to-all-v → rank-major → expert-major   (dispatch; gradient of combine)
 //   fromExperts: expert-major → rank-major → all-to-all-v → send order   (combine; gradient of dispatch)
-// Counts are exact: no padding travels. In a world of one nothing travels and the send order is the expert-major order.
+// Counts are exact: no padding travels. In a world of one nothing travels and the send order is the expert-major order; the step is told of
+// the all-to-alls nevertheless.
 //
 // Shape letters: N tokens of this rank, D model width, K choices per token, S rows that this rank sends, M rows that it receives.
 
+import { COMPLETED } from "../collectives/progress.ts";
 import type { Communicator, Work } from "../collectives/types.ts";
 import type { Device } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
@@ -79,7 +81,10 @@ export async function toExperts(
   comm: Communicator,
   transfer: Transfer,
 ): Promise<Tensor> {
-  if (comm.size === 1) return send_SD;
+  if (comm.size === 1) {
+    await transfer(() => COMPLETED);
+    return send_SD;
+  }
   const { plan, toExpertMajor } = placed;
   const { device, dtype } = send_SD, width = send_SD.shape[1];
   const rows = plan.offsets[plan.offsets.length - 1];
@@ -109,7 +114,10 @@ export async function fromExperts(
   comm: Communicator,
   transfer: Transfer,
 ): Promise<Tensor> {
-  if (comm.size === 1) return y_MD;
+  if (comm.size === 1) {
+    await transfer(() => COMPLETED);
+    return y_MD;
+  }
   const { plan, toRankMajor } = placed;
   const { device, dtype } = y_MD, width = y_MD.shape[1];
   let leaving = y_MD;

@@ -56,7 +56,7 @@ export class GradientReducer {
   constructor(options: GradientReducerOptions) {
     this.#options = options;
     this.schedule = options.scheduler.plan(options.graph);
-    checkSchedule(options.graph, this.schedule);
+    checkSchedule(options.graph, this.schedule, options.scheduler.pace);
     const grads = new Map(options.parameters.map(({ name, grad }) => [name, grad]));
     for (const node of options.graph.nodes) {
       if (node.kind === "allToAll") {
@@ -85,7 +85,12 @@ export class GradientReducer {
       number,
       this.#options,
       new ScheduleRun(this.#options.scheduler, this.schedule),
-      { gradients: this.#nodes, allToAlls: this.#allToAlls, flat: this.#flat },
+      {
+        gradients: this.#nodes,
+        allToAlls: this.#allToAlls,
+        flat: this.#flat,
+        exclusive: this.schedule.exclusive ?? false,
+      },
     );
   }
 }
@@ -94,6 +99,8 @@ interface Tables {
   readonly gradients: ReadonlyMap<string, NodeId>;
   readonly allToAlls: ReadonlyMap<string, NodeId>;
   readonly flat: ReadonlyMap<NodeId, Tensor>;
+  /** Whether all-to-alls start after the micro-ops before them. */
+  readonly exclusive: boolean;
 }
 
 /** A micro-op in flight. */
@@ -138,7 +145,11 @@ class Reduction implements ReducingStep {
       );
     }
     this.#on({ kind: "allToAllStarts", node });
-    await start().wait(this.#options.device.stream);
+    const { stream } = this.#options.device;
+    if (this.#tables.exclusive) {
+      for (const { work, ended } of this.#launched) if (!ended) await work.wait(stream);
+    }
+    await start().wait(stream);
     this.#on({ kind: "allToAllEnds", node });
   }
 

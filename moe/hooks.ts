@@ -88,18 +88,18 @@ export interface MicroOp {
 export interface Schedule {
   /** Every element of every gradient of group `world` exactly once, in the order in which they are launched. */
   readonly microOps: readonly MicroOp[];
-  /** Chunks that each all-to-all is cut into; 1 where absent. */
+  /** Chunks that each all-to-all is cut into; 1 where absent, and nothing else is run yet. */
   readonly chunks: ReadonlyMap<NodeId, number>;
   /**
-   * Orders each all-to-all after the micro-ops launched before it, and each micro-op after the all-to-alls before it, on the device.
-   * Needs one order that all ranks share, so only with pace `program`. @default {false}
+   * Starts each all-to-all once the device is past the micro-ops launched before it; a micro-op launched after an all-to-all is behind
+   * it in any case, as the device's stream is. Needs one order that all ranks share, so only with pace `program`. @default {false}
    */
   readonly exclusive?: boolean;
 }
 
 /**
- * What has just happened, in the order of the program; all but `microOpEnds` come in the same order on all ranks. A host runs ahead
- * of a GPU: {@linkcode CollectiveScheduler.pace} says whether the host or the device has passed the boundary.
+ * What has just happened, told as the host passes it, in the order of the program; all but `microOpEnds` come in the same order on all
+ * ranks.
  */
 export type Boundary =
   | { readonly kind: "gradientReady"; readonly gradient: NodeId }
@@ -118,9 +118,9 @@ export interface LaunchState {
   readonly next: number;
   /** Micro-ops from `next` on whose gradients are all ready. */
   readonly ready: number;
-  /** Micro-ops launched and not complete. */
+  /** Micro-ops launched and not seen to be complete; 0 with pace `program`. */
   readonly running: number;
-  /** All-to-alls started and not complete. */
+  /** All-to-alls started and not complete; 0 with pace `program`. */
   readonly allToAlls: number;
   /** Whether a combine's backward has begun and its all-to-all has not: one is imminent. */
   readonly imminent: boolean;
@@ -135,9 +135,10 @@ export interface CollectiveScheduler {
   /** Name for traces and tables. */
   readonly name: string;
   /**
-   * When `launch` is asked. `program`: as the host passes a boundary; `microOpEnds` is not told, `running` and `allToAlls` are 0, so every
-   * rank decides alike. `device`: once the device has passed it; for rules on what is running now. A CPU has no difference in when.
-   * Micro-ops of a `device` schedule have one part each: packing would queue behind the host's lead. @default {"program"}
+   * What `launch` is told. `program`: what the program does; `microOpEnds` is not told, `running` and `allToAlls` are 0, so every rank
+   * decides alike. `device`: what is running now, too, as this rank's host sees it, so ranks may decide differently: `microOpEnds` is told
+   * at the first boundary after a micro-op was complete. Micro-ops of a `device` schedule have one part each: packing would queue behind
+   * the host's lead over a GPU. @default {"program"}
    */
   readonly pace?: "program" | "device";
   /** Partitions gradients and all-to-alls. */

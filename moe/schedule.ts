@@ -12,18 +12,41 @@ import type {
 } from "./hooks.ts";
 
 /**
- * Checks that a schedule reduces every element of every gradient of group `world` exactly once.
+ * Checks that a schedule reduces every element of every gradient of group `world` exactly once, and asks for nothing that is not done.
  *
  * @param graph The step.
  * @param schedule What a scheduler planned for it.
- * @throws {RangeError} If an element is missing, doubled or outside its gradient; names the gradient.
+ * @param pace Pace of the scheduler.
+ * @throws {RangeError} If an element is missing, doubled or outside its gradient (names the gradient), if an all-to-all is cut into
+ * chunks, or if a schedule of pace `device` is exclusive or packs gradients together.
  */
-export function checkSchedule(graph: StepGraph, schedule: Schedule): void {
+export function checkSchedule(
+  graph: StepGraph,
+  schedule: Schedule,
+  pace: CollectiveScheduler["pace"] = "program",
+): void {
+  for (const [node, chunks] of schedule.chunks) {
+    if (chunks !== 1) {
+      throw new RangeError(
+        `Cannot run all-to-all ${node} in chunks as their number must be 1: current value is ${chunks}`,
+      );
+    }
+  }
+  if (pace === "device" && schedule.exclusive) {
+    throw new RangeError(
+      `Cannot run an exclusive schedule as its pace must be program: current value is ${pace}`,
+    );
+  }
   const gradients = worldGradients(graph);
   const ranges = new Map<NodeId, [number, number][]>(gradients.map(({ id }) => [id, []]));
   schedule.microOps.forEach((microOp, i) => {
     if (microOp.parts.length === 0) {
       throw new RangeError(`Cannot run micro-op ${i} as it must have parts`);
+    }
+    if (pace === "device" && microOp.parts.length > 1) {
+      throw new RangeError(
+        `Cannot run micro-op ${i} with pace device as it must have one part: current value is ${microOp.parts.length}`,
+      );
     }
     for (const { gradient, start, end } of microOp.parts) {
       const list = ranges.get(gradient);
@@ -98,13 +121,14 @@ export class ScheduleRun {
   }
 
   /**
-   * Something has happened.
+   * Something has happened. With pace `program` the scheduler hears nothing of what is running now.
    *
    * @param boundary What.
    * @returns The micro-ops to launch now, in this order.
    * @throws {RangeError} If the scheduler asks for more than is ready, or keeps something back at the step's end.
    */
   on(boundary: Boundary): readonly MicroOp[] {
+    const paced = this.#scheduler.pace === "device";
     switch (boundary.kind) {
       case "gradientReady":
         for (const i of this.#waiting.get(boundary.gradient) ?? []) this.#missing[i]--;
@@ -123,14 +147,15 @@ export class ScheduleRun {
         break;
       case "microOpEnds":
         this.#running--;
+        if (!paced) return [];
         break;
     }
     const count = this.#scheduler.launch(boundary, {
       schedule: this.#schedule,
       next: this.#next,
       ready: this.#ready,
-      running: this.#running,
-      allToAlls: this.#allToAlls,
+      running: paced ? this.#running : 0,
+      allToAlls: paced ? this.#allToAlls : 0,
       imminent: this.#imminent,
     });
     const least = boundary.kind === "stepEnds" ? this.left : 0;

@@ -120,6 +120,20 @@ Deno.test("schedule: gaps, overlaps, strangers and held back micro-ops are error
   );
   assert.throws(() => checkSchedule(graph, plan([id, 0, 9])), /must cover 10/);
   assert.throws(() => checkSchedule(graph, plan([0, 0, 10])), /over the world/);
+  const whole = plan([id, 0, 10]);
+  assert.throws(
+    () => checkSchedule(graph, { ...whole, chunks: new Map([[0, 2]]) }),
+    /all-to-all 0 in chunks as their number must be 1: current value is 2/,
+  );
+  checkSchedule(graph, { ...whole, exclusive: true });
+  assert.throws(
+    () => checkSchedule(graph, { ...whole, exclusive: true }, "device"),
+    /exclusive schedule as its pace must be program: current value is device/,
+  );
+  const halves = [[0, 5], [5, 10]].map(([start, end]) => ({ gradient: id, start, end }));
+  const packed: Schedule = { microOps: [{ parts: halves, bytes: 40 }], chunks: new Map() };
+  checkSchedule(graph, packed);
+  assert.throws(() => checkSchedule(graph, packed, "device"), /must have one part: current value/);
   const run = (count: number) => {
     const scheduler = { name: "bad", plan: () => plan([id, 0, 10]), launch: () => count };
     return new ScheduleRun(scheduler, plan([id, 0, 10]));
@@ -128,4 +142,40 @@ Deno.test("schedule: gaps, overlaps, strangers and held back micro-ops are error
   const stingy = run(0);
   stingy.on({ kind: "gradientReady", gradient: id });
   assert.throws(() => stingy.on({ kind: "stepEnds" }), /must lie in 1\.\.1/);
+});
+
+Deno.test("schedule run: only pace device hears of what is running", () => {
+  const graph = buildStepGraph({
+    layers: [],
+    head: [{ name: "w", elements: 10, elementBytes: 4, group: "world" }],
+    embedding: [],
+  });
+  const gradient = worldGradients(graph)[0].id;
+  const told = (pace?: CollectiveScheduler["pace"]) => {
+    const seen: [string, number, number][] = [];
+    const scheduler: CollectiveScheduler = {
+      name: "curious",
+      pace,
+      plan: (graph) => new Fifo().plan(graph),
+      launch: ({ kind }, { ready, running, allToAlls }) => {
+        seen.push([kind, running, allToAlls]);
+        return ready;
+      },
+    };
+    const run = new ScheduleRun(scheduler, scheduler.plan(graph));
+    run.on({ kind: "gradientReady", gradient });
+    run.on({ kind: "allToAllStarts", node: 0 });
+    assert.deepEqual(run.on({ kind: "microOpEnds" }), []);
+    run.on({ kind: "stepEnds" });
+    return seen;
+  };
+  const program = [["gradientReady", 0, 0], ["allToAllStarts", 0, 0], ["stepEnds", 0, 0]];
+  assert.deepEqual(told(), program);
+  assert.deepEqual(told("program"), program);
+  assert.deepEqual(told("device"), [
+    ["gradientReady", 0, 0],
+    ["allToAllStarts", 1, 1],
+    ["microOpEnds", 0, 1],
+    ["stepEnds", 0, 1],
+  ]);
 });
