@@ -264,7 +264,8 @@ export class MoeLayer implements Disposable {
       comm,
       router,
       bias_E: this.bias,
-      noise: step.training ? { seed, step: step.number, layer } : null,
+      training: step.training,
+      seeds: { seed, step: step.number, layer },
       replay: tap?.replay ? (first, tokens) => tap.replay!(layer, first, tokens) : null,
     }, new Float64Array(await logits_NE.toArray() as Float32Array));
     tap?.record?.(layer, global.routing);

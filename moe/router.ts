@@ -19,6 +19,7 @@ import {
   sigmoidWeightsBackward,
 } from "./router_sigmoid.ts";
 import {
+  keepSeconds,
   type SecondExpert,
   softmaxScores,
   softmaxWeights,
@@ -37,7 +38,7 @@ export interface CommonRouterOptions {
   readonly jitter?: number;
   /** While training, normal numbers of this standard deviation are added to the logits. @default {0} */
   readonly noise?: number;
-  /** An expert takes at most ⌈factor · tokens · K / E⌉ rows of the global batch; null drops nothing. @default {null} */
+  /** While training, an expert takes at most ⌈factor · tokens · K / E⌉ rows of the global batch; null drops nothing. @default {null} */
   readonly capacityFactor?: number | null;
   /** Which choices go beyond the capacity; router_capacity.ts states the rules. @default {"position"} */
   readonly drop?: "position" | "probability";
@@ -315,6 +316,20 @@ export function weighExperts(router: Router, scores: Scores, choice: ExpertChoic
     ? sigmoidWeights(scores.scores_NE, { ...options, scale: router.scale })
     : softmaxWeights(scores.logits_NE, scores.scores_NE, options);
   return { ...scores, tokens: scores.lse_N.length, choices, experts_NK, weights_NK };
+}
+
+/**
+ * The choices that the router keeps of those that it has weighed: all, but for GShard's random second experts. A choice that is not kept
+ * is dropped like one beyond the capacity: the weights of the token's other experts stay as they are.
+ *
+ * @param router The router.
+ * @param routing The routing of this rank's tokens.
+ * @returns Experts [N, K]; −1 for none.
+ */
+export function keptExperts(router: Router, routing: Routing): Int32Array {
+  const { experts_NK, weights_NK, choices, noise } = routing;
+  if (router.second !== "random" || !noise || choices !== 2) return experts_NK;
+  return keepSeconds(experts_NK, weights_NK, noiseSource(noise, 4));
 }
 
 /**

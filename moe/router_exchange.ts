@@ -11,6 +11,7 @@
 import type { Communicator } from "../collectives/types.ts";
 import {
   chooseExperts,
+  keptExperts,
   type Router,
   type Routing,
   scoreExperts,
@@ -35,21 +36,23 @@ export interface RoutingContext {
   readonly router: Router;
   /** Selection bias of a sigmoid router. */
   readonly bias_E: Float64Array;
-  /** What noise is seeded by while training, else null. */
-  readonly noise: { readonly seed: number; readonly step: number; readonly layer: number } | null;
+  /** Whether there is noise, and experts have a capacity. */
+  readonly training: boolean;
+  /** What noise is seeded by. */
+  readonly seeds: { readonly seed: number; readonly step: number; readonly layer: number };
   /** Experts that take the place of the router's choice, or null. */
   readonly replay: ((firstToken: number, tokens: number) => ExpertChoices) | null;
 }
 
 /** How the tokens of this rank are routed, and what is known of the global batch. */
 export interface GlobalRouting {
-  /** This rank's routing before drops. */
+  /** This rank's routing before drops, all of whose choices were weighed. */
   readonly routing: Routing;
-  /** This rank's experts [N, K] with −1 where a choice was dropped. */
+  /** This rank's experts [N, K] with −1 where a choice was not kept or dropped. */
   readonly kept_NK: Int32Array;
   /** Rows per (rank, expert), after drops: [R, E]. */
   readonly counts_RE: Int32Array;
-  /** Choices per expert of the global batch, before drops. */
+  /** Choices per expert of the global batch that the router has kept, before drops for want of capacity. */
   readonly chosen_E: Float64Array;
   /** Choices of the global batch that were dropped. */
   readonly dropped: number;
@@ -77,7 +80,7 @@ export async function routeGlobally(
   const tokens_R = needsTokenNumbers(context) ? await gatherTokens(comm, tokens) : null;
   let firstToken = 0;
   for (let r = 0; tokens_R && r < comm.rank; r++) firstToken += tokens_R[r];
-  const noise = context.noise && { ...context.noise, firstToken };
+  const noise = context.training ? { ...context.seeds, firstToken } : null;
   const scores = scoreExperts(router, logits_NE, noise);
   const choice = context.replay
     ? checkReplay(context.replay(firstToken, tokens), tokens, experts)
@@ -86,11 +89,15 @@ export async function routeGlobally(
     : chooseExperts(router, scores, context.bias_E);
   const routing = weighExperts(router, scores, choice);
 
-  const drops = router.capacityFactor !== null && router.kind !== "expertChoice";
+  const drops = context.training && router.capacityFactor !== null &&
+    router.kind !== "expertChoice";
   const places = drops && router.drop === "position" ? routing.choices : 1;
-  const all = await gatherRecords(comm, makeRecord(router, routing, places));
+  let kept_NK = keptExperts(router, routing);
+  const all = await gatherRecords(
+    comm,
+    makeRecord(router, { ...routing, experts_NK: kept_NK }, places),
+  );
   const { counts_RPE, sums } = readRecords(all, { ranks: comm.size, places, experts });
-  let kept_NK = routing.experts_NK;
   let counts_RE = sumPlaces(counts_RPE, places, experts);
   const chosen_E = sumRanks(counts_RE, experts);
   const losses = routerLosses(sums, router);
@@ -127,10 +134,10 @@ export async function routeGlobally(
 }
 
 /** The same on all ranks: it decides on a collective. */
-function needsTokenNumbers({ router, noise, replay }: RoutingContext): boolean {
+function needsTokenNumbers({ router, training, replay }: RoutingContext): boolean {
   const random = router.jitter > 0 || router.noise > 0 ||
     (router.kind === "gshard" && router.second !== "greedy");
-  return replay !== null || router.kind === "expertChoice" || (noise !== null && random);
+  return replay !== null || router.kind === "expertChoice" || (training && random);
 }
 
 /** A replayed choice comes from outside: it must be one of these tokens and experts. */
@@ -143,7 +150,8 @@ function checkReplay(choice: ExpertChoices, tokens: number, experts: number): Ex
       }`,
     );
   }
-  for (const e of experts_NK) {
+  const lastToken_E = new Int32Array(experts).fill(-1);
+  for (const [i, e] of experts_NK.entries()) {
     if (e < -1 || e >= experts) {
       throw new RangeError(
         `Cannot replay a routing as its experts must be in 0..${
@@ -151,6 +159,14 @@ function checkReplay(choice: ExpertChoices, tokens: number, experts: number): Ex
         }, or -1 for none: current value is ${e}`,
       );
     }
+    if (e < 0) continue;
+    const token = Math.floor(i / choices);
+    if (lastToken_E[e] === token) {
+      throw new RangeError(
+        `Cannot replay a routing as a token must have an expert once: current value is expert ${e} twice for token ${token}`,
+      );
+    }
+    lastToken_E[e] = token;
   }
   return choice;
 }

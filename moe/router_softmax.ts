@@ -5,7 +5,7 @@
 
 import { gumbel, type NoiseSource } from "./router_noise.ts";
 
-/** How GShard's second expert is chosen: the next best; drawn from the softmax of the rest; or the next best, kept with probability 2·weight. */
+/** How GShard's second expert is chosen: the next best; drawn from the softmax of the rest; or the next best, kept with probability 2 · weight. */
 export type SecondExpert = "greedy" | "sample" | "random";
 
 /**
@@ -79,8 +79,8 @@ export function topK(values_NE: Float64Array, experts: number, choices: number):
  * @param logits_NE Logits.
  * @param experts E ≥ 2.
  * @param second How the second is chosen.
- * @param uniform Random numbers; without them (no training) the second is the next best and always kept.
- * @returns The experts [N, 2]; −1 for a second that was not kept.
+ * @param uniform Random numbers; without them (no training) the second is the next best.
+ * @returns The experts [N, 2]; {@linkcode keepSeconds} says which seconds are kept, once they have been weighed.
  */
 export function topTwo(
   logits_NE: Float64Array,
@@ -89,15 +89,9 @@ export function topTwo(
   uniform: NoiseSource | null,
 ): Int32Array {
   const experts_N2 = topK(logits_NE, experts, 2);
-  if (uniform === null || second === "greedy") return experts_N2;
+  if (uniform === null || second !== "sample") return experts_N2;
   for (let n = 0; n < experts_N2.length / 2; n++) {
     const row = n * experts, first = experts_N2[2 * n];
-    if (second === "random") {
-      const share = 1 /
-        (1 + Math.exp(logits_NE[row + first] - logits_NE[row + experts_N2[2 * n + 1]]));
-      if (uniform(n, 0) >= 2 * share) experts_N2[2 * n + 1] = -1;
-      continue;
-    }
     let best = -1, most = -Infinity;
     for (let e = 0; e < experts; e++) {
       const value = logits_NE[row + e] + gumbel(uniform(n, e));
@@ -109,6 +103,26 @@ export function topTwo(
     experts_N2[2 * n + 1] = best;
   }
   return experts_N2;
+}
+
+/**
+ * GShard's random rule: a second expert is kept with probability 2 · weight. The first keeps the weight that it had beside the second.
+ *
+ * @param experts_N2 Chosen experts; −1 for none.
+ * @param weights_N2 Their weights.
+ * @param uniform Random numbers.
+ * @returns The experts with −1 for a second that was not kept.
+ */
+export function keepSeconds(
+  experts_N2: Int32Array,
+  weights_N2: Float64Array,
+  uniform: NoiseSource,
+): Int32Array {
+  const kept_N2 = experts_N2.slice();
+  for (let n = 0; n < kept_N2.length / 2; n++) {
+    if (uniform(n, 0) >= 2 * weights_N2[2 * n + 1]) kept_N2[2 * n + 1] = -1;
+  }
+  return kept_N2;
 }
 
 /** What {@linkcode softmaxWeights} and its gradient are given. */

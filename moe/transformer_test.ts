@@ -64,7 +64,9 @@ for (const change of CHANGES) {
       };
       const loss = async () => {
         using sum = zeros(device, [1], "f64");
-        const { auxLoss } = await model.pass(batch, plainStep(device), { lossSum: sum });
+        const { auxLoss } = await model.pass(batch, plainStep(device, { training: true }), {
+          lossSum: sum,
+        });
         return (await sum.toArray())[0] as number / 10 + auxLoss;
       };
       const start = await loss();
