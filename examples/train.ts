@@ -114,7 +114,7 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     validationBatches: number("val-batches"),
     checkpointEvery: number("checkpoint-every"),
     keep: number("keep"),
-    state: () => ({ steps: budget.steps, tokenizer: tokenizer.name }),
+    state: () => ({ ...budget.settled, tokenizer: tokenizer.name }),
     trace: traceSteps > 0 ? [traceFrom, traceFrom + traceSteps] : undefined,
     onStep: async (row) => {
       if (await budget.onStep(row)) {

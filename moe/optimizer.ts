@@ -127,24 +127,20 @@ export class AdamW implements Disposable {
 }
 
 /**
- * Adds the squared norms of the gradients that this rank answers for. Replicated gradients are alike on all ranks once they are
- * reduced, so every rank counts them and their sum must not be reduced; an expert is counted by one rank, however many replicas it
- * has, and the sum must be.
+ * Adds the squared norms of the gradients that this rank answers for: each gradient is counted by one rank, however many hold it, so
+ * that all ranks get the same sum to the bit and weights cannot drift apart.
  *
  * @param parameters The rank's parameters.
- * @param counts Whether this rank is the one that counts an expert's parameter.
- * @param replicated f64 [1], where the squares of replicated gradients are added.
- * @param sharded f64 [1], where those of experts are added: to be summed over ranks.
+ * @param counts Whether this rank is the one that counts a parameter.
+ * @param sum f64 [1], where the squares are added: to be summed over ranks.
  */
 export function addSquaredNorms(
   parameters: readonly Parameter[],
   counts: (parameter: Parameter) => boolean,
-  replicated: Tensor,
-  sharded: Tensor,
+  sum: Tensor,
 ): void {
   for (const parameter of parameters) {
-    if (parameter.group === "world") ops.sumSquares(parameter.grad, replicated);
-    else if (counts(parameter)) ops.sumSquares(parameter.grad, sharded);
+    if (counts(parameter)) ops.sumSquares(parameter.grad, sum);
   }
 }
 

@@ -54,16 +54,20 @@ Deno.test("AdamW: two steps as the formula has them; decay only where asked; gra
   assert.equal(adam.steps, 2);
 });
 
-Deno.test("norm: replicated gradients apart from experts, and each expert by one rank", async () => {
+Deno.test("norm: each gradient is counted by one rank", async () => {
   const expert = (id: number) => ({ group: "replicas", expert: { layer: 0, id } }) as const;
   const all = [
     parameter("w", [3, 4]),
     parameter("e0", [1, 2], expert(0)),
     parameter("e1", [7, 7], expert(1)),
   ];
-  using norms = zeros(device, [2], "f64");
-  addSquaredNorms(all, (p) => p.expert!.id === 0, norms.rows(0, 1), norms.rows(1, 2));
-  assert.deepEqual([...await norms.toArray() as Float64Array], [25, 5]);
+  const norms = async (counts: (parameter: Parameter) => boolean) => {
+    using sum = zeros(device, [1], "f64");
+    addSquaredNorms(all, counts, sum);
+    return [...await sum.toArray() as Float64Array];
+  };
+  assert.deepEqual(await norms((p) => p.expert?.id !== 1), [30]);
+  assert.deepEqual(await norms((p) => p.expert?.id === 1), [98]);
   assert.equal(clipScale(5, 1), 0.2);
   assert.equal(clipScale(0.5, 1), 1);
   assert.equal(clipScale(5, 0), 1);

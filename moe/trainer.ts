@@ -13,6 +13,7 @@ import { Fifo } from "./fifo.ts";
 import { GradientReducer } from "./gradients.ts";
 import { buildStepGraph } from "./graph.ts";
 import type { CollectiveScheduler, Schedule } from "./hooks.ts";
+import { CheckpointError } from "./manifest.ts";
 import { mixtralConfig } from "./mixtral_config.ts";
 import type { Transformer } from "./transformer.ts";
 import {
@@ -72,8 +73,8 @@ export interface StepMetrics {
   readonly grad_norm: number;
 }
 
-// Places of the step's sums; the first three are summed over ranks.
-const LOSS = 0, ALL_TO_ALL = 1, SHARDED = 2, REPLICATED = 3, SUMS = 4;
+// Places of the step's sums over ranks.
+const LOSS = 0, ALL_TO_ALL = 1, SQUARES = 2, SUMS = 3;
 
 /** Trains a model on all ranks together. */
 export class Trainer implements AsyncDisposable {
@@ -85,6 +86,8 @@ export class Trainer implements AsyncDisposable {
   readonly #gradients: Communicator;
   readonly #reducer: GradientReducer;
   readonly #sums: Tensor;
+  /** Whether a step has begun and not succeeded. */
+  #failed = false;
 
   /**
    * Prepares training: a communicator for the gradients, the optimizer's moments, the schedule. All ranks call it together.
@@ -148,9 +151,24 @@ export class Trainer implements AsyncDisposable {
    * One step: forward, backward, reduction, update. All ranks call it together.
    *
    * @returns What it has shown.
-   * @throws {Error} If the loss or the gradient is not finite: the weights are as they were before.
+   * @throws {Error} If the loss or the gradient is not finite: the weights are as they were before. A trainer whose step has failed,
+   * for whatever reason, makes no more steps, as gradients and loads may be half a step's.
    */
   async step(): Promise<StepMetrics> {
+    if (this.#failed) {
+      throw new Error(
+        `Cannot go on training as the last step must have succeeded: current value is a failed step ${
+          this.steps + 1
+        }; go on from a checkpoint with a new model and trainer`,
+      );
+    }
+    this.#failed = true;
+    const shown = await this.#step();
+    this.#failed = false;
+    return shown;
+  }
+
+  async #step(): Promise<StepMetrics> {
     const { model, data, device, world, accumulate, clip } = this.#options;
     const began = now(), allToAllBefore = recorder.total("allToAll");
     const number = this.steps + 1;
@@ -171,10 +189,10 @@ export class Trainer implements AsyncDisposable {
     await model.reduceReplicas();
     ops.fill(sum(ALL_TO_ALL), recorder.total("allToAll") - allToAllBefore);
     const counts = (parameter: Parameter) => model.ownerOf(parameter) === world.rank;
-    addSquaredNorms(model.parameters, counts, sum(REPLICATED), sum(SHARDED));
-    await world.allReduce(this.#sums.rows(0, REPLICATED));
+    addSquaredNorms(model.parameters, counts, sum(SQUARES));
+    await world.allReduce(this.#sums);
     const sums = await this.#sums.toArray() as Float64Array;
-    const loss = sums[LOSS] / tokens, norm = Math.sqrt(sums[SHARDED] + sums[REPLICATED]);
+    const loss = sums[LOSS] / tokens, norm = Math.sqrt(sums[SQUARES]);
     if (!Number.isFinite(loss) || !Number.isFinite(norm)) {
       throw new Error(
         `Cannot go on training as loss and gradient must be finite: current value is ${loss} and ${norm} at step ${number}`,
@@ -235,7 +253,7 @@ export class Trainer implements AsyncDisposable {
       config: model.description,
       model: this.#tensors(),
       optimizer: this.#moments(),
-      state: { sequence: data.sequence, ...options.state },
+      state: { ...options.state, ...positionOf(data) },
       transformersConfig: mixtralConfig(model.config, data.sequence) ?? undefined,
     };
     return saveCheckpoint(directory, contents, { comm: world, keep: options.keep });
@@ -246,12 +264,13 @@ export class Trainer implements AsyncDisposable {
    *
    * @param directory Where checkpoints lie: the newest complete one is taken.
    * @returns It, or null if there is none, and then nothing has changed.
-   * @throws {CheckpointError} If it is of another model.
+   * @throws {CheckpointError} If it is of another model, or of data in another order or batches of another size; nothing has changed then.
    */
   async resume(directory: string): Promise<Checkpoint | null> {
-    const { model, world } = this.#options;
+    const { model, world, data } = this.#options;
     const found = await newestCheckpoint(directory, { comm: world });
     if (!found) return null;
+    checkPosition(found, data);
     const checkpoint = await loadCheckpoint(found, {
       model: this.#tensors(),
       optimizer: this.#moments(),
@@ -288,5 +307,23 @@ export class Trainer implements AsyncDisposable {
     for (const layer of this.#options.model.moeLayers) layer.store.holdMoments(false);
     this.#sums[Symbol.dispose]();
     await this.#gradients[Symbol.asyncDispose]();
+  }
+}
+
+/** What makes a step's number a position in the text. */
+function positionOf({ seed, batch, sequence }: TrainingData) {
+  return { seed, batch, sequence };
+}
+
+/** With other batches, going on would repeat or skip text without a word. */
+function checkPosition({ path, state }: Checkpoint, data: TrainingData): void {
+  for (const [name, value] of Object.entries(positionOf(data))) {
+    if (state[name] !== value) {
+      throw new CheckpointError(
+        `Cannot go on from ${path} as ${name} must be ${
+          state[name] ?? "absent"
+        }, as in the checkpoint: current value is ${value}; give the checkpoint's, or begin a new run`,
+      );
+    }
   }
 }

@@ -3,6 +3,8 @@ import { createCommunicator } from "../collectives/communicator.ts";
 import { openSelf } from "../collectives/self.ts";
 import { cpuDevice } from "../tensor/cpu/device.ts";
 import { modelConfig, type ModelOptions } from "./config.ts";
+import { Fifo } from "./fifo.ts";
+import type { Boundary, CollectiveScheduler } from "./hooks.ts";
 import { run } from "./run.ts";
 import { Trainer } from "./trainer.ts";
 import { trainingData } from "./training_data.ts";
@@ -15,7 +17,11 @@ const TEXT = new TextEncoder().encode(
 const SEQUENCE = TEXT.length - 1;
 
 async function train<T>(
-  more: { readonly model?: Partial<ModelOptions>; readonly peak?: number },
+  more: {
+    readonly model?: Partial<ModelOptions>;
+    readonly peak?: number;
+    readonly scheduler?: CollectiveScheduler;
+  },
   use: (trainer: Trainer, model: Transformer) => Promise<T>,
 ): Promise<T> {
   const world = createCommunicator(openSelf(), { rank: 0, size: 1, name: "alone", device });
@@ -38,6 +44,7 @@ async function train<T>(
     data,
     learningRate: { peak: more.peak ?? 0.02, warmup: 10, steps: 120 },
     adamW: { weightDecay: 0 },
+    scheduler: more.scheduler ?? new Fifo(),
   });
   return await use(trainer, model);
 }
@@ -65,15 +72,39 @@ Deno.test("trainer: a step frees what it has allocated", async () => {
   });
 });
 
+Deno.test("trainer: a scheduler hears of all-to-alls in a world of one, too", async () => {
+  const fifo = new Fifo(), kinds: Boundary["kind"][] = [];
+  let imminent: boolean | undefined;
+  const scheduler: CollectiveScheduler = {
+    name: "curious",
+    plan: (graph) => fifo.plan(graph),
+    launch: (boundary, state) => {
+      kinds.push(boundary.kind);
+      imminent = state.imminent;
+      return fifo.launch(boundary, state);
+    },
+  };
+  await train({ scheduler }, (trainer) => trainer.step());
+  assert.equal(kinds.filter((kind) => kind === "allToAllStarts").length, 4 * 2);
+  assert.equal(kinds.filter((kind) => kind === "allToAllEnds").length, 4 * 2);
+  assert.equal(imminent, false);
+});
+
 Deno.test("trainer: a loss that is not finite is an error, and the weights stay", async () => {
   await train({}, async (trainer, model) => {
     await trainer.step();
     const [embedding] = model.parameters;
-    const poisoned = await embedding.value.toArray() as Float32Array;
+    const healthy = await embedding.value.toArray() as Float32Array;
+    const poisoned = healthy.slice();
     poisoned[TEXT[0] * 32] = NaN;
     device.write(poisoned, embedding.value);
     await assert.rejects(trainer.step(), /must be finite/);
     assert.deepEqual(await embedding.value.toArray(), poisoned);
+    device.write(healthy, embedding.value);
+    await assert.rejects(
+      trainer.step(),
+      /the last step must have succeeded: current value is a failed step 2; go on from a checkpoint/,
+    );
   });
 });
 

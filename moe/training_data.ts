@@ -9,6 +9,10 @@ export interface TrainingData {
   readonly tokensPerStep: number;
   /** Tokens of the longest sequence. */
   readonly sequence: number;
+  /** Sequences of a global batch. */
+  readonly batch: number;
+  /** Order of the sequences. */
+  readonly seed: number;
   /**
    * This rank's part of a pass.
    * @param pass Number of the forward and backward pass, from 0; a step has as many passes as it accumulates.
@@ -56,6 +60,8 @@ export function trainingData(text: TokenData, options: TrainingDataOptions): Tra
   return {
     tokensPerStep: batch * sequence,
     sequence,
+    batch,
+    seed,
     training(pass) {
       const part = pass % accumulate, step = Math.floor(pass / accumulate);
       return rowsOf(train.get(step, { rank, size, part, parts: accumulate }), sequence);

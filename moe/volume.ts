@@ -5,7 +5,7 @@
 //   allToAllV   A · Σ_layers 4 · N K D b · (R − 1) / R         dispatch and combine, forward and backward
 //   allGather   A · Σ_layers (R − 1) · 8 · ((P + 2) E + 2)      the router's sums; P = K if drops go by position, else 1
 //   allReduce   Σ_micro-ops ⌊2 (R − 1) · bytes / R⌋             gradients, on a communicator of their own
-//             + ⌊2 (R − 1) · 24 / R⌋                            loss, time of all-to-alls, norm of the experts' gradients
+//             + ⌊2 (R − 1) · 24 / R⌋                            loss, time of all-to-alls, norm of the gradients
 //
 // The first is why MoE training scales weakly: per rank it grows with its own rows only, and the rest does not grow with R at all beyond
 // the factor (R − 1) / R, save the router's sums. Routers with noise, expert choice or a replay gather token counts, too: + 8 (R − 1)

@@ -19,6 +19,10 @@ export interface TrainArgs {
   readonly model?: Partial<ModelOptions>;
   readonly steps: number;
   readonly batch?: number;
+  /** Order of the data. */
+  readonly dataSeed?: number;
+  /** Tokens of a sequence. */
+  readonly sequence?: number;
   readonly accumulate?: number;
   readonly clip?: number;
   readonly replicas?: number;
@@ -86,7 +90,7 @@ export function smallText(size: number): Uint8Array {
 
 async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> {
   const device = cpuDevice();
-  const { steps, batch = 8, accumulate = 1, clip = 1 } = args;
+  const { steps, batch = 8, accumulate = 1, clip = 1, dataSeed = 5, sequence = SEQUENCE } = args;
   const config = modelConfig({ ...SMALL, ...args.model });
   const text = smallText(4000);
   const data = trainingData(
@@ -96,7 +100,7 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
       vocabularySize: 64,
       bytesPerToken: 1,
     },
-    { sequence: SEQUENCE, batch, accumulate, seed: 5, rank: comm.rank, size: comm.size },
+    { sequence, batch, accumulate, seed: dataSeed, rank: comm.rank, size: comm.size },
   );
   const seatings = seatingsOf(args, config.experts, comm.size);
   let seating = 0;
@@ -104,11 +108,12 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
   using model = new Transformer({ device, comm, config, seed: 11, placement });
   const boundaries: [Boundary["kind"], number][] = [];
   let nodes: string[] = [];
-  const inner = args.policy
+  const inner: CollectiveScheduler = args.policy
     ? parts(args.policy)
     : new Fifo({ bucketBytes: args.bucketBytes ?? 4000 });
   const scheduler: CollectiveScheduler = {
     name: "watched",
+    pace: inner.pace,
     plan(graph) {
       nodes = graph.nodes.map((node) =>
         node.kind === "gradient"
@@ -210,6 +215,7 @@ function seatingsOf({ replicas = 1, moves }: TrainArgs, experts: number, ranks: 
 function parts(policy: "parts" | "deferred"): CollectiveScheduler {
   return {
     name: policy,
+    pace: policy === "parts" ? "device" : "program",
     plan(graph) {
       const microOps = worldGradients(graph).flatMap(({ id, elements }) => {
         return Array.from({ length: Math.ceil(elements / 300) }, (_, i) => {

@@ -45,16 +45,22 @@ Deno.test("resume: same losses, weights and selection bias bit for bit; other ra
   }
 });
 
-Deno.test("resume: a checkpoint of another model is refused, and the field named", async () => {
+Deno.test("resume: a checkpoint of another model or other data is refused, and the field named", async () => {
   const directory = await Deno.makeTempDir({ prefix: "lina-resume-" });
   try {
     await train(1, { steps: 1, saveAt: 1, directory });
-    const [other] = await runRanks(PROGRAM, 1, {
-      args: { steps: 2, resume: true, directory, model: { hidden: 32 } } satisfies TrainArgs,
-      check: false,
-    });
-    assert.notEqual(other.code, 0);
-    assert.match(other.output, /config\.hidden must be 32: current value is 24/);
+    const refused = async (given: Partial<TrainArgs>, why: RegExp) => {
+      const args: TrainArgs = { steps: 2, resume: true, directory, ...given };
+      const [other] = await runRanks(PROGRAM, 1, { args, check: false });
+      assert.notEqual(other.code, 0);
+      assert.match(other.output, why);
+    };
+    await Promise.all([
+      refused({ model: { hidden: 32 } }, /config\.hidden must be 32: current value is 24/),
+      refused({ batch: 4 }, /batch must be 8, as in the checkpoint: current value is 4; give/),
+      refused({ dataSeed: 6 }, /seed must be 5, as in the checkpoint: current value is 6; give/),
+      refused({ sequence: 8 }, /sequence must be 16, as in the checkpoint: current value is 8;/),
+    ]);
   } finally {
     await Deno.remove(directory, { recursive: true });
   }

@@ -13,7 +13,7 @@ export interface StepBudgetOptions {
   readonly steps: number;
   /** Seconds of training, or null. */
   readonly seconds: number | null;
-  /** What an earlier part of the run had settled; only a run with a time budget keeps to it. */
+  /** What an earlier part of the run had {@linkcode StepBudget.settled}; only a run with a time budget keeps to it. */
   readonly settled?: { readonly steps?: number };
   /** Step that the run goes on from. */
   readonly from: number;
@@ -30,6 +30,7 @@ export class StepBudget {
   readonly #began = performance.now();
   #lastTime = 0;
   #lastStep = 0;
+  #settled: boolean;
 
   /**
    * Starts the clock.
@@ -43,7 +44,13 @@ export class StepBudget {
     this.#most = options.steps;
     const settled = options.seconds === null ? undefined : options.settled?.steps;
     this.steps = settled ?? options.steps;
-    this.#budget_ms = options.seconds === null || settled ? null : options.seconds * 1000;
+    this.#settled = settled !== undefined;
+    this.#budget_ms = options.seconds === null || this.#settled ? null : options.seconds * 1000;
+  }
+
+  /** The number of steps to keep to after a restart; absent until a time budget has settled it. */
+  get settled(): { readonly steps?: number } {
+    return this.#settled ? { steps: this.steps } : {};
   }
 
   /**
@@ -63,6 +70,7 @@ export class StepBudget {
     const fits = Float64Array.of(row.step + Math.max(1, Math.floor(left / perStep)));
     await this.#world.broadcast(fits);
     this.#mark(row.step);
+    this.#settled = true;
     const before = this.steps;
     // Later a plan is only changed if it would be late by more than 3 %.
     const late = fits[0] < before - 0.03 * (before - row.step);
