@@ -49,8 +49,27 @@ export interface ExpertStoreOptions {
 /** The memory of an expert, each tensor flat: [up | down]. */
 interface ExpertMemory {
   readonly weights: Tensor;
-  readonly gradient: Tensor;
+  readonly gradient: Gradient;
   readonly moments: Moments | null;
+}
+
+/** A gradient that takes memory once it is asked for: an expert in inference has none. */
+class Gradient implements Disposable {
+  readonly #weights: Tensor;
+  #flat: Tensor | null = null;
+
+  constructor(weights: Tensor) {
+    this.#weights = weights;
+  }
+
+  get flat(): Tensor {
+    const { device, shape, dtype } = this.#weights;
+    return this.#flat ??= zeros(device, shape, dtype);
+  }
+
+  [Symbol.dispose](): void {
+    this.#flat?.[Symbol.dispose]();
+  }
 }
 
 /** An expert that sits on this rank. */
@@ -58,7 +77,7 @@ interface SeatedExpert extends ExpertMemory {
   readonly id: number;
   /** The matrices of `weights`. */
   readonly matrices: ExpertMatrices;
-  /** The matrices of `gradient`. */
+  /** The matrices of `gradient`, which this makes. */
   readonly gradients: ExpertMatrices;
   /** The named parts: w2, w1 and, for SwiGLU, w3. */
   readonly parameters: readonly Parameter[];
@@ -132,7 +151,9 @@ export class ExpertStore implements Disposable {
     const works: Work[] = [];
     for (const { id, gradient } of this.#byId()) {
       const holders = this.#holders[id];
-      if (holders.length > 1) works.push(this.#groups.get(holders.join())!.allReduce(gradient));
+      if (holders.length > 1) {
+        works.push(this.#groups.get(holders.join())!.allReduce(gradient.flat));
+      }
     }
     for (const work of works) await work.wait(this.#options.device.stream);
   }
@@ -205,7 +226,7 @@ export class ExpertStore implements Disposable {
     const size = (activation === "swiglu" ? 3 : 2) * hidden * width;
     const weights = empty(device, [size], dtype);
     const moments = this.#holdsMoments ? createMoments(weights) : null;
-    return { weights, gradient: zeros(device, [size], dtype), moments };
+    return { weights, gradient: new Gradient(weights), moments };
   }
 
   #seat(id: number, memory: ExpertMemory): SeatedExpert {
@@ -216,13 +237,15 @@ export class ExpertStore implements Disposable {
       up: flat.rows(0, rows * width).reshape(rows, width),
       down: flat.rows(rows * width, flat.size).reshape(width, hidden),
     });
-    const matrices = matricesOf(weights), gradients = matricesOf(gradient);
+    const matrices = matricesOf(weights);
     const first = moments && matricesOf(moments.moment1);
     const second = moments && matricesOf(moments.moment2);
     const parameter = (part: string, matrix: "up" | "down", start: number, end: number) => ({
       name: `model.layers.${layer}.block_sparse_moe.experts.${id}.${part}.weight`,
       value: matrices[matrix].rows(start, end),
-      grad: gradients[matrix].rows(start, end),
+      get grad() {
+        return matricesOf(gradient.flat)[matrix].rows(start, end);
+      },
       group: "replicas" as const,
       expert: { layer, id },
       decay: true,
@@ -235,7 +258,15 @@ export class ExpertStore implements Disposable {
     });
     const parameters = [parameter("w2", "down", 0, width), parameter("w1", "up", 0, hidden)];
     if (activation === "swiglu") parameters.push(parameter("w3", "up", hidden, 2 * hidden));
-    return { id, ...memory, matrices, gradients, parameters };
+    return {
+      id,
+      ...memory,
+      matrices,
+      get gradients() {
+        return matricesOf(gradient.flat);
+      },
+      parameters,
+    };
   }
 
   #initialise(expert: SeatedExpert): void {

@@ -17,7 +17,8 @@ import {
 import { linearBuffer } from "../tensor/cpu/memory.ts";
 import { cpuDevice } from "../tensor/cpu/device.ts";
 import type { Device } from "../tensor/device.ts";
-import { fromArray } from "../tensor/tensor.ts";
+import { empty, fromArray } from "../tensor/tensor.ts";
+import { ExpertStore } from "./expert_store.ts";
 import type { ExpertPlacement, PlacementPlan } from "./hooks.ts";
 import { MoeLayer } from "./moe_layer.ts";
 import { replicatedPlacement, staticPlacement } from "./placement.ts";
@@ -306,6 +307,39 @@ Deno.test("experts that move keep their weights, and the layer its output", asyn
     }),
     { numRuns: 40 },
   );
+});
+
+Deno.test("experts take memory for gradients only once training asks for them", async () => {
+  const device = cpuDevice(), size = 2 * 5 * D;
+  const used = () => device.memory().used_bytes;
+  const before = used(), one = empty(device, [size], "f32"), bytes = used() - before;
+  one[Symbol.dispose]();
+  await loopbackWorld(2).run(async (comm) => {
+    using store = new ExpertStore({
+      device,
+      comm,
+      layer: 0,
+      experts: 2,
+      width: D,
+      hidden: 5,
+      activation: "relu",
+      dtype: "f32",
+      seats: [[0], [1]],
+      seed: 1,
+      initStd: 1,
+      downStd: 1,
+    });
+    const meet = () => comm.allReduce(new Float64Array(1));
+    await store.moveTo([[0, 1], [0, 1]]);
+    await meet();
+    assert.equal(used() - before, 4 * bytes);
+    await meet();
+    for (const { grad } of store.parameters) assert.ok((await read(grad)).every((g) => g === 0));
+    await meet();
+    assert.equal(used() - before, 8 * bytes);
+    await meet();
+  });
+  assert.equal(used(), before);
 });
 
 Deno.test("in training, experts do not move within a step", async () => {
