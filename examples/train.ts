@@ -83,7 +83,8 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
   if (has("resume") && world.attempt === 0 && !checkpoint) {
     throw new Error(`Cannot resume as ${directory} must have a checkpoint: current value has none`);
   }
-  await beginRun(world, directory, keeps);
+  const recording = text("record-routing");
+  await beginRun(world, directory, { keeps, recording });
   begun();
   const budget = new StepBudget(world, {
     steps: number("steps"),
@@ -126,7 +127,28 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
   const val_loss = data.validation.length > 0 ? await trainer.validate() : NaN;
   progress.finish();
 
-  const recording = text("record-routing");
+  if (traceSteps > 0) await writeTrace(join(directory, "trace.json"), { ranks: world });
+  const sample = await sampleOf(model, world, tokenizer, options);
+  if (world.rank === 0) {
+    Deno.writeTextFileSync(
+      join(directory, "loss.svg"),
+      lossSvg(rows, {
+        title: "Loss",
+        subtitle: `${millions(total)} parameters, ${
+          millions(active)
+        } per token, ${world.size} ranks`,
+        unit: tokenizer === byteTokenizer ? "nats per byte" : "nats per token",
+        baseline: Number.isFinite(bigram) ? { label: "bigram", loss: bigram } : undefined,
+      }),
+    );
+    console.log(`\n${summary({ data, rows, options, total, active, val_loss, bigram, started })}`);
+    if (sample) console.log(`\nA sample:\n${sample}`);
+    console.log(
+      `\nFiles in ${directory}: metrics.jsonl, loss.svg, ${CHECKPOINTS}/${
+        traceSteps > 0 ? ", trace.json (open it at ui.perfetto.dev)" : ""
+      }`,
+    );
+  }
   if (recording) await recordRouting(recording, { world, model, trainer });
   if (replay) {
     const parts = { model, trainer };
@@ -135,25 +157,6 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
       console.log(`\nreplayed routing: loss ${given.toFixed(6)}, of its own ${own.toFixed(6)}`);
     }
   }
-  if (traceSteps > 0) await writeTrace(join(directory, "trace.json"), { ranks: world });
-  const sample = await sampleOf(model, world, tokenizer, options);
-  if (world.rank !== 0) return;
-  Deno.writeTextFileSync(
-    join(directory, "loss.svg"),
-    lossSvg(rows, {
-      title: "Loss",
-      subtitle: `${millions(total)} parameters, ${millions(active)} per token, ${world.size} ranks`,
-      unit: tokenizer === byteTokenizer ? "nats per byte" : "nats per token",
-      baseline: Number.isFinite(bigram) ? { label: "bigram", loss: bigram } : undefined,
-    }),
-  );
-  console.log(`\n${summary({ data, rows, options, total, active, val_loss, bigram, started })}`);
-  if (sample) console.log(`\nA sample:\n${sample}`);
-  console.log(
-    `\nFiles in ${directory}: metrics.jsonl, loss.svg, ${CHECKPOINTS}/${
-      traceSteps > 0 ? ", trace.json (open it at ui.perfetto.dev)" : ""
-    }`,
-  );
 }
 
 function course(options: TrainOptions, steps: number) {
@@ -190,9 +193,15 @@ async function continues(world: World, directory: string): Promise<boolean> {
 }
 
 /** Makes the run's folder. A new run of an old name begins anew, but not before all that the user gave was found to be usable. */
-function beginRun(world: World, directory: string, keeps: boolean): Promise<void> {
+function beginRun(
+  world: World,
+  directory: string,
+  { keeps, recording }: { keeps: boolean; recording: string | undefined },
+): Promise<void> {
   return groupOf(world).onRoot(`Cannot write the run to ${directory}`, () => {
     Deno.mkdirSync(directory, { recursive: true });
+    // Written after training: whether it can be is found out now.
+    if (recording) Deno.openSync(recording, { write: true, create: true }).close();
     if (keeps) return;
     for (const old of ["run.json", "metrics.jsonl", "loss.svg", "trace.json", CHECKPOINTS]) {
       try {

@@ -121,6 +121,19 @@ Deno.test("train.ts: leaves metrics, curve, trace and a checkpoint that generate
   });
 });
 
+Deno.test("train.ts: a routing record that cannot be written or read is found before training", async () => {
+  await withFolder(async (folder) => {
+    const absent = join(folder, "absent", "routing.bin");
+    for (const flag of ["record", "replay"]) {
+      const args = [TRAIN, ...flags(folder, flag), `--${flag}-routing`, absent];
+      const { code, output } = await ended(start([LAUNCH, "-n", "2", ...args]));
+      assert.notEqual(code, 0);
+      assert.match(output, /^.*Cannot .*absent\/routing\.bin/m);
+      assert.deepEqual(metrics(folder, flag), []);
+    }
+  });
+});
+
 Deno.test("train.ts: a killed rank is restarted from its checkpoint and gives the same losses", async () => {
   if (Deno.build.os !== "linux") return;
   await withFolder(async (folder) => {
