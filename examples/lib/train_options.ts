@@ -23,7 +23,7 @@ const FLAGS: readonly Flag[] = [
     "capacity-factor",
     "X",
     undefined,
-    "rows an expert takes at most, as a multiple of its fair share (default: all)",
+    "rows an expert takes at most in training, as a multiple of its fair share (default: all)",
   ],
   ["drop", "RULE", "position", "what goes beyond the capacity: position or probability"],
   ["aux-loss", "X", "0.01", "coefficient of the balance loss"],
