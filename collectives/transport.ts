@@ -110,6 +110,8 @@ export interface BootContext {
   readonly localRank: number;
   /** Where ranks leave each other small messages. */
   readonly store: Store;
+  /** How long the other ranks may take to come, in ms. @default {LINA_TIMEOUT_MS, or 60000} */
+  readonly timeout_ms?: number;
   /** The rank's GPU: operations order themselves after its stream. Absent on the CPU, whose one stream is the host's thread. */
   readonly device?: Device;
   /**

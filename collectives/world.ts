@@ -20,6 +20,7 @@ import {
 } from "./rendezvous/store_client.ts";
 import { StoreServer } from "./rendezvous/store_server.ts";
 import type { BootContext, Store, Transport } from "./transport.ts";
+import { timeoutOf } from "./watchdog.ts";
 import type {
   AllReduceOptions,
   Backend,
@@ -35,7 +36,7 @@ import type {
 export interface InitOptions {
   /** What carries the data. @default {the launcher's --backend, or "auto"} */
   readonly backend?: BackendChoice;
-  /** Longest time to wait for the other ranks, in milliseconds. @default {60000} */
+  /** Longest time to wait until all ranks have joined, in milliseconds. @default {60000} */
   readonly timeout_ms?: number;
 }
 
@@ -91,11 +92,11 @@ export async function init(options: InitOptions = {}): Promise<World> {
   const device = import("../tensor/cpu/device.ts"); // loads while the ranks meet
   device.catch(() => {}); // the await below reports it, unless something else fails first
   const departed = new Map<number, string>();
-  const timeout_ms = options.timeout_ms ?? DEFAULT_TIMEOUT_MS;
+  const timeout_ms = timeoutOf(options.timeout_ms ?? DEFAULT_TIMEOUT_MS);
   const store = await meet(env, timeout_ms, departed);
   try {
-    const context = { ...env, store, departed };
-    const { transport, reason } = await connect(asked, env, context, timeout_ms);
+    const context = { ...env, store, departed, timeout_ms };
+    const { transport, reason } = await connect(asked, env, context);
     if (store instanceof DeferredStore) {
       await meetOver(transport, env, store, departed);
     }
@@ -171,7 +172,6 @@ async function connect(
   asked: BackendChoice,
   env: RankEnvironment,
   context: BootContext,
-  timeout_ms: number,
 ): Promise<{ transport: Transport; reason: string }> {
   if (asked === "nccl") {
     throw new Error(
@@ -188,7 +188,7 @@ async function connect(
       );
     }
   }
-  const elsewhere = await ranksElsewhere(env, context.store, timeout_ms);
+  const elsewhere = await ranksElsewhere(env, context);
   if (elsewhere.length === 0) {
     return await openShm(
       context,
@@ -207,8 +207,7 @@ async function connect(
 /** Ranks that are not on this rank's host; every rank calls it. Our launcher's own children need not ask. */
 async function ranksElsewhere(
   env: RankEnvironment,
-  store: Store,
-  timeout_ms: number,
+  { store, timeout_ms }: BootContext,
 ): Promise<number[]> {
   if (env.source === "launcher" && env.oneHost && !env.mpi) return [];
   const mine = hostIdentity();

@@ -146,6 +146,19 @@ Deno.test("ranks that do not come are named", async () => {
   );
 });
 
+Deno.test("init() waits no longer than its time-out for the ranks of the launcher", async () => {
+  using folder = new Folder();
+  const script = folder.script(`
+    const start = performance.now();
+    if (Deno.env.get("RANK") === "1") await new Promise((resolve) => setTimeout(resolve, 30_000));
+    await init({ timeout_ms: 900 }).finally(() => console.log(performance.now() - start < 5000));
+  `);
+  const { code, stdout, stderr } = await launch(["-n", "2", script]);
+  assert.equal(code, 1);
+  assert.match(stderr, /all ranks must join the job within 900 ms: .*; not arrived: rank 1/);
+  assert.equal(stdout, "[0] true\n");
+});
+
 function node(rank: number, port: number, script: string, more: string[] = []): Running {
   const flags = `-n 2 --nnodes 2 --node-rank ${rank} --rdzv 127.0.0.1:${port}`;
   return startLauncher([...flags.split(" "), ...more, script]);

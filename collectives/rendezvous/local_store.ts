@@ -42,7 +42,7 @@ export class LocalStore implements Store {
           `Cannot get "${key}" in the rendezvous as it must be set within ${timeout_ms} ms: current value is unset`,
         ),
       );
-    }, timeout_ms);
+    }, Math.min(timeout_ms, 2 ** 31 - 1)); // setTimeout takes no more
     waiters.add(wake);
     return promise;
   }

@@ -16,6 +16,8 @@ import {
 export const DEFAULT_TIMEOUT_MS = 60_000;
 const RETRY_MS = 20;
 const REPLY_GRACE_MS = 10_000;
+/** The longest time that setTimeout takes. */
+const LONGEST_MS = 2 ** 31 - 1;
 
 /** Options of {@linkcode connectStore}. */
 export interface ConnectOptions {
@@ -27,7 +29,7 @@ export interface ConnectOptions {
   readonly token: string;
   /** Who connects. */
   readonly hello: Hello;
-  /** Longest time until the store answers, in milliseconds. @default {60000} */
+  /** Longest time until the store answers, and to wait for a key that says no other, in milliseconds. @default {60000} */
   readonly timeout_ms?: number;
   /** Called when a rank (or node) has left, with how. */
   readonly onLeft?: (number: number, how: string) => void;
@@ -56,7 +58,10 @@ export async function connectStore(options: ConnectOptions): Promise<StoreClient
   let conn: Deno.TcpConn;
   for (;;) {
     try {
-      conn = await Deno.connect({ hostname, port });
+      const signal = AbortSignal.timeout(
+        Math.max(0, Math.min(until - performance.now(), LONGEST_MS)),
+      );
+      conn = await Deno.connect({ hostname, port, signal });
       break;
     } catch (cause) {
       if (performance.now() >= until) {
@@ -72,7 +77,8 @@ export async function connectStore(options: ConnectOptions): Promise<StoreClient
   const reader = new FrameReader(conn);
   const value = new TextEncoder().encode(JSON.stringify(options.hello));
   const request = { operation: Operation.hello, id: 0, key: options.token, value };
-  const late = setTimeout(() => conn.close(), Math.max(1000, until - performance.now()));
+  const left_ms = Math.min(Math.max(1000, until - performance.now()), LONGEST_MS);
+  const late = setTimeout(() => conn.close(), left_ms);
   let reply: ReturnType<typeof decodeReply> = null;
   try {
     await writeAll(conn, encodeRequest(request));
@@ -107,6 +113,7 @@ export async function connectStore(options: ConnectOptions): Promise<StoreClient
 export class StoreClient implements Store {
   #conn: Deno.TcpConn;
   #place: string;
+  #timeout_ms: number;
   #pending = new Map<number, Pending>();
   #next = 1;
   #sending: Promise<void> = Promise.resolve();
@@ -123,6 +130,7 @@ export class StoreClient implements Store {
   constructor(conn: Deno.TcpConn, reader: FrameReader, options: ConnectOptions) {
     this.#conn = conn;
     this.#place = `${options.hostname}:${options.port}`;
+    this.#timeout_ms = options.timeout_ms ?? DEFAULT_TIMEOUT_MS;
     void this.#listen(reader, options);
     conn.unref();
   }
@@ -136,11 +144,11 @@ export class StoreClient implements Store {
    * The value of a key, waiting for it to be set.
    *
    * @param key The key.
-   * @param timeout_ms Longest wait in milliseconds. @default {60000}
+   * @param timeout_ms Longest wait in milliseconds. @default {that of the connection}
    * @returns The value.
    * @throws {Error} After the time-out, naming the key and the ranks that are not connected.
    */
-  async get(key: string, timeout_ms: number = DEFAULT_TIMEOUT_MS): Promise<Uint8Array> {
+  async get(key: string, timeout_ms: number = this.#timeout_ms): Promise<Uint8Array> {
     const operand = new Uint8Array(Float64Array.of(timeout_ms).buffer);
     const late = Promise.withResolvers<never>();
     // The store keeps the time; this only helps when it has stopped answering.
@@ -150,7 +158,7 @@ export class StoreClient implements Store {
           `Cannot get "${key}" as the rendezvous at ${this.#place} must answer: current value is silence`,
         ),
       );
-    }, timeout_ms + REPLY_GRACE_MS);
+    }, Math.min(timeout_ms + REPLY_GRACE_MS, LONGEST_MS));
     try {
       return await Promise.race([this.#ask(Operation.get, key, operand), late.promise]);
     } finally {

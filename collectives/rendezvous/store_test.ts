@@ -206,6 +206,44 @@ Deno.test("connecting waits for the store, and says where it waited", async () =
   server.close();
 });
 
+Deno.test("connecting is bounded where packets get no answer", async () => {
+  using busy = Deno.listen({ hostname: "127.0.0.1", port: 0, tcpBacklog: 1 });
+  const { hostname, port } = busy.addr;
+  const open: Deno.TcpConn[] = [];
+  try {
+    for (let i = 0; i < 8; i++) { // fill its queue: what comes after that is dropped
+      open.push(await Deno.connect({ hostname, port, signal: AbortSignal.timeout(100) }));
+    }
+  } catch { /* full */ }
+  const start = performance.now();
+  await assert.rejects(
+    connectStore({ hostname, port, token: "t", hello: rank(0), timeout_ms: 200 }),
+    /within 200 ms: current value is unreachable/,
+  );
+  assert.ok(performance.now() - start < 5000);
+  for (const conn of open) conn.close();
+});
+
+Deno.test("a wait without limit is one", async () => {
+  using s = serve();
+  const local = new LocalStore();
+  const remote = await connectStore({ ...s.place, hello: rank(0) });
+  for (const store of [local, remote]) {
+    const waiting = store.get("key", Infinity);
+    await pause(20);
+    await store.set("key", bytes("value"));
+    assert.equal(text(await waiting), "value");
+    await store.close();
+  }
+});
+
+Deno.test("a key is waited for as long as the connection says", async () => {
+  using s = serve();
+  const a = await connectStore({ ...s.place, hello: rank(0), timeout_ms: 40 });
+  await assert.rejects(a.get("key"), /must be set within 40 ms/);
+  await a.close();
+});
+
 Deno.test("something else on the port is recognised", async () => {
   const server = Deno.serve(
     { port: 0, hostname: "127.0.0.1", onListen() {} },

@@ -29,6 +29,7 @@ const BUSY_POLLS = 1000;
  */
 export async function openShm(context: BootContext): Promise<Transport> {
   const { rank, size, store, departed } = context;
+  const timeout_ms = timeoutOf(context.timeout_ms);
   if (size === 1) return openSelf();
   prepareSleep();
   spread = new Spread(rank, size);
@@ -37,11 +38,11 @@ export async function openShm(context: BootContext): Promise<Transport> {
     segment = Segment.create(size);
     await store.set(BOOT_KEY, new TextEncoder().encode(JSON.stringify(segment.address)));
   } else {
-    const text = new TextDecoder().decode(await store.get(BOOT_KEY));
+    const text = new TextDecoder().decode(await store.get(BOOT_KEY, timeout_ms));
     segment = Segment.open(rank, size, JSON.parse(text) as SegmentAddress);
   }
   const members = [...Array(size).keys()];
-  await joined(segment, "the job", members, (r) => departed?.get(r) ?? null);
+  await joined(segment, "the job", members, (r) => departed?.get(r) ?? null, timeout_ms);
   return new ShmTransport(segment, segment, members, departed);
 }
 
@@ -54,17 +55,25 @@ async function joined(
   what: string,
   members: readonly number[],
   gone: Gone,
+  timeout_ms: number,
 ): Promise<void> {
   const awaited = () => segment.absent.map((rank) => members[rank]);
-  await until(() => segment.complete, { what, awaited, gone });
+  await until(() => segment.complete, { what, awaited, gone, timeout_ms });
   segment.seal();
+}
+
+/** What is waited for, whose ranks it takes, and for how long. */
+interface Meeting {
+  readonly what: string;
+  readonly awaited: () => readonly number[];
+  readonly gone: Gone;
+  readonly timeout_ms: number;
 }
 
 async function until(
   met: () => boolean,
-  { what, awaited, gone }: { what: string; awaited: () => readonly number[]; gone: Gone },
+  { what, awaited, gone, timeout_ms }: Meeting,
 ): Promise<void> {
-  const timeout_ms = timeoutOf(undefined);
   const began = performance.now();
   let nextLivenessCheck = began + LIVENESS_INTERVAL_MS;
   for (let turn = 0; !met(); turn++) {
@@ -227,6 +236,7 @@ class ShmTransport implements Transport {
     const rank = members.indexOf(parent.rank);
     const size = members.length;
     const key = keyOf(id);
+    const timeout_ms = timeoutOf(undefined);
     const gone = (r: number) => this.#goneFrom(parent, r);
     let segment: Segment | undefined;
     if (rank === 0) {
@@ -238,7 +248,7 @@ class ShmTransport implements Transport {
       try {
         segment = Segment.create(size);
         parent.post(key, segment.address);
-        await joined(segment, id, members, gone);
+        await joined(segment, id, members, gone, timeout_ms);
       } finally {
         this.#splitting.delete(key);
         resolve();
@@ -247,10 +257,10 @@ class ShmTransport implements Transport {
       let address: SegmentAddress | null = null;
       await until(
         () => (address = parent.mail(members[0], key)) !== null,
-        { what: id, awaited: () => [members[0]], gone },
+        { what: id, awaited: () => [members[0]], gone, timeout_ms },
       );
       segment = Segment.open(rank, size, address!);
-      await joined(segment, id, members, gone);
+      await joined(segment, id, members, gone, timeout_ms);
     }
     return new ShmTransport(
       segment,
