@@ -1,7 +1,15 @@
 // Ending the launcher from outside: whatever the signal, no rank stays behind, whether or not it has called init().
 
 import assert from "node:assert/strict";
-import { allEnd, Folder, pidsOf, runs, startLauncher } from "./launch_support.ts";
+import {
+  allEnd,
+  Folder,
+  LAUNCHER,
+  pidsOf,
+  Running,
+  runs,
+  startLauncher,
+} from "./launch_support.ts";
 
 const SCRIPTS = {
   "ranks in a collective": `
@@ -39,6 +47,21 @@ for (const [what, code] of Object.entries(SCRIPTS)) {
     });
   }
 }
+
+Deno.test("a launcher that ignores SIGHUP, as under nohup, goes on", async () => {
+  using folder = new Folder();
+  const script = folder.script(`
+    await using world = await init();
+    console.log(\`pid \${Deno.pid}\`);
+    await new Promise((resolve) => setTimeout(resolve, 500));
+  `);
+  const command = [Deno.execPath(), "run", "-A", LAUNCHER, "-n", "2", script];
+  const job = new Running("sh", ["-c", 'trap "" HUP; exec "$@"', "sh", ...command]);
+  await job.says(/(pid \d+[^]*){2}/);
+  job.kill("SIGHUP");
+  const { code, stderr } = await job.ended();
+  assert.deepEqual([code, stderr], [0, ""]);
+});
 
 Deno.test("a second Ctrl-C does not wait for ranks that ignore the first", async () => {
   using folder = new Folder();

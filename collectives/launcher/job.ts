@@ -73,9 +73,11 @@ class Job {
   }
 
   async run(): Promise<number> {
+    const ignored = hangUpIgnored() ? "SIGHUP" : null;
     const listeners = Object.keys(SIGNALS).map((name) => {
       const signal = name as Deno.Signal;
-      const listener = () => this.#interrupt(signal);
+      // Deno takes SIGHUP over with the first listener for any signal, so ignoring it takes a listener, too.
+      const listener = signal === ignored ? () => {} : () => this.#interrupt(signal);
       Deno.addSignalListener(signal, listener);
       return () => Deno.removeSignalListener(signal, listener);
     });
@@ -188,6 +190,17 @@ class Job {
     const how = exit.signal ? `was ended by ${exit.signal}` : `failed with exit code ${exit.code}`;
     const headline = headlineOf(output.tail(exit.number));
     return { code: exit.code, why: `${who} ${how}${headline === "" ? "" : `: ${headline}`}` };
+  }
+}
+
+/** Whether this process was started to outlive its terminal, as by nohup. To be asked before there are listeners. */
+function hangUpIgnored(): boolean {
+  try {
+    const status = Deno.readTextFileSync("/proc/self/status");
+    const mask = /^SigIgn:\s*([0-9a-f]+)$/m.exec(status)?.[1] ?? "0";
+    return (BigInt(`0x${mask}`) & 1n) === 1n;
+  } catch {
+    return false; // no such file but on Linux
   }
 }
 
