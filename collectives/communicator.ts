@@ -181,6 +181,7 @@ class TransportCommunicator implements Communicator {
     if (to !== from) {
       sameDType(caller, from, to);
       haveLength(caller, to, from.length, "out");
+      beApart(caller, from, to, 0);
     }
     return this.#start(caller, from, to, op, 0, 0, NO_COUNTS, NO_COUNTS, options?.after);
   }
@@ -192,6 +193,7 @@ class TransportCommunicator implements Communicator {
     const to = this.#region(caller, out, "out");
     sameDType(caller, from, to);
     haveLength(caller, from, to.length * this.size, "x");
+    beApart(caller, from, to, -this.rank * to.length);
     return this.#start(caller, from, to, op);
   }
 
@@ -201,6 +203,7 @@ class TransportCommunicator implements Communicator {
     const to = this.#region(caller, out, "out");
     sameDType(caller, from, to);
     haveLength(caller, to, from.length * this.size, "out");
+    beApart(caller, from, to, this.rank * from.length);
     return this.#start(caller, from, to);
   }
 
@@ -212,6 +215,9 @@ class TransportCommunicator implements Communicator {
     const sum = sumOf(caller, counts, "counts");
     haveLength(caller, from, counts[this.rank], "x");
     haveLength(caller, to, sum, "out");
+    let before = 0;
+    for (let r = 0; r < this.rank; r++) before += counts[r];
+    beApart(caller, from, to, before);
     return this.#start(caller, from, to, "sum", 0, 0, NO_COUNTS, counts);
   }
 
@@ -242,6 +248,7 @@ class TransportCommunicator implements Communicator {
     if (to !== from) {
       sameDType(caller, from, to);
       haveLength(caller, to, from.length, "out");
+      beApart(caller, from, to, 0);
     }
     return this.#start(caller, from, to, op, root);
   }
@@ -254,6 +261,7 @@ class TransportCommunicator implements Communicator {
     if (to !== null) {
       sameDType(caller, from, to);
       haveLength(caller, to, from.length * this.size, "out");
+      beApart(caller, from, to, root * from.length);
     }
     return this.#start(caller, from, to, "sum", root);
   }
@@ -266,6 +274,7 @@ class TransportCommunicator implements Communicator {
     if (from !== null) {
       sameDType(caller, from, to);
       haveLength(caller, from, to.length * this.size, "x");
+      beApart(caller, from, to, -root * to.length);
     }
     return this.#start(caller, from, to, "sum", root);
   }

@@ -224,13 +224,14 @@ export function sumOf(caller: Caller, counts: Counts, what: string): number {
 }
 
 /**
- * Checks that two regions share no byte; all-to-alls cannot work in place.
+ * Checks that two regions share no byte, or that one lies in the other where the operation works in place.
  *
  * @param caller Who calls what.
  * @param x The source.
  * @param out The destination.
+ * @param place At which element of `out` the source may begin; where that is below 0, `out` at as many elements of `x`. @default {none: all-to-alls cannot work in place}
  */
-export function beApart(caller: Caller, x: Region, out: Region): void {
+export function beApart(caller: Caller, x: Region, out: Region, place?: number): void {
   if (x.length === 0 || out.length === 0) return;
   let from = x.address, to = out.address;
   if (from < 0 || to < 0) {
@@ -239,7 +240,14 @@ export function beApart(caller: Caller, x: Region, out: Region): void {
     to = out.array!.byteOffset;
   }
   const width = bytesOf(x.dtype);
-  if (from < to + out.length * width && to < from + x.length * width) {
-    throw argumentError(caller, "x and out must not overlap", "memory that both use");
-  }
+  if (from >= to + out.length * width || to >= from + x.length * width) return;
+  if (place !== undefined && from - to === place * width) return;
+  const rule = place === undefined
+    ? "x and out must not overlap"
+    : place === 0
+    ? "x and out must begin at the same element or not overlap"
+    : place > 0
+    ? `x must begin at element ${place} of out or not overlap it`
+    : `out must begin at element ${-place} of x or not overlap it`;
+  throw argumentError(caller, rule, "memory that both use");
 }

@@ -12,6 +12,9 @@ interface Args {
   readonly lengths: readonly number[];
   readonly seed: number;
   readonly steps: number;
+  readonly count: number;
+  readonly more: number;
+  readonly delay_ms: number;
 }
 
 const OPS: readonly ReduceOp[] = ["sum", "min", "max", "prod", "avg"];
@@ -264,6 +267,22 @@ async function errors({ comm, rank, size }: RankContext): Promise<string[]> {
     () => comm.allToAll(buffer.subarray(0, 2 * size), buffer.subarray(size, 3 * size)),
     /overlap/,
   );
+  const half = buffer.subarray(0, 2 * size), next = buffer.subarray(1, 2 * size + 1);
+  const block = 1 + 2 * rank, shifted = buffer.subarray(block, block + 2);
+  const twos = counts.map(() => 2);
+  const same = /begin at (the same element|element \d+ of (out|x)) or not overlap/;
+  fails(() => comm.allReduce(half, { out: next }), same);
+  fails(() => comm.reduceScatter(half, shifted), same);
+  fails(() => comm.allGather(shifted, half), same);
+  fails(() => comm.allGatherV(shifted, half, twos), same);
+  const tensor = empty(cpuDevice(), [8]);
+  fails(() => comm.allReduce(tensor.rows(0, 4), { out: tensor.rows(1, 5) }), same);
+  tensor[Symbol.dispose]();
+  if (rank === 0) {
+    fails(() => comm.reduce(half, { out: next }), same);
+    fails(() => comm.gather(shifted, half), same);
+    fails(() => comm.scatter(half, shifted), same);
+  }
   if (size > 1) fails(() => comm.allToAll(f(size + 1), f(size + 1)), /multiple of/);
   fails(() => comm.send(f(1), size), /to must be a rank/);
   fails(() => comm.send(f(1), 0, { tag: -1 }), /tag/);
@@ -277,6 +296,50 @@ async function errors({ comm, rank, size }: RankContext): Promise<string[]> {
   await comm.allReduce(x);
   assert.equal(x[0], size);
   return messages;
+}
+
+/** Operations whose source or destination is this rank's block of the other, as arrays and as tensors. */
+async function inPlace({ comm, rank, size }: RankContext): Promise<void> {
+  const device = cpuDevice(), root = size - 1, isRoot = rank === root;
+  for (const n of [5, 70_001]) {
+    const all = (at: (r: number, i: number) => number) =>
+      Float32Array.from({ length: n * size }, (_, j) => at(Math.floor(j / n), j % n));
+    const mine = all((_, i) => value(rank, i));
+    const gathered = all((r, i) => value(r, i));
+    const summed = Float32Array.from({ length: n }, (_, i) => reduced("f32", "sum", size, i));
+    for (const asTensor of [false, true]) {
+      const run = async (from: Float32Array, call: (whole: Data, block: Data) => Work) => {
+        const array = asTensor ? fromArray(device, from) : from.slice();
+        const block = array instanceof Float32Array
+          ? array.subarray(rank * n, (rank + 1) * n)
+          : array.rows(rank * n, (rank + 1) * n);
+        await call(array, block);
+        if (array instanceof Float32Array) return array;
+        const result = await array.toArray() as Float32Array;
+        array[Symbol.dispose]();
+        return result;
+      };
+      const part = (whole: Float32Array) => whole.subarray(rank * n, (rank + 1) * n);
+      const what = `in place, ${n}, ${asTensor}`;
+      same(await run(mine, (whole, block) => comm.allGather(block, whole)), gathered, what);
+      const counts = Array(size).fill(n);
+      same(
+        await run(mine, (whole, block) => comm.allGatherV(block, whole, counts)),
+        gathered,
+        what,
+      );
+      const gather = (whole: Data, block: Data) => comm.gather(block, isRoot ? whole : null, root);
+      same(await run(mine, gather), isRoot ? gathered : mine, what);
+      const scatter = (whole: Data, block: Data) =>
+        comm.scatter(isRoot ? whole : null, block, root);
+      const offered = isRoot ? gathered : all(() => -1);
+      same(part(await run(offered, scatter)), part(gathered), what);
+      // Every block of the source is the same, so every rank gets the same sums.
+      same(part(await run(mine, (whole, block) => comm.reduceScatter(whole, block))), summed, what);
+      const both = (whole: Data) => comm.allReduce(whole, { out: whole });
+      same(part(await run(mine, both)), summed, what);
+    }
+  }
 }
 
 /** The same bits whatever the size of a message and its place in it; floats whose sums depend on their order. */
@@ -437,6 +500,7 @@ const PROGRAMS = {
   operations,
   errors,
   bitEqual,
+  inPlace,
   random,
   groups,
   /** Rank 1 calls another operation. */
@@ -448,11 +512,16 @@ const PROGRAMS = {
       await comm.barrier();
     }),
   /** Rank 0 says it sends more to rank 1 than that expects. */
-  counts: ({ comm, rank, size }: RankContext) =>
+  counts: ({ comm, rank, size, args }: RankContext) =>
     attempt(async () => {
-      const send = Array(size).fill(1), recv = Array(size).fill(1);
-      if (rank === 0) send[1] = 2;
-      await comm.allToAllV(new Float32Array(9), send, new Float32Array(9), recv);
+      const { count, more, delay_ms } = args as Args;
+      const send = Array(size).fill(count), recv = Array(size).fill(count);
+      if (rank === 0) {
+        send[1] += more;
+        await new Promise((resolve) => setTimeout(resolve, delay_ms));
+      }
+      const room = size * count + more;
+      await comm.allToAllV(new Float32Array(room), send, new Float32Array(room), recv);
     }),
   /** The last rank does not arrive; timers keep running on the others. */
   hang: async ({ comm, rank, size, store }: RankContext) => {

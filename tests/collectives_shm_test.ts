@@ -31,6 +31,10 @@ for (const size of [1, 2, 3, 4]) {
   });
 }
 
+Deno.test("a rank's block of the other buffer may be source or destination", async () => {
+  for (const size of [1, 3]) await run("inPlace", size);
+});
+
 Deno.test("reductions have equal bits whatever the size of the messages", async () => {
   for (const size of [2, 3, 4]) await run("bitEqual", size);
 });
@@ -61,7 +65,12 @@ Deno.test("in debug mode ranks that call different operations are named", async 
     assert.match(result!.message, /rank 0 called allReduce\(f32, 8 elements, sum\)/);
     assert.match(result!.message, /rank 1 called broadcast\(f32, 8 elements, root 0\)/);
   }
-  for (const { result } of await run<Attempt>("counts", 2, { env })) {
+  for (
+    const { result } of await run<Attempt>("counts", 2, {
+      env,
+      args: { count: 1, more: 1, delay_ms: 0 },
+    })
+  ) {
     assert.match(
       result!.message,
       /sendCounts\[1\] of rank 0 must be recvCounts\[0\] of rank 1, 1: .* 2$/,
@@ -81,6 +90,21 @@ Deno.test("without debug mode different operations are an error, not a hang or w
     ),
   );
   for (const { result } of results) assert.notEqual(result!.message, "");
+});
+
+Deno.test("without debug mode counts that differ are an error of the receiver, whatever the size", async () => {
+  // In one call, in one round begun late, in several rounds; and with the other rank's larger count.
+  for (const [count, more, delay_ms] of [[1, 1, 0], [1, 1, 50], [200_000, 1, 0], [1, 200_000, 0]]) {
+    const args = { count, more, delay_ms };
+    const [first, second] = await run<Attempt>("counts", 2, { args, check: false });
+    assert.equal(
+      second.result!.message,
+      `Cannot complete allToAllV 0 of world on rank 1: sendCounts[1] of rank 0 must be recvCounts[0] of rank 1, ${count}: current value is ${
+        count + more
+      }`,
+    );
+    if (count + more < 1000) assert.equal(first.result!.message, "");
+  }
 });
 
 Deno.test("the watchdog names the operation and the ranks that have not arrived", async () => {

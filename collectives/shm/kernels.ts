@@ -4,7 +4,8 @@
 import { type DType, DTYPES } from "../../tensor/dtype.ts";
 import { allocate, linearBuffer, linearMemory } from "../../tensor/cpu/memory.ts";
 import type { ReduceOp } from "../types.ts";
-import { WASM_BASE64 } from "./wasm.ts";
+// @ts-types="./reduce_wasm.d.ts"
+import module from "./reduce_wasm.js";
 
 /** Reductions in the order that reduce.c numbers them. */
 export const REDUCTIONS: readonly ReduceOp[] = ["sum", "min", "max", "prod", "avg"];
@@ -39,7 +40,6 @@ let instance: Kernels | undefined;
 /** The compiled functions, on the first call. @returns Them. */
 export function kernels(): Kernels {
   if (instance) return instance;
-  const module = new WebAssembly.Module(Uint8Array.fromBase64(WASM_BASE64.join("")));
   const { exports } = new WebAssembly.Instance(module, { env: { memory: linearMemory() } });
   return instance = exports as unknown as Kernels;
 }

@@ -1,6 +1,6 @@
-// The hot loops of the shm transport, compiled to WebAssembly (build.ts) and run on the rank's linear memory: elementwise
+// The hot loops of the shm transport, compiled to WebAssembly (build.sh) and run on the rank's linear memory: elementwise
 // reduction in rank order with SIMD, and the one-round exchange of small messages without a step through JavaScript. No function
-// uses the C stack or static data: that memory belongs to tensors. build.ts refuses a module that does.
+// uses the C stack or static data: that memory belongs to tensors. The build refuses a frame, a test refuses data.
 
 #include <stdint.h>
 #include <wasm_simd128.h>
@@ -219,7 +219,7 @@ void reduce(int dtype, int op, const uint32_t *sources, int ranks, uint8_t *out,
 // slot, raise its flag, look for the others' flags `spins` times, and finish the operation if all are up. They return 1 if it is
 // complete. Else rounds.ts goes on from the raised flag: 0 if ranks have not arrived or call something else, 2 if a rank sleeps.
 
-enum { HEADER = 16 };
+enum { HEADER = 16, AREA_HEADER = 16 };  // SLOT_HEADER_BYTES and AREA_HEADER_BYTES in segment.ts
 typedef struct {
   uint32_t slots;     // first rank's slot of this round
   uint32_t stride;
@@ -255,6 +255,7 @@ static inline int raise(const Round *r) {
   header[2] = 1;  // round
   // An atomic store waits until the line is this core's before anything after it may be read, which doubles the time of a small
   // exchange. x86 keeps the order of stores without it; that a sleeper's note may then be missed costs that sleeper a millisecond.
+  __atomic_signal_fence(__ATOMIC_RELEASE);  // nor may the compiler move them
   if (r->ordered_stores) *(volatile int32_t *)header = r->flag;
   else __atomic_store_n(header, r->flag, __ATOMIC_SEQ_CST);
   for (int q = 0; q < r->processes; q++) {
@@ -305,20 +306,25 @@ int small_all_gather(const Round *r, Source x, uint8_t *out, uint32_t bytes) {
   return 1;
 }
 
-// bytes: for each rank what goes to it, then for each rank what comes from it. area: bytes of a slot per destination.
+// bytes: for each rank what goes to it, then for each rank what comes from it. area: bytes of a slot per destination, which begin with
+// their number, so that a receiver who expects another one notices.
 EXPORT(small_all_to_all)
 int small_all_to_all(const Round *r, Source x, uint8_t *out, const uint32_t *bytes, uint32_t area) {
   const uint32_t *received = bytes + r->ranks;
   uint8_t *own = out;
   for (int q = 0; q < r->rank; q++) own += received[q];
   for (int q = 0; q < r->ranks && !r->published; q++) {
-    move(q == r->rank ? own : slot(r, r->rank) + HEADER + q * area, x, bytes[q]);
+    uint8_t *to = slot(r, r->rank) + HEADER + q * area;
+    *(uint64_t *)to = bytes[q];
+    move(q == r->rank ? own : to + AREA_HEADER, x, bytes[q]);
     x += bytes[q];
   }
   int state = publish(r);
   if (state != 1) return state;
   for (int q = 0; q < r->ranks; q++) {
-    if (q != r->rank) move(out, slot(r, q) + HEADER + r->rank * area, received[q]);
+    Source from = slot(r, q) + HEADER + r->rank * area;
+    if (*(const uint64_t *)from != received[q]) return 0;  // rounds.ts says so
+    if (q != r->rank) move(out, from + AREA_HEADER, received[q]);
     out += received[q];
   }
   return 1;

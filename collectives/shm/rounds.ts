@@ -11,7 +11,7 @@ import type { CollectiveRequest } from "../transport.ts";
 import type { Counts } from "../types.ts";
 import { UserBytes } from "./copy.ts";
 import { reduceLinear } from "./kernels.ts";
-import { type Segment, SLOT_HEADER_BYTES, SLOTS } from "./segment.ts";
+import { AREA_HEADER_BYTES, type Segment, SLOT_HEADER_BYTES, SLOTS } from "./segment.ts";
 
 /** Up to this many bytes every rank reduces everything itself, which takes one round instead of two. */
 export const ONE_ROUND_BYTES: number = 16 << 10;
@@ -113,6 +113,7 @@ export class RoundsOperation {
   readonly #recv: UserBytes | null;
   readonly #signature: number;
   readonly #chunk: number; // elements of each rank in a round
+  readonly #area: number; // bytes of a slot for each destination of an all-to-all
   readonly #needs: Needs;
   readonly #whole: boolean; // everybody reduces everything
   #rounds: number;
@@ -141,6 +142,7 @@ export class RoundsOperation {
     const divided = operation === "reduceScatter" || operation === "scatter" ||
       operation === "allToAll" || operation === "allToAllV";
     this.#chunk = Math.floor((divided ? layout.payload / size : layout.payload) / this.#width);
+    this.#area = AREA_HEADER_BYTES + layout.payload / size;
     this.#rounds = this.#countRounds();
     this.#needs = this.#whomToWaitFor();
   }
@@ -231,9 +233,29 @@ export class RoundsOperation {
         );
       }
       if (this.#request.operation === "allToAllV") {
+        this.#checkCount(q, round);
         this.#rounds = Math.max(this.#rounds, this.#slots.rounds(q, round));
       }
     }
+  }
+
+  /** Compares what a rank says it sends to this one with what this one expects. */
+  #checkCount(q: number, round: number): void {
+    const { words } = this.#slots.segment;
+    const at = (this.#slots.payload(q, round) + this.#rank * this.#area) >>> 2;
+    const sent = ((words[at] >>> 0) + words[at + 1] * 0x100000000) / this.#width;
+    const count = this.#recvCounts[q];
+    if (sent === count) return;
+    throw new RangeError(
+      `sendCounts[${this.#rank}] of rank ${q} must be recvCounts[${q}] of rank ${this.#rank}, ${count}: current value is ${sent}`,
+    );
+  }
+
+  /** Says how much goes to a rank: in the first round, at the head of what goes to it. */
+  #sayCount(bytes: number, at: number): void {
+    const { words } = this.#slots.segment;
+    words[at >>> 2] = bytes | 0;
+    words[(at >>> 2) + 1] = Math.floor(bytes / 0x100000000);
   }
 
   #write(i: number, payload: number): void {
@@ -277,7 +299,9 @@ export class RoundsOperation {
           const count = operation === "allToAll" ? send.length / this.#size : sendCounts[q];
           if (q !== this.#rank) {
             const n = span(start, chunk, count);
-            send.copyOut((at + start) * width, payload + q * chunk * width, n * width);
+            const to = payload + q * this.#area;
+            if (i === 0) this.#sayCount(count * width, to);
+            send.copyOut((at + start) * width, to + AREA_HEADER_BYTES, n * width);
           }
           at += count;
         }
@@ -336,7 +360,8 @@ export class RoundsOperation {
         let at = 0;
         for (let q = 0; q < this.#size; q++) {
           const count = operation === "allToAll" ? this.#recv!.length / this.#size : recvCounts[q];
-          if (q !== rank) this.#take(q, round, rank * chunk * width, start, at, count);
+          const offset = rank * this.#area + AREA_HEADER_BYTES;
+          if (q !== rank) this.#take(q, round, offset, start, at, count);
           else if (i === 0) this.#keep(at, count);
           at += count;
         }

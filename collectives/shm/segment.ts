@@ -38,6 +38,8 @@ const S_PID = 0, S_STARTED = 1, S_CLOSED = 2, S_BEGUN = 3, S_MAIL = 8;
 export const SLOTS = 2;
 /** Bytes before a slot's payload: the flag, the signature of the operation, and the number of rounds it takes. */
 export const SLOT_HEADER_BYTES = 16;
+/** Bytes before what goes to one rank in an all-to-all: their number over all rounds, in 64 bits. */
+export const AREA_HEADER_BYTES = 16;
 /** Most bytes of slots in a segment, over all ranks. */
 const SLOTS_BUDGET_BYTES = 64 << 20;
 /** Most bytes of one slot's payload. */
@@ -81,8 +83,9 @@ export function layoutOf(size: number): Layout {
   const unit = LINE * size;
   const budget = Math.min(PAYLOAD_BYTES, SLOTS_BUDGET_BYTES / (SLOTS * size));
   const payload = Math.max(1, Math.floor(budget / unit)) * unit;
-  // After the contributions there is room for the results of one rank's part of a chunk.
-  const slotStride = align(SLOT_HEADER_BYTES + payload + payload / size, LINE) + LINE;
+  // After the contributions there is room for the results of one rank's part of a chunk; an all-to-all has its numbers there.
+  const more = Math.max(payload / size, size * AREA_HEADER_BYTES);
+  const slotStride = align(SLOT_HEADER_BYTES + payload + more, LINE) + LINE;
   const rankStride = SLOTS * slotStride;
   const channels = align(slots + size * rankStride, HEADER_BYTES);
   const fragment = Math.max(

@@ -8,7 +8,7 @@ import type { CollectiveRequest, OperationName, Region } from "../transport.ts";
 import { UserBytes } from "./copy.ts";
 import { type Kernels, kernels, REDUCTIONS } from "./kernels.ts";
 import { ONE_ROUND_BYTES, signatureOf, type Slots } from "./rounds.ts";
-import type { Segment } from "./segment.ts";
+import { AREA_HEADER_BYTES, type Segment } from "./segment.ts";
 
 /** Most bytes of a message that this file cares for. */
 const SMALL_BYTES = 64 << 10;
@@ -128,7 +128,8 @@ export class SmallExchange {
       return kernels.small_all_gather(this.#at, this.#x, this.#out, this.#bytes);
     }
     if (operation === "barrier") return kernels.small_barrier(this.#at);
-    return kernels.small_all_to_all(this.#at, this.#x, this.#out, this.#countsAt, this.#area);
+    const area = AREA_HEADER_BYTES + this.#area;
+    return kernels.small_all_to_all(this.#at, this.#x, this.#out, this.#countsAt, area);
   }
 
   /** Notes the arguments of an operation. @returns Whether it is small enough. */
