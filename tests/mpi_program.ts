@@ -390,6 +390,16 @@ async function main(scenario: string): Promise<void> {
     if (rank === 0) console.log("ok missing");
     Deno.exitCode = 3;
     return;
+  } else if (scenario === "stays") { // under a short LINA_TIMEOUT_MS
+    await comm.barrier();
+    if (rank === 1) await setTimeout(30_000); // the launcher ends this rank long before
+    await assert.rejects(
+      async () => await comm[Symbol.asyncDispose](),
+      /Cannot complete close of world on rank 0 .* within 700 ms: .* still open on rank 1$/,
+    );
+    console.log("ok stays");
+    Deno.exitCode = 3;
+    return;
   } else if (scenario === "mismatch") {
     const counts = [...Array(size).keys()].map(() => 4);
     if (rank === 1) counts[0] = 2;

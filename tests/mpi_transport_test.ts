@@ -115,6 +115,17 @@ Deno.test({
 });
 
 Deno.test({
+  name: "MPI does not wait for ever for a rank that stays when another closes",
+  ignore: !found,
+  async fn() {
+    const { code, text, ms } = await mpirun(2, "stays", { LINA_TIMEOUT_MS: "700" });
+    assert.equal(code, 3, text);
+    assert.match(text, /^ok stays$/m);
+    assert.ok(ms < 15_000, `${ms} ms`);
+  },
+});
+
+Deno.test({
   name: "MPI reports a message that is shorter than its receiver expects",
   ignore: !found,
   async fn() {

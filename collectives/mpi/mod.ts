@@ -6,6 +6,7 @@ import { setImmediate, setTimeout } from "node:timers/promises";
 import { addressOf, checkMpi, type Mpi, mpi, type MpiComm, type MpiGroup } from "../../ffi/mpi.ts";
 import { progress } from "../progress.ts";
 import type { BootContext, CollectiveRequest, Completion, Transport } from "../transport.ts";
+import { timeoutOf } from "../watchdog.ts";
 import { stepsOf } from "./algorithms.ts";
 import { Flight, type Watcher } from "./flight.ts";
 import { type Group, RequestSet } from "./requests.ts";
@@ -292,6 +293,33 @@ class MpiTransport implements Transport, Watcher {
     return this.#flights.size === 0;
   }
 
+  /** Waits until all others have said farewell, or one never will. */
+  async #hearFarewells(): Promise<void> {
+    const { context } = this.#job;
+    const { members, id, rank } = this.#membership;
+    const silent = () => members.filter((_, r) => r !== rank && this.#left[r] < 0);
+    const timeout_ms = timeoutOf(undefined);
+    const end = performance.now() + timeout_ms;
+    let lost = Infinity; // when a rank that has left the job counts as silent: its farewell may be on its way
+    await until(() => {
+      if (this.#farewells.test()) return true;
+      const now_ms = performance.now();
+      if (lost === Infinity && silent().some((r) => context.departed?.has(r))) {
+        lost = now_ms + OVERDUE_MS;
+      }
+      return now_ms > lost || now_ms > end;
+    });
+    const missing = silent();
+    if (missing.length === 0) return;
+    this.#job.broken = true;
+    if (performance.now() < end) return; // the launcher knows what has become of them
+    throw new Error(
+      `Cannot complete close of ${id} on rank ${rank} as all ranks must close it within ${timeout_ms} ms: current value is still open on rank ${
+        missing.join(", rank ")
+      }`,
+    );
+  }
+
   async close(): Promise<void> {
     if (this.#closed || this.#job.finalized) return;
     this.#closed = true;
@@ -304,7 +332,7 @@ class MpiTransport implements Transport, Watcher {
       await setTimeout(YIELD_TO_CAUSE_MS);
       return;
     }
-    await until(() => this.#farewells.test());
+    await this.#hearFarewells();
     const even = this.#left.every((n, r) => r === this.#group.rank || n === this.#begun);
     if (!even) this.#job.broken = true; // this rank, or another, leaves in the middle: the launcher will end the job
     if (this.#job.broken) return;
