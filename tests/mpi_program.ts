@@ -393,11 +393,7 @@ async function main(scenario: string): Promise<void> {
   } else if (scenario === "stays") { // under a short LINA_TIMEOUT_MS
     await comm.barrier();
     if (rank === 1) await setTimeout(30_000); // the launcher ends this rank long before
-    await assert.rejects(
-      async () => await comm[Symbol.asyncDispose](),
-      /Cannot complete close of world on rank 0 .* within 700 ms: .* still open on rank 1$/,
-    );
-    console.log("ok stays");
+    await comm[Symbol.asyncDispose]();
     Deno.exitCode = 3;
     return;
   } else if (scenario === "mismatch") {

@@ -313,8 +313,9 @@ class MpiTransport implements Transport, Watcher {
     if (missing.length === 0) return;
     this.#job.broken = true;
     if (performance.now() < end) return; // the launcher knows what has become of them
-    throw new Error(
-      `Cannot complete close of ${id} on rank ${rank} as all ranks must close it within ${timeout_ms} ms: current value is still open on rank ${
+    // Not thrown: this often runs in `await using`, where it would hide the error that has ended the block.
+    console.error(
+      `error: Cannot complete close of ${id} on rank ${rank} as all ranks must close it within ${timeout_ms} ms: current value is still open on rank ${
         missing.join(", rank ")
       }`,
     );
