@@ -28,6 +28,7 @@ import type {
   Region,
   Transport,
 } from "./transport.ts";
+import { REDUCE_OPS } from "./types.ts";
 import type {
   AllReduceOptions,
   Backend,
@@ -64,7 +65,6 @@ interface Kind extends Caller {
   bytes: number;
 }
 
-const OPS: readonly ReduceOp[] = ["sum", "min", "max", "prod", "avg"];
 const NO_COUNTS: Counts = [];
 /** From this many bytes on, operations that are complete when the call returns are timed too. */
 const TIMED_BYTES = 16 << 10;
@@ -642,7 +642,9 @@ function kept(region: Region | null): Region | null {
 
 function reduction(caller: Caller, op: ReduceOp | undefined): ReduceOp {
   if (op === undefined) return "sum";
-  if (!OPS.includes(op)) throw argumentError(caller, `op must be one of ${OPS.join(", ")}`, op);
+  if (!REDUCE_OPS.includes(op)) {
+    throw argumentError(caller, `op must be one of ${REDUCE_OPS.join(", ")}`, op);
+  }
   return op;
 }
 

@@ -5,7 +5,7 @@
 import { DTYPES } from "../tensor/dtype.ts";
 import { HostRegion } from "./regions.ts";
 import type { CollectiveRequest, Completion, OperationName, Transport } from "./transport.ts";
-import type { ReduceOp } from "./types.ts";
+import { REDUCE_OPS } from "./types.ts";
 
 const NAMES: readonly OperationName[] = [
   "allReduce",
@@ -20,7 +20,7 @@ const NAMES: readonly OperationName[] = [
   "allToAllV",
   "barrier",
 ];
-const OPS: readonly ReduceOp[] = ["sum", "min", "max", "prod", "avg"];
+
 /** Numbers before the counts: name, sequence, dtype, elements, root, reduction. */
 const HEAD = 6;
 
@@ -153,7 +153,7 @@ function describe(request: CollectiveRequest, size: number): Float64Array {
     region === null ? -1 : DTYPES.indexOf(region.dtype),
     region === null || counted ? 0 : region.length,
     rooted || operation === "broadcast" || operation === "reduce" ? peer : -1,
-    OPS.indexOf(op),
+    REDUCE_OPS.indexOf(op),
   ]);
   for (let r = 0; r < sendCounts.length; r++) numbers[HEAD + r] = sendCounts[r];
   for (let r = 0; r < recvCounts.length; r++) numbers[HEAD + size + r] = recvCounts[r];
@@ -207,6 +207,6 @@ function show(numbers: Float64Array, size: number): string {
   if (operation === "allGatherV") parts.push(`counts ${numbers.subarray(HEAD + size).join(" ")}`);
   else if (dtype >= 0 && operation !== "allToAllV") parts.push(`${elements} elements`);
   if (root >= 0) parts.push(`root ${root}`);
-  if (/reduce/i.test(operation)) parts.push(OPS[op]);
+  if (/reduce/i.test(operation)) parts.push(REDUCE_OPS[op]);
   return `${operation}(${parts.join(", ")}) as operation ${sequence}`;
 }

@@ -11,6 +11,9 @@ export type Backend = "self" | "shm" | "mpi" | "nccl";
 /** Elementwise reduction. `avg` is the sum divided by the number of ranks; integers round toward zero. */
 export type ReduceOp = "sum" | "min" | "max" | "prod" | "avg";
 
+/** All reductions, in the order in which shm/reduce.c numbers them. */
+export const REDUCE_OPS: readonly ReduceOp[] = ["sum", "min", "max", "prod", "avg"];
+
 /** Data that a collective takes or fills: a typed array on the host (`Uint16Array` is bf16), or a tensor of the rank's device. */
 export type Data = TypedArray | Tensor;
 

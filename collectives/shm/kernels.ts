@@ -3,12 +3,9 @@
 
 import { type DType, DTYPES } from "../../tensor/dtype.ts";
 import { allocate, linearBuffer, linearMemory } from "../../tensor/cpu/memory.ts";
-import type { ReduceOp } from "../types.ts";
+import { REDUCE_OPS, type ReduceOp } from "../types.ts";
 // @ts-types="./reduce_wasm.d.ts"
 import module from "./reduce_wasm.js";
-
-/** Reductions in the order that reduce.c numbers them. */
-export const REDUCTIONS: readonly ReduceOp[] = ["sum", "min", "max", "prod", "avg"];
 
 /** The functions of reduce.c; addresses and sizes are bytes in linear memory. */
 export interface Kernels {
@@ -72,6 +69,6 @@ export function reduceLinear(
   }
   const ranks = sources.length;
   for (let s = 0; s < ranks; s++) table[s] = sources[s];
-  const code = DTYPES.indexOf(dtype), reduction = REDUCTIONS.indexOf(op);
+  const code = DTYPES.indexOf(dtype), reduction = REDUCE_OPS.indexOf(op);
   (instance ?? kernels()).reduce(code, reduction, tableAt, ranks, out, copy, length);
 }

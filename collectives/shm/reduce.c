@@ -8,7 +8,7 @@
 #define EXPORT(name) __attribute__((export_name(#name)))
 
 enum { F32, F64, F16, BF16, I32, U8, I64 };    // order of DTYPES in tensor/dtype.ts
-enum { SUM, MIN, MAX, PROD, AVG };             // order of REDUCTIONS in kernels.ts
+enum { SUM, MIN, MAX, PROD, AVG };             // order of REDUCE_OPS in types.ts
 
 typedef const uint8_t *Source;
 

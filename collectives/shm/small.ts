@@ -5,9 +5,11 @@ import { bytesOf, DTYPES } from "../../tensor/dtype.ts";
 import { allocate, free, linearBuffer } from "../../tensor/cpu/memory.ts";
 import { libc } from "../../ffi/libc.ts";
 import type { CollectiveRequest, OperationName, Region } from "../transport.ts";
+import { REDUCE_OPS } from "../types.ts";
 import { UserBytes } from "./copy.ts";
-import { type Kernels, kernels, REDUCTIONS } from "./kernels.ts";
-import { ONE_ROUND_BYTES, signatureOf, type Slots } from "./rounds.ts";
+import { type Kernels, kernels } from "./kernels.ts";
+import { ONE_ROUND_BYTES } from "./rounds.ts";
+import { signatureOf, type Slots } from "./slots.ts";
 import { AREA_HEADER_BYTES, type Segment } from "./segment.ts";
 
 /** Most bytes of a message that this file cares for. */
@@ -143,7 +145,7 @@ export class SmallExchange {
       case "allReduce":
         if (bytes === 0 || bytes > ONE_ROUND_BYTES || bytes > this.#payload) return false;
         this.#dtype = DTYPES.indexOf(send.dtype);
-        this.#op = REDUCTIONS.indexOf(request.op);
+        this.#op = REDUCE_OPS.indexOf(request.op);
         break;
       case "allGather":
         if (bytes === 0 || bytes > this.#payload || received > SMALL_BYTES) return false;
