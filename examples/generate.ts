@@ -12,8 +12,8 @@ import { CHECKPOINTS } from "../moe/run.ts";
 import { byteTokenizer, StreamDecoder } from "../moe/tokenizer.ts";
 import { Transformer } from "../moe/transformer.ts";
 import { parameterTensors } from "../moe/weights.ts";
-import { loadTokenizer } from "./lib/hf_tokenizer.ts";
 import { runProgram } from "./lib/program.ts";
+import { tokenizerOf } from "./lib/tokenizer.ts";
 
 const HELP = `Generates text with a model that train.ts has saved, on any number of ranks.
 
@@ -97,7 +97,7 @@ async function main(options: Options, begun: () => void): Promise<void> {
       `Cannot generate as ${options.path} must hold a checkpoint: current value has none`,
     );
   }
-  const tokenizer = options.tokenizer ? loadTokenizer(options.tokenizer) : byteTokenizer;
+  const tokenizer = options.tokenizer ? await tokenizerOf(options.tokenizer) : byteTokenizer;
   const state = found.state as { tokenizer?: string; sequence?: number };
   if (state.tokenizer !== undefined && state.tokenizer !== tokenizer.name) {
     throw new Error(

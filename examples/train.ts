@@ -2,6 +2,7 @@
 //   deno run -A launch.ts -n 4 examples/train.ts --demo
 //   deno run -A launch.ts -n 4 examples/train.ts --help
 
+import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { init, type World } from "../collectives/world.ts";
 import { groupOf } from "../moe/agree.ts";
@@ -22,8 +23,8 @@ import { byteTokenizer, type Tokenizer } from "../moe/tokenizer.ts";
 import { Trainer } from "../moe/trainer.ts";
 import { trainingData } from "../moe/training_data.ts";
 import { writeTrace } from "../trace/perfetto.ts";
-import { loadTokenizer } from "./lib/hf_tokenizer.ts";
 import { runProgram } from "./lib/program.ts";
+import { tokenizerOf } from "./lib/tokenizer.ts";
 import { StepBudget } from "./lib/step_budget.ts";
 import { parseTrainOptions, trainHelp, type TrainOptions } from "./lib/train_options.ts";
 import { lossSvg } from "./report/loss_svg.ts";
@@ -36,7 +37,7 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
   const started = performance.now();
   const { text, number, has } = options;
   const tokenizerFile = text("tokenizer");
-  const tokenizer = tokenizerFile ? loadTokenizer(tokenizerFile) : byteTokenizer;
+  const tokenizer = tokenizerFile ? await tokenizerOf(tokenizerFile) : byteTokenizer;
   const config = options.model(tokenizer.vocabularySize);
   if (number("sample") > 0 && tokenizer.encode(text("prompt")!).length === 0) {
     throw new Error(
@@ -84,7 +85,7 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     throw new Error(`Cannot resume as ${directory} must have a checkpoint: current value has none`);
   }
   const recording = text("record-routing");
-  await beginRun(world, directory, { keeps, recording });
+  await beginRun(world, directory, { keeps, recording, overwrite: has("overwrite") });
   begun();
   const budget = new StepBudget(world, {
     steps: number("steps"),
@@ -192,13 +193,22 @@ async function continues(world: World, directory: string): Promise<boolean> {
   return answer[0] === 1;
 }
 
-/** Makes the run's folder. A new run of an old name begins anew, but not before all that the user gave was found to be usable. */
+/** Makes the run's folder. An old run of that name goes only if the user said so, and not before all else that he gave was found to be usable. */
 function beginRun(
   world: World,
   directory: string,
-  { keeps, recording }: { keeps: boolean; recording: string | undefined },
+  { keeps, recording, overwrite }: {
+    keeps: boolean;
+    recording: string | undefined;
+    overwrite: boolean;
+  },
 ): Promise<void> {
   return groupOf(world).onRoot(`Cannot write the run to ${directory}`, () => {
+    if (!keeps && !overwrite && existsSync(join(directory, CHECKPOINTS))) {
+      throw new Error(
+        "the run's name must be new: current value is that of an earlier run with checkpoints; give another --run, --resume to go on, or --overwrite",
+      );
+    }
     Deno.mkdirSync(directory, { recursive: true });
     // Written after training: whether it can be is found out now.
     if (recording) Deno.openSync(recording, { write: true, create: true }).close();

@@ -221,6 +221,10 @@ Deno.test("files and sizes that do not fit are one line of error, and the older 
     [["--batch", "1"], /a sequence for each of 2 ranks .*: current value is 1$/],
     [["--prompt", "", "--sample", "3"], /--prompt must hold a token/],
     [["--out", file("file", "")], /Cannot write the run to .*file.run: /],
+    [
+      [],
+      /name must be new: .* earlier run with checkpoints; give another --run, --resume .*--overwrite$/,
+    ],
     [["--run", "never", "--resume"], /never must have a checkpoint: current value has none$/],
   ];
   await inPairs(cases.map(([flags, message, code, ranks]) => async () => {

@@ -261,7 +261,8 @@ Deno.test({
 
     // The second run of the name dies before it has begun.
     const run = folders[0];
-    const again = runs.start(run, { launch: ["--max-restarts", "1"], train: ["--lr", "0.001"] });
+    const train = ["--lr", "0.001", "--overwrite"];
+    const again = runs.start(run, { launch: ["--max-restarts", "1"], train });
     kill(await pidOf(run, 0));
     const second = await again.ended();
     assert.equal(second.code, 0, second.stderr);

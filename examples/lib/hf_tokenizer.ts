@@ -2,7 +2,7 @@
 // `@huggingface/tokenizers`. An adapter and its error messages; the work is the package's.
 
 import { basename, dirname, join } from "node:path";
-import { Tokenizer as HuggingFaceTokenizer } from "@huggingface/tokenizers";
+import { Tokenizer as HuggingFaceTokenizer } from "npm:@huggingface/tokenizers@^0.2.0";
 import type { Tokenizer } from "../../moe/tokenizer.ts";
 
 const MODELS: readonly string[] = ["BPE", "WordPiece", "Unigram"];

@@ -84,6 +84,7 @@ const SWITCHES: readonly (readonly [name: string, help: string])[] = [
     "resume",
     "goes on from the newest checkpoint of --run; a restart by the launcher does so by itself",
   ],
+  ["overwrite", "begins anew over an earlier run of that name; --demo does so with its own"],
   ["help", "this text"],
 ];
 
@@ -176,6 +177,7 @@ export function parseTrainOptions(args: readonly string[]): TrainOptions {
       activation: text("activation") as ModelConfig["activation"],
       tied: given.tied === true,
     });
+  if (given.demo && given.run === undefined) given.overwrite = true;
   return { model, text, number, has: (name) => given[name] === true };
 }
 
