@@ -48,6 +48,8 @@ export interface Device {
   readonly stream: Stream;
   /** The kernels of this device. */
   readonly kernels: Kernels;
+  /** Kernels that route tokens without the host's help; null on the CPU, where the host is the device. */
+  readonly routing: RoutingKernels | null;
   /**
    * Memory of at least `bytes` bytes, aligned to 64 bytes (CPU) or 256 (CUDA), contents undefined.
    * @returns Byte offset in the CPU's linear memory, or the device address.
@@ -95,6 +97,33 @@ export interface AttentionShape {
   readonly headDim: number;
 }
 
+/** Row groups of a batch that is sorted by group: group g has the rows `offsets[g]` to `offsets[g + 1]`; groups may be empty. */
+export interface RowGroups {
+  /** First row of each group and, last, the number of rows: i32 [G + 1] on the device. */
+  readonly offsets: Tensor;
+  /** The same on the host where it is known there, else null: no kernel waits for the device to learn it. */
+  readonly host: Int32Array | null;
+}
+
+/** What one parameter brings to an AdamW update. All have the same number of elements. */
+export interface AdamWUpdate {
+  /** Weights that the model computes with; updated. */
+  readonly parameter: Tensor;
+  /** Gradient in the parameter's dtype, or f32; with `zeroGradient` it is 0 afterwards. */
+  readonly gradient: Tensor;
+  /** First moment, f32 (f64 for f64); updated. */
+  readonly moment1: Tensor;
+  /** Second moment, f32 (f64 for f64); updated. */
+  readonly moment2: Tensor;
+  /**
+   * The low 16 bits of the f32 master weight of a bf16 parameter, as a signed difference (in an i16 tensor): master bits =
+   * (parameter bits << 16) + residual. So a master weight costs two bytes. Null for f32 and f64 parameters, which are their own masters.
+   */
+  readonly residual: Tensor | null;
+  /** Decoupled weight decay of this parameter. */
+  readonly weightDecay: number;
+}
+
 /** Constants of one AdamW update. */
 export interface AdamWOptions {
   /** Learning rate of this step. */
@@ -105,12 +134,105 @@ export interface AdamWOptions {
   readonly beta2: number;
   /** Added to the root of the second moment. */
   readonly eps: number;
-  /** Decoupled weight decay. */
-  readonly weightDecay: number;
   /** Number of this step, from 1. */
   readonly step: number;
-  /** Factor applied to the gradient first (clipping, averaging). */
-  readonly gradScale: number;
+  /**
+   * Factor applied to the gradient first (clipping, averaging): f32 [1] on the device, so that a norm need not come to the host. If it is
+   * not finite, nothing is updated.
+   */
+  readonly gradScale: Tensor;
+  /** Whether gradients are set to zero. */
+  readonly zeroGradient: boolean;
+}
+
+/** How a router scores and chooses; see moe/router.ts for the formulas. */
+export interface RouteOptions {
+  /** E. */
+  readonly experts: number;
+  /** K. */
+  readonly choices: number;
+  /** How scores are made of logits. */
+  readonly scores: "softmax" | "sigmoid";
+  /** Whether a token's weights are divided by their sum. */
+  readonly renormalise: boolean;
+  /** Factor of the weights. */
+  readonly scale: number;
+  /** Groups of neighbouring experts (sigmoid); 1 for none. */
+  readonly groups: number;
+  /** Groups that a token may reach. */
+  readonly groupLimit: number;
+  /** Whether the balance loss counts first choices only (GShard). */
+  readonly firstOnly: boolean;
+}
+
+/** Coefficients of the router's losses in its gradient. */
+export interface RouteBackwardOptions extends RouteOptions {
+  /** Of the balance loss, the caller's factor applied. */
+  readonly auxLoss: number;
+  /** Of the z loss, the caller's factor applied. */
+  readonly zLoss: number;
+  /** Ranks R whose records are given. */
+  readonly ranks: number;
+}
+
+/**
+ * Kernels of a router on a GPU. Ties go to the expert of lower index, as on the host. Letters as in {@linkcode Kernels}. The *record* of a
+ * rank is what its routing adds to the global batch, f64 [3 E + 2]: choices per expert [E], choices per expert that the balance loss
+ * counts [E], normalised scores per expert [E], squared log-sum-exps, tokens (the layout of moe/router_exchange.ts with one place). Sums are in a fixed
+ * order: equal inputs give equal bits.
+ */
+export interface RoutingKernels {
+  /** `logits = x gateᵀ`, x [N, D] f32 or bf16, gate [E, D] f32, logits f32 [N, E], exact to f32 rounding. */
+  gate(x: Tensor, gate: Tensor, logits: Tensor): void;
+  /** `dX += dLogits gate`, `dGate += dLogitsᵀ x`: dLogits f32 [N, E], dX like x, dGate f32 [E, D]. */
+  gateBackward(dLogits: Tensor, x: Tensor, gate: Tensor, dX: Tensor, dGate: Tensor): void;
+  /**
+   * Scores and chooses in one pass: experts i32 [N, K], best first; weights f32 [N, K]; lse f32 [N]; the record. `bias` f32 [E] is the
+   * selection bias of a sigmoid router, or null.
+   */
+  route(
+    logits: Tensor,
+    bias: Tensor | null,
+    options: RouteOptions,
+    out: {
+      readonly experts: Tensor;
+      readonly weights: Tensor;
+      readonly lse: Tensor;
+      readonly record: Tensor;
+    },
+  ): void;
+  /**
+   * Gradient of the weights and of the losses: writes dLogits f32 [N, E]. `records` f64 [R, 3 E + 2] are those of all ranks; dWeights f32 [N, K].
+   */
+  routeBackward(
+    dWeights: Tensor,
+    saved: {
+      readonly logits: Tensor;
+      readonly lse: Tensor;
+      readonly experts: Tensor;
+      readonly records: Tensor;
+    },
+    options: RouteBackwardOptions,
+    dLogits: Tensor,
+  ): void;
+  /**
+   * A stable counting sort of the choices: the n-th choice of expert e (in order of token, then place) takes row `starts[e] + n`; with
+   * `starts` null, experts lie in ascending order. Writes slots i32 [N, K] and tokens i32 [S], the inverse; S = N K rows. With `offsets` i32 [E + 1], also writes the first row of each
+   * expert and, last, S (ascending order only). A choice of −1 gets slot −1.
+   *
+   * Replicas: `starts` may be i32 [P, 3], a list of pieces (expert, first choice, first row) sorted by expert, then first choice: choices of the
+   * expert from `first choice` on take rows from `first row` on, until its next piece.
+   */
+  placeRows(
+    experts: Tensor,
+    layout: { readonly experts: number; readonly starts: Tensor | null },
+    out: { readonly slots: Tensor; readonly tokens: Tensor; readonly offsets: Tensor | null },
+  ): void;
+  /**
+   * Index arrays between rank-major and expert-major rows, from counts i32 [R, L] of rows per (source rank, seat): expert-major row i is
+   * rank-major row `toExpertMajor[i]`, rank-major row i is expert-major row `toRankMajor[i]`; both i32 [M].
+   */
+  majorOrders(counts: Tensor, toExpertMajor: Tensor, toRankMajor: Tensor): void;
 }
 
 /**
@@ -130,36 +252,49 @@ export interface Kernels {
   axpy(alpha: number, x: Tensor, y: Tensor): void;
   /** `x *= alpha` */
   scale(x: Tensor, alpha: number): void;
-  /** `out = alpha · a b + beta · out` with a [M, K], b [K, N], out [M, N]. */
+  /** `out = alpha · a b + beta · out` with a [M, K], b [K, N], out [M, N]; out in the dtype of a and b, or f32. */
   gemm(a: Tensor, b: Tensor, out: Tensor, options?: GemmOptions): void;
   /**
-   * One GEMM per group over uneven row groups: rows `offsets[g]..offsets[g+1]` of x meet weights[g].
+   * One GEMM per group over uneven row groups: the rows of group g meet weights[g].
    * `out_g = x_g w_gᵀ` (weight [out, in]); with `transposeWeight`, `out_g = x_g w_g` (the input's gradient).
-   * Empty groups are allowed.
+   * Empty groups are allowed. The same array object of weights means the same weights: a device may keep what it derives from it.
    */
   groupedGemm(
     x: Tensor,
     weights: readonly Tensor[],
-    offsets: Int32Array,
+    groups: RowGroups,
     out: Tensor,
     options?: { readonly transposeWeight?: boolean; readonly beta?: number },
   ): void;
-  /** `grads[g] += dy_gᵀ x_g` per group: the weights' gradients. */
+  /**
+   * `grads[g] = dy_gᵀ x_g + beta · grads[g]` per group: the weights' gradients, in the dtype of dy or f32. With beta 0, the default being 1, those
+   * of empty groups become 0.
+   */
   groupedGemmWeightGrad(
     dy: Tensor,
     x: Tensor,
-    offsets: Int32Array,
+    groups: RowGroups,
     grads: readonly Tensor[],
+    options?: { readonly beta?: number },
   ): void;
   /** `out[i] = x[rows[i]]` for rows i32; a negative index writes zeros. x [*, D], out [rows, D]. */
   gatherRows(x: Tensor, rows: Tensor, out: Tensor): void;
-  /** `out[rows[i]] += x[i]`; a negative index is skipped. Deterministic: adds in order of i. */
+  /** `out[rows[i]] += x[i]`; a negative index is skipped; out in the dtype of x, or f32. Deterministic: adds in order of i. */
   scatterAddRows(x: Tensor, rows: Tensor, out: Tensor): void;
-  /** `out[n] = Σ_k weights[n,k] · y[slots[n,k]]`; slots i32 [N, K], a negative slot adds nothing; y [R, D]. */
-  combineRows(y: Tensor, slots: Tensor, weights: Tensor, out: Tensor): void;
+  /**
+   * `out[n] = residual[n] + Σ_k weights[n,k] · y[slots[n,k]]`; slots i32 [N, K], a negative slot adds nothing; y [R, D]. Without weights they are
+   * 1, without residual it is 0. Weights are in the dtype of y, or f32; out may be the residual.
+   */
+  combineRows(
+    y: Tensor,
+    slots: Tensor,
+    weights: Tensor | null,
+    out: Tensor,
+    residual?: Tensor,
+  ): void;
   /**
    * Gradient of {@linkcode Kernels.combineRows}: `dY[slots[n,k]] = weights[n,k] · dOut[n]` and
-   * `dWeights[n,k] = dOut[n] · y[slots[n,k]]`. Every row of y belongs to at most one (n, k).
+   * `dWeights[n,k] = dOut[n] · y[slots[n,k]]`, in the dtype of the weights. Every row of y belongs to at most one (n, k).
    */
   combineRowsBackward(
     dOut: Tensor,
@@ -171,7 +306,20 @@ export interface Kernels {
   ): void;
   /** `out = x / rms(x) · gain`, `rms(x) = √(mean(x²) + eps)`; saves invRms [N] in f32 (f64 for f64). */
   rmsNorm(x: Tensor, gain: Tensor, out: Tensor, invRms: Tensor, eps: number): void;
-  /** Gradient of {@linkcode Kernels.rmsNorm}: writes dX, adds to dGain. */
+  /** `sum = x + y`, `out = rmsNorm(sum)`: one pass for a residual connection and the norm behind it. sum may be x or y. */
+  addRmsNorm(
+    x: Tensor,
+    y: Tensor,
+    gain: Tensor,
+    sum: Tensor,
+    out: Tensor,
+    invRms: Tensor,
+    eps: number,
+  ): void;
+  /**
+   * Gradient of {@linkcode Kernels.rmsNorm}: writes dX, adds to dGain (in the dtype of the gain, or f32). With `residual`, dX = residual + the
+   * gradient, as at a residual connection; dX may be the residual.
+   */
   rmsNormBackward(
     dOut: Tensor,
     x: Tensor,
@@ -179,6 +327,7 @@ export interface Kernels {
     invRms: Tensor,
     dX: Tensor,
     dGain: Tensor,
+    residual?: Tensor,
   ): void;
   /**
    * Rotary positions in place: x [N, heads·C] with pairs (i, i + C/2) as Hugging Face's Llama has them, positions i32 [N].
@@ -188,6 +337,27 @@ export interface Kernels {
     x: Tensor,
     positions: Tensor,
     options: { readonly headDim: number; readonly theta: number; readonly inverse?: boolean },
+  ): void;
+  /**
+   * The columns of a fused projection apart, queries and keys turned: qkv [N, (H + 2G)·C] → q [N, H·C], k and v [N, G·C], with rotary
+   * positions as in {@linkcode Kernels.rope}.
+   */
+  splitQkv(
+    qkv: Tensor,
+    positions: Tensor,
+    options: { readonly headDim: number; readonly theta: number },
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+  ): void;
+  /** Gradient of {@linkcode Kernels.splitQkv}: turns back and joins into dQkv. */
+  joinQkv(
+    dQ: Tensor,
+    dK: Tensor,
+    dV: Tensor,
+    positions: Tensor,
+    options: { readonly headDim: number; readonly theta: number },
+    dQkv: Tensor,
   ): void;
   /**
    * Causal attention, scale 1/√C: q [N, H·C], k and v [N, G·C] → out [N, H·C]; saves the log-sum-exp lse [N, H]
@@ -227,18 +397,14 @@ export interface Kernels {
    * `scale · d loss / d logits`. A negative target (i32) is ignored: loss 0, gradient 0.
    */
   crossEntropy(logits: Tensor, targets: Tensor, losses: Tensor, scale: number): void;
-  /** `out[0] += Σ x²`, out f64 [1]. */
-  sumSquares(x: Tensor, out: Tensor): void;
+  /** `out[0] += Σ x²` over all elements of all xs, which may differ in floating dtype; out f64 [1]. */
+  sumSquares(xs: readonly Tensor[], out: Tensor): void;
   /** `out[0] += Σ x`, out f64 [1]. */
   sum(x: Tensor, out: Tensor): void;
-  /** One AdamW step in place with decoupled decay (Loshchilov and Hutter); moments f32 (f64 for f64). */
-  adamW(
-    parameter: Tensor,
-    gradient: Tensor,
-    moment1: Tensor,
-    moment2: Tensor,
-    options: AdamWOptions,
-  ): void;
+  /** `out[0] = min(1, limit / √squares[0])`, or 1 with limit 0; NaN if the square sum is not finite. squares f64 [1], out f32 [1]. */
+  clipScale(squares: Tensor, limit: number, out: Tensor): void;
+  /** One AdamW step of many parameters in place with decoupled decay (Loshchilov and Hutter). */
+  adamW(updates: readonly AdamWUpdate[], options: AdamWOptions): void;
 }
 
 /** Element types that kernels compute in. */

@@ -2,7 +2,7 @@
 // Not here: conversion kernels (tensor/cpu, tensor/cuda) and the codes that MPI or NCCL give to a type (ffi/).
 
 /** Name of an element type: IEEE floats, bfloat16, and integers. */
-export type DType = "f32" | "f64" | "f16" | "bf16" | "i32" | "u8" | "i64";
+export type DType = "f32" | "f64" | "f16" | "bf16" | "i32" | "u8" | "i64" | "i16";
 
 /** A typed array that a collective or a tensor accepts. A `Uint16Array` holds the bits of bfloat16 numbers. */
 export type TypedArray =
@@ -12,7 +12,8 @@ export type TypedArray =
   | Uint16Array
   | Int32Array
   | Uint8Array
-  | BigInt64Array;
+  | BigInt64Array
+  | Int16Array;
 
 interface TypedArrayConstructor {
   new (length: number): TypedArray;
@@ -34,10 +35,11 @@ const INFO: Readonly<Record<DType, DTypeInfo>> = {
   i32: { bytes: 4, array: Int32Array as TypedArrayConstructor },
   u8: { bytes: 1, array: Uint8Array as TypedArrayConstructor },
   i64: { bytes: 8, array: BigInt64Array as TypedArrayConstructor },
+  i16: { bytes: 2, array: Int16Array as TypedArrayConstructor },
 };
 
 /** Every element type, in a fixed order that is safe to send between ranks as an index. */
-export const DTYPES: readonly DType[] = ["f32", "f64", "f16", "bf16", "i32", "u8", "i64"];
+export const DTYPES: readonly DType[] = ["f32", "f64", "f16", "bf16", "i32", "u8", "i64", "i16"];
 
 /**
  * Size of one element of a type.
@@ -67,6 +69,7 @@ export function bytesOf(dtype: DType): number {
 export function dtypeOf(array: TypedArray): DType {
   if (array instanceof Float32Array) return "f32";
   if (array instanceof Int32Array) return "i32";
+  if (array instanceof Int16Array) return "i16";
   if (array instanceof Uint8Array) return "u8";
   if (array instanceof Float64Array) return "f64";
   if (array instanceof Uint16Array) return "bf16";
