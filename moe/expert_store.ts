@@ -15,7 +15,13 @@ import { empty, fromArray, type Tensor, zeros } from "../tensor/tensor.ts";
 import type { ExpertMatrices } from "./experts.ts";
 import type { PlacementPlan } from "./hooks.ts";
 import { normal, random } from "./init.ts";
-import { createMoments, freeMoments, type Moments, type Parameter } from "./parameter.ts";
+import {
+  createMoments,
+  freeMoments,
+  gradientDtype,
+  type Moments,
+  type Parameter,
+} from "./parameter.ts";
 import { holdersOf } from "./placement.ts";
 
 /** How an {@linkcode ExpertStore} is made; all but the device is alike on all ranks. */
@@ -64,7 +70,7 @@ class Gradient implements Disposable {
 
   get flat(): Tensor {
     const { device, shape, dtype } = this.#weights;
-    return this.#flat ??= zeros(device, shape, dtype);
+    return this.#flat ??= zeros(device, shape, gradientDtype(dtype));
   }
 
   [Symbol.dispose](): void {
@@ -240,12 +246,14 @@ export class ExpertStore implements Disposable {
     const matrices = matricesOf(weights);
     const first = moments && matricesOf(moments.moment1);
     const second = moments && matricesOf(moments.moment2);
+    const residual = moments?.residual && matricesOf(moments.residual);
     const parameter = (part: string, matrix: "up" | "down", start: number, end: number) => ({
       name: `model.layers.${layer}.block_sparse_moe.experts.${id}.${part}.weight`,
       value: matrices[matrix].rows(start, end),
       get grad() {
         return matricesOf(gradient.flat)[matrix].rows(start, end);
       },
+      overwrites: false,
       group: "replicas" as const,
       expert: { layer, id },
       decay: true,
@@ -253,6 +261,7 @@ export class ExpertStore implements Disposable {
         ? {
           moment1: first[matrix].rows(start, end),
           moment2: second[matrix].rows(start, end),
+          residual: residual ? residual[matrix].rows(start, end) : null,
         }
         : undefined,
     });
@@ -316,7 +325,9 @@ function checkSeats(seats: PlacementPlan["seats"], ranks: number): void {
 
 /** What moves with an expert. */
 function stateOf({ weights, moments }: ExpertMemory): Tensor[] {
-  return moments ? [weights, moments.moment1, moments.moment2] : [weights];
+  if (!moments) return [weights];
+  const { moment1, moment2, residual } = moments;
+  return residual ? [weights, moment1, moment2, residual] : [weights, moment1, moment2];
 }
 
 function freeSeat({ weights, gradient, moments }: ExpertMemory): void {

@@ -6,7 +6,7 @@
 
 import type { Activation } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
-import { empty, type Tensor } from "../tensor/tensor.ts";
+import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
 
 /** Weights of one expert, or their gradients. */
 export interface ExpertMatrices {
@@ -55,9 +55,11 @@ export function expertsForward(
   const active_MF = empty(device, [rows, hidden], dtype);
   const y_MD = empty(device, [rows, width], dtype);
   if (rows > 0) {
-    ops.groupedGemm(x_MD, weights.map(({ up }) => up), offsets, up_MH);
+    using starts = fromArray(device, offsets);
+    const rowGroups = { offsets: starts, host: offsets };
+    ops.groupedGemm(x_MD, weights.map(({ up }) => up), rowGroups, up_MH);
     ops.activation(activation, up_MH, active_MF);
-    ops.groupedGemm(active_MF, weights.map(({ down }) => down), offsets, y_MD);
+    ops.groupedGemm(active_MF, weights.map(({ down }) => down), rowGroups, y_MD);
   }
   return { y_MD, saved: { x_MD, up_MH, active_MF } };
 }
@@ -83,13 +85,15 @@ export function expertsBackward(
   const dX_MD = empty(device, x_MD.shape, dtype);
   if (x_MD.shape[0] === 0) return dX_MD;
   const back = { transposeWeight: true };
-  ops.groupedGemmWeightGrad(dY_MD, active_MF, offsets, grads.map(({ down }) => down));
+  using starts = fromArray(device, offsets);
+  const rowGroups = { offsets: starts, host: offsets };
+  ops.groupedGemmWeightGrad(dY_MD, active_MF, rowGroups, grads.map(({ down }) => down));
   using dActive_MF = empty(device, active_MF.shape, dtype);
-  ops.groupedGemm(dY_MD, weights.map(({ down }) => down), offsets, dActive_MF, back);
+  ops.groupedGemm(dY_MD, weights.map(({ down }) => down), rowGroups, dActive_MF, back);
   using dUp_MH = empty(device, up_MH.shape, dtype);
   ops.activationBackward(activation, dActive_MF, up_MH, dUp_MH);
-  ops.groupedGemmWeightGrad(dUp_MH, x_MD, offsets, grads.map(({ up }) => up));
-  ops.groupedGemm(dUp_MH, weights.map(({ up }) => up), offsets, dX_MD, back);
+  ops.groupedGemmWeightGrad(dUp_MH, x_MD, rowGroups, grads.map(({ up }) => up));
+  ops.groupedGemm(dUp_MH, weights.map(({ up }) => up), rowGroups, dX_MD, back);
   return dX_MD;
 }
 

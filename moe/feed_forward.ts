@@ -53,8 +53,8 @@ export class FeedForward implements Disposable {
     const names = activation === "swiglu" ? ["gate_proj", "up_proj"] : ["up_proj"];
     const { whole, parts } = createFusedParameters(
       device,
-      names.map((name) => `${prefix}${name}.weight`),
-      { shape: [hidden, width], dtype, init: { std, seed } },
+      names.map((name) => ({ name: `${prefix}${name}.weight`, rows: hidden })),
+      { columns: width, dtype, init: { std, seed } },
     );
     this.#in = whole;
     this.parameters = [this.#down, ...parts];

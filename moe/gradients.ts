@@ -77,12 +77,13 @@ export class GradientReducer {
   /**
    * Begins the backward pass whose gradients are reduced: the last one of a step.
    *
-   * @param number Number of the step.
+   * @param number Number of the pass.
+   * @param options Whether it is the first pass of its step, too. @default {{firstPass: false}}
    * @returns The step to run the model in; finish it.
    */
-  begin(number: number): ReducingStep {
+  begin(number: number, options: { readonly firstPass?: boolean } = {}): ReducingStep {
     return new Reduction(
-      number,
+      { number, firstPass: options.firstPass ?? false },
       this.#options,
       new ScheduleRun(this.#options.scheduler, this.schedule),
       {
@@ -115,6 +116,7 @@ interface Launched {
 class Reduction implements ReducingStep {
   readonly training = true;
   readonly number: number;
+  readonly firstPass: boolean;
   readonly #options: GradientReducerOptions;
   readonly #run: ScheduleRun;
   readonly #tables: Tables;
@@ -123,12 +125,13 @@ class Reduction implements ReducingStep {
   #oldest = 0;
 
   constructor(
-    number: number,
+    pass: { readonly number: number; readonly firstPass: boolean },
     options: GradientReducerOptions,
     run: ScheduleRun,
     tables: Tables,
   ) {
-    this.number = number;
+    this.number = pass.number;
+    this.firstPass = pass.firstPass;
     this.#options = options;
     this.#run = run;
     this.#tables = tables;

@@ -5,12 +5,14 @@ import type { Device } from "../tensor/device.ts";
 import { empty, fromArray, type Shape, sizeOf, type Tensor, zeros } from "../tensor/tensor.ts";
 import { normal, random } from "./init.ts";
 
-/** AdamW's two moments of a parameter; same shape as it. */
+/** What AdamW keeps of a parameter between steps; same shape as it. */
 export interface Moments {
   /** Mean of the gradient. */
   readonly moment1: Tensor;
   /** Mean of the squared gradient. */
   readonly moment2: Tensor;
+  /** What a bf16 weight lacks of its f32 master weight, i16: see `AdamWUpdate` of tensor/device.ts. Null for f32 and f64 weights. */
+  readonly residual: Tensor | null;
 }
 
 /** A trainable tensor. */
@@ -19,8 +21,13 @@ export interface Parameter {
   readonly name: string;
   /** The weights the kernels read. */
   readonly value: Tensor;
-  /** Sum of the gradients since the last step; same shape. */
+  /** Sum of the gradients of a step's passes; same shape, in the dtype of {@linkcode gradientDtype}. */
   readonly grad: Tensor;
+  /**
+   * Whether the backward pass overwrites the gradient in the first pass of a step (see `Step.firstPass`); else it only adds, and the
+   * optimizer leaves zeros behind.
+   */
+  readonly overwrites: boolean;
   /** Over which ranks the gradient is reduced: all (replicated weights), or the ranks that hold a replica of this expert. */
   readonly group: "world" | "replicas";
   /** Which expert it belongs to, for group `replicas`. */
@@ -35,10 +42,22 @@ export interface Parameter {
 export interface ParameterOptions {
   /** Sizes of the dimensions. */
   readonly shape: Shape;
-  /** Element type of weights and gradient. */
+  /** Element type of the weights. */
   readonly dtype: DType;
   /** Normal numbers of this standard deviation, seeded by the run's seed and the name; or one constant value. */
   readonly init: { readonly std: number; readonly seed: number } | { readonly value: number };
+  /** Whether the first pass of a step overwrites the gradient. @default {false} */
+  readonly overwrites?: boolean;
+}
+
+/**
+ * Element type in which the gradient of weights is summed and reduced.
+ *
+ * @param dtype Element type of the weights.
+ * @returns The same, but f32 for weights of 16 bits: sums over passes and ranks would lose what they add.
+ */
+export function gradientDtype(dtype: DType): DType {
+  return dtype === "bf16" || dtype === "f16" ? "f32" : dtype;
 }
 
 /**
@@ -49,7 +68,11 @@ export interface ParameterOptions {
  */
 export function createMoments({ device, shape, dtype }: Tensor): Moments {
   const wide = dtype === "f64" ? "f64" : "f32";
-  return { moment1: zeros(device, shape, wide), moment2: zeros(device, shape, wide) };
+  return {
+    moment1: zeros(device, shape, wide),
+    moment2: zeros(device, shape, wide),
+    residual: dtype === "bf16" ? zeros(device, shape, "i16") : null,
+  };
 }
 
 /**
@@ -65,55 +88,65 @@ export function createParameter(
   name: string,
   options: ParameterOptions,
 ): Parameter {
-  const { shape, dtype, init } = options;
-  let value: Tensor;
-  if ("std" in init) {
-    const half = dtype === "f16" || dtype === "bf16";
-    const numbers = normal(random(init.seed, name), sizeOf(shape), {
-      std: init.std,
-      dtype: half ? "f32" : dtype,
-    });
-    value = fromArray(device, numbers, shape);
-    if (half) {
-      using exact = value;
-      value = empty(device, shape, dtype);
-      device.kernels.copy(exact, value);
-    }
-  } else {
-    value = empty(device, shape, dtype);
+  const { shape, dtype, init, overwrites = false } = options;
+  const value = empty(device, shape, dtype);
+  initialise(name, value, init);
+  const grad = zeros(device, shape, gradientDtype(dtype));
+  return { name, value, grad, overwrites, group: "world", decay: shape.length > 1 };
+}
+
+/** Gives weights their first values; numbers of 16 bits are rounded. */
+function initialise(name: string, value: Tensor, init: ParameterOptions["init"]): void {
+  const { device, dtype, shape } = value;
+  if (!("std" in init)) {
     device.kernels.fill(value, init.value);
+    return;
   }
-  const grad = zeros(device, shape, dtype);
-  return { name, value, grad, group: "world", decay: shape.length > 1 };
+  const numbers = normal(random(init.seed, name), sizeOf(shape), {
+    std: init.std,
+    dtype: dtype === "f64" ? "f64" : "f32",
+  });
+  if (dtype === "f32" || dtype === "f64") {
+    device.write(numbers, value);
+    return;
+  }
+  using exact = fromArray(device, numbers, shape);
+  device.kernels.copy(exact, value);
+}
+
+/** A part of a fused parameter. */
+export interface FusedPart {
+  /** Its name in checkpoints. */
+  readonly name: string;
+  /** Its rows in the whole matrix. */
+  readonly rows: number;
 }
 
 /**
  * Parameters that are rows of one larger matrix, so that one GEMM computes all of them.
  *
  * @param device Where.
- * @param names Names of the parts, which all have the shape of `options`.
- * @param options Shape of one part, dtype and first values.
+ * @param parts Names and rows of the parts, in their order in the matrix.
+ * @param options Columns of all parts, dtype and first values.
  * @returns The whole matrix as a parameter without a name of its own, and the parts, which look into it.
  */
 export function createFusedParameters(
   device: Device,
-  names: readonly string[],
-  options: ParameterOptions & { readonly shape: readonly [number, number] },
+  parts: readonly FusedPart[],
+  options: Omit<ParameterOptions, "shape"> & { readonly columns: number },
 ): { readonly whole: Parameter; readonly parts: readonly Parameter[] } {
-  const [rows, columns] = options.shape;
-  const whole = createParameter(device, "", {
-    ...options,
-    shape: [rows * names.length, columns],
-    init: { value: 0 },
+  const { columns, ...rest } = options;
+  const all = parts.reduce((sum, { rows }) => sum + rows, 0);
+  const whole = createParameter(device, "", { ...rest, shape: [all, columns], init: { value: 0 } });
+  let start = 0;
+  const made = parts.map(({ name, rows }): Parameter => {
+    const end = start + rows;
+    const value = whole.value.rows(start, end), grad = whole.grad.rows(start, end);
+    start = end;
+    initialise(name, value, options.init);
+    return { ...whole, name, value, grad };
   });
-  const parts = names.map((name, i): Parameter => {
-    const value = whole.value.rows(i * rows, (i + 1) * rows);
-    const first = createParameter(device, name, options);
-    device.kernels.copy(first.value, value);
-    freeParameter(first);
-    return { ...first, value, grad: whole.grad.rows(i * rows, (i + 1) * rows) };
-  });
-  return { whole, parts };
+  return { whole, parts: made };
 }
 
 /**
@@ -121,9 +154,10 @@ export function createFusedParameters(
  *
  * @param moments The moments.
  */
-export function freeMoments({ moment1, moment2 }: Moments): void {
+export function freeMoments({ moment1, moment2, residual }: Moments): void {
   moment1[Symbol.dispose]();
   moment2[Symbol.dispose]();
+  residual?.[Symbol.dispose]();
 }
 
 /**

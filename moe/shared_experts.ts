@@ -63,8 +63,8 @@ export class SharedExperts implements Disposable {
     const names = activation === "swiglu" ? ["gate_proj", "up_proj"] : ["up_proj"];
     const { whole, parts } = createFusedParameters(
       device,
-      names.map((name) => `${prefix}${name}.weight`),
-      { shape: [hidden, width], dtype, init: { std: options.initStd, seed } },
+      names.map((name) => ({ name: `${prefix}${name}.weight`, rows: hidden })),
+      { columns: width, dtype, init: { std: options.initStd, seed } },
     );
     this.#activation = activation;
     this.#up = whole;

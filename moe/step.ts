@@ -11,6 +11,11 @@ export interface Step {
   /** Number of the step, which seeds noise. */
   readonly number: number;
   /**
+   * Whether this is the first of the passes whose gradients are summed: a backward pass then overwrites the gradients of parameters that
+   * say so (`Parameter.overwrites`), so that nobody sets them to zero. Else it adds.
+   */
+  readonly firstPass: boolean;
+  /**
    * Runs an all-to-all of a MoE layer: tells the scheduler, starts it, and orders the device after it.
    * @param where Which of the layer's all-to-alls.
    * @param start Starts it.
@@ -35,16 +40,22 @@ export interface Step {
  * A step that reduces nothing: inference, evaluation, and all passes but the last of a step that accumulates gradients.
  *
  * @param device Whose stream all-to-alls are ordered with.
- * @param options Whether gradients will be asked for, and the number that seeds noise. @default {{training: false, number: 0}}
+ * @param options Whether gradients will be asked for, the number that seeds noise, and whether gradients are overwritten.
+ * @default {{training: false, number: 0, firstPass: false}}
  * @returns The step.
  */
 export function plainStep(
   device: Device,
-  options: { readonly training?: boolean; readonly number?: number } = {},
+  options: {
+    readonly training?: boolean;
+    readonly number?: number;
+    readonly firstPass?: boolean;
+  } = {},
 ): Step {
   return {
     training: options.training ?? false,
     number: options.number ?? 0,
+    firstPass: options.firstPass ?? false,
     allToAll: async (_where, start) => {
       await start().wait(device.stream);
     },
