@@ -3,7 +3,10 @@
 // variables in the library; MPICH's are ints with known values. Everything else here hides that difference.
 // Pointer arguments are u64 addresses as bigints, the fastest way through Deno's FFI. No algorithm lives here.
 
+import { addressOf } from "./address.ts";
 import { openFirst } from "./search.ts";
+
+export { addressOf } from "./address.ts";
 
 /** Marks the kind of a handle; exists only for the type checker. */
 export declare const kind: unique symbol;
@@ -386,23 +389,4 @@ function errorText(code: number): string {
 
 function decode(bytes: Uint8Array, length: number): string {
   return new TextDecoder().decode(bytes.subarray(0, length)).replace(/[\s\0]+$/, "");
-}
-
-const addresses = new WeakMap<ArrayBufferLike, bigint>();
-
-/**
- * The machine address of a buffer's bytes. They never move: taking `.buffer` of a small typed array has already moved its elements
- * out of V8's heap. The caller keeps the buffer alive for as long as the address is used.
- *
- * @param buffer The buffer.
- * @returns Its address; 0 for an empty buffer.
- */
-export function addressOf(buffer: ArrayBufferLike): bigint {
-  let address = addresses.get(buffer);
-  if (address === undefined) {
-    const pointer = Deno.UnsafePointer.of(new Uint8Array(buffer));
-    address = BigInt(Deno.UnsafePointer.value(pointer));
-    addresses.set(buffer, address);
-  }
-  return address;
 }
