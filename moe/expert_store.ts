@@ -11,10 +11,10 @@ import type { Communicator, Work } from "../collectives/types.ts";
 import type { Activation, Device } from "../tensor/device.ts";
 import type { DType } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
-import { empty, fromArray, type Tensor, zeros } from "../tensor/tensor.ts";
+import { empty, type Tensor, zeros } from "../tensor/tensor.ts";
 import type { ExpertMatrices } from "./experts.ts";
 import type { PlacementPlan } from "./hooks.ts";
-import { normal, random } from "./init.ts";
+import { normalKey } from "./init.ts";
 import {
   createMoments,
   freeMoments,
@@ -279,16 +279,12 @@ export class ExpertStore implements Disposable {
   }
 
   #initialise(expert: SeatedExpert): void {
-    const { device, dtype, seed, initStd, downStd } = this.#options;
+    const { device, seed, initStd, downStd } = this.#options;
     const down = expert.parameters[0];
     for (const parameter of expert.parameters) {
       const { name, value } = parameter;
-      const numbers = normal(random(seed, name), value.size, {
-        std: parameter === down ? downStd : initStd,
-        dtype: dtype === "f64" ? "f64" : "f32",
-      });
-      using first = fromArray(device, numbers, value.shape);
-      ops.copy(first, value);
+      const std = parameter === down ? downStd : initStd;
+      device.kernels.normal(value, normalKey(seed, name), std);
     }
   }
 

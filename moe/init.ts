@@ -2,6 +2,7 @@
 // parameter begins alike on every rank, whichever rank holds it and however many ranks there are. Not for cryptography.
 
 import type { DType } from "../tensor/dtype.ts";
+import type { RandomKey } from "../tensor/random.ts";
 
 /** Uniform numbers in [0, 1), the same for the same seed everywhere. */
 export type Random = () => number;
@@ -63,4 +64,16 @@ export function normal(
     if (i + 1 < size) out[i + 1] = radius * Math.sin(angle);
   }
   return out;
+}
+
+/**
+ * The key of a parameter's first values; numbers are drawn by `Kernels.normal`, on the device that holds the parameter.
+ *
+ * @param seed The run's seed.
+ * @param name The parameter's name.
+ * @returns The key.
+ */
+export function normalKey(seed: number, name: string): RandomKey {
+  const next = random(seed, name);
+  return [Math.floor(next() * 2 ** 32), Math.floor(next() * 2 ** 32)];
 }

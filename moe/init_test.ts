@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { normal, random } from "./init.ts";
+import { normal, normalKey, random } from "./init.ts";
 
 Deno.test("random: uniform, and other for other seeds and names", () => {
   const next = random(5, "w"), counts = new Array(10).fill(0);
@@ -12,6 +12,12 @@ Deno.test("random: uniform, and other for other seeds and names", () => {
     random(5 + 2 ** 32, "w")(),
   ]);
   assert.equal(first.size, 4);
+});
+
+Deno.test("normalKey: other for other seeds and names", () => {
+  const keys = [normalKey(1, "a"), normalKey(1, "b"), normalKey(2, "a")].map(String);
+  assert.equal(new Set(keys).size, 3);
+  assert.deepEqual(normalKey(1, "a"), normalKey(1, "a"));
 });
 
 Deno.test("normal: mean, spread, odd sizes", () => {

@@ -2,8 +2,8 @@
 
 import type { DType } from "../tensor/dtype.ts";
 import type { Device } from "../tensor/device.ts";
-import { empty, fromArray, type Shape, sizeOf, type Tensor, zeros } from "../tensor/tensor.ts";
-import { normal, random } from "./init.ts";
+import { empty, type Shape, type Tensor, zeros } from "../tensor/tensor.ts";
+import { normalKey } from "./init.ts";
 
 /** What AdamW keeps of a parameter between steps; same shape as it. */
 export interface Moments {
@@ -97,21 +97,12 @@ export function createParameter(
 
 /** Gives weights their first values; numbers of 16 bits are rounded. */
 function initialise(name: string, value: Tensor, init: ParameterOptions["init"]): void {
-  const { device, dtype, shape } = value;
+  const { device } = value;
   if (!("std" in init)) {
     device.kernels.fill(value, init.value);
     return;
   }
-  const numbers = normal(random(init.seed, name), sizeOf(shape), {
-    std: init.std,
-    dtype: dtype === "f64" ? "f64" : "f32",
-  });
-  if (dtype === "f32" || dtype === "f64") {
-    device.write(numbers, value);
-    return;
-  }
-  using exact = fromArray(device, numbers, shape);
-  device.kernels.copy(exact, value);
+  device.kernels.normal(value, normalKey(init.seed, name), init.std);
 }
 
 /** A part of a fused parameter. */

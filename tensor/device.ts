@@ -3,6 +3,7 @@
 // Kernels here are unchecked: `tensor/ops.ts` checks shapes, dtypes and devices once, for every device.
 
 import type { DType, TypedArray } from "./dtype.ts";
+import type { RandomKey } from "./random.ts";
 import type { Tensor } from "./tensor.ts";
 
 /**
@@ -244,6 +245,8 @@ export interface RoutingKernels {
 export interface Kernels {
   /** `x = value` */
   fill(x: Tensor, value: number): void;
+  /** Normal numbers of mean 0 and this standard deviation, by index: see tensor/random.ts. bf16 and f16 are rounded from f32. */
+  normal(out: Tensor, key: RandomKey, std: number): void;
   /** `out = x`, converting the dtype if they differ. */
   copy(x: Tensor, out: Tensor): void;
   /** `out = x + y`; `out` may be `x` or `y`. */
