@@ -152,10 +152,13 @@ export function benchKernels(): KernelRow[] {
   {
     using p = random([P]), g = random([P]), m = zeros(device, [P]), v = zeros(device, [P]);
     using total = zeros(device, [1], "f64");
+    using gradScale = fromArray(device, Float32Array.of(1));
     // deno-fmt-ignore
-    const adam = { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, step: 3, gradScale: 1 };
-    measure("adamW", 7 * P * 4, 0, () => ops.adamW(p, g, m, v, adam));
-    measure("sumSquares", P * 4, 0, () => ops.sumSquares(p, total));
+    const adam = { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, step: 3, gradScale, zeroGradient: false };
+    // deno-fmt-ignore
+    const update = { parameter: p, gradient: g, moment1: m, moment2: v, residual: null, weightDecay: 0.1 };
+    measure("adamW", 7 * P * 4, 0, () => ops.adamW([update], adam));
+    measure("sumSquares", P * 4, 0, () => ops.sumSquares([p], total));
   }
   const heads = 6, headDim = 32, width = heads * headDim;
   for (const [sequences, length] of [[8, 128], [4, 256], [1, 1024]]) {

@@ -28,7 +28,7 @@ import type {
   Region,
   Transport,
 } from "./transport.ts";
-import { REDUCE_OPS } from "./types.ts";
+import { REDUCE_OPS, REDUCIBLE } from "./types.ts";
 import type {
   AllReduceOptions,
   Backend,
@@ -174,8 +174,8 @@ class TransportCommunicator implements Communicator {
 
   allReduce(x: Data, options?: AllReduceOptions): Work {
     const caller = this.#caller("allReduce");
-    const op = reduction(caller, options?.op);
     const from = this.#region(caller, x, "x");
+    const op = reduction(caller, options?.op, from);
     const out = options?.out;
     const to = out === undefined ? from : this.#region(caller, out, "out");
     if (to !== from) {
@@ -188,8 +188,8 @@ class TransportCommunicator implements Communicator {
 
   reduceScatter(x: Data, out: Data, options?: { readonly op?: ReduceOp }): Work {
     const caller = this.#caller("reduceScatter");
-    const op = reduction(caller, options?.op);
     const from = this.#region(caller, x, "x");
+    const op = reduction(caller, options?.op, from);
     const to = this.#region(caller, out, "out");
     sameDType(caller, from, to);
     haveLength(caller, from, to.length * this.size, "x");
@@ -233,10 +233,10 @@ class TransportCommunicator implements Communicator {
     options?: { readonly op?: ReduceOp; readonly root?: number; readonly out?: Data },
   ): Work {
     const caller = this.#caller("reduce");
-    const op = reduction(caller, options?.op);
     const root = options?.root ?? 0;
     beRank(caller, root, "root");
     const from = this.#region(caller, x, "x");
+    const op = reduction(caller, options?.op, from);
     const out = options?.out;
     if (this.rank !== root) {
       if (out !== undefined) {
@@ -640,7 +640,10 @@ function kept(region: Region | null): Region | null {
   return region instanceof HostRegion ? region.keep() : region;
 }
 
-function reduction(caller: Caller, op: ReduceOp | undefined): ReduceOp {
+function reduction(caller: Caller, op: ReduceOp | undefined, { dtype }: Region): ReduceOp {
+  if (!REDUCIBLE.includes(dtype)) {
+    throw argumentError(caller, `the dtype must be one of ${REDUCIBLE.join(", ")}`, dtype);
+  }
   if (op === undefined) return "sum";
   if (!REDUCE_OPS.includes(op)) {
     throw argumentError(caller, `op must be one of ${REDUCE_OPS.join(", ")}`, op);

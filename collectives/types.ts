@@ -1,7 +1,7 @@
 // The communicator's contract: what a user calls, whatever carries the bytes. Names and meanings are MPI's and NCCL's.
 // Checks, order and tracing live once in `communicator.ts`; moving bytes lives in a transport (`transport.ts`).
 
-import type { DType, TypedArray } from "../tensor/dtype.ts";
+import { type DType, DTYPES, type TypedArray } from "../tensor/dtype.ts";
 import type { Stream, StreamEvent } from "../tensor/device.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 
@@ -13,6 +13,9 @@ export type ReduceOp = "sum" | "min" | "max" | "prod" | "avg";
 
 /** All reductions, in the order in which shm/reduce.c numbers them. */
 export const REDUCE_OPS: readonly ReduceOp[] = ["sum", "min", "max", "prod", "avg"];
+
+/** Element types that can be reduced, in the order of `DTYPES`. An i16 only travels: it holds bits, not numbers that are added. */
+export const REDUCIBLE: readonly DType[] = DTYPES.filter((dtype) => dtype !== "i16");
 
 /** Data that a collective takes or fills: a typed array on the host (`Uint16Array` is bf16), or a tensor of the rank's device. */
 export type Data = TypedArray | Tensor;

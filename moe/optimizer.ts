@@ -1,6 +1,7 @@
 // AdamW with decoupled decay, the learning rate's course, and clipping by the global norm. Each rank updates the parameters that it
 // holds: replicated ones alike on all ranks, an expert where it sits now. Moments of experts are the expert store's, and move with them.
 
+import type { AdamWUpdate } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { createMoments, freeMoments, type Moments, type Parameter } from "./parameter.ts";
@@ -64,6 +65,10 @@ export class AdamW implements Disposable {
   /** Moments by name of their parameter, of those that have none themselves. */
   readonly #moments = new Map<string, Moments>();
   readonly #settings: Required<AdamWSettings>;
+  /** What was updated last, and the updates: made anew only when experts have moved. */
+  #updated: readonly Parameter[] = [];
+  #overwritten: readonly AdamWUpdate[] = [];
+  #added: readonly AdamWUpdate[] = [];
 
   /**
    * Makes moments of zeros for the parameters that bring none.
@@ -95,29 +100,35 @@ export class AdamW implements Disposable {
   }
 
   /**
-   * One update of every parameter, which also sets every gradient to zero.
+   * One update of every parameter. Gradients that no backward pass overwrites (`Parameter.overwrites`) are zero afterwards.
    *
    * @param lr Learning rate.
-   * @param gradScale Factor applied to the gradients first: see {@linkcode clipScale}.
+   * @param gradScale Factor applied to the gradients first, f32 [1] on the device: see `ops.clipScale`. If it is not finite, no weight
+   * and no moment changes.
    */
-  update(lr: number, gradScale: number = 1): void {
+  update(lr: number, gradScale: Tensor): void {
     const step = ++this.steps;
-    const { beta1, beta2, eps, weightDecay } = this.#settings;
-    for (const parameter of this.#parameters()) {
-      const { value, grad, decay } = parameter;
-      const { moment1, moment2 } = this.momentsOf(parameter);
-      const options = {
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weightDecay: decay ? weightDecay : 0,
-        step,
-        gradScale,
-      };
-      ops.adamW(value, grad, moment1, moment2, options);
-      ops.fill(grad, 0);
-    }
+    const { beta1, beta2, eps } = this.#settings;
+    this.#prepare();
+    const options = { lr, beta1, beta2, eps, step, gradScale };
+    ops.adamW(this.#overwritten, { ...options, zeroGradient: false });
+    ops.adamW(this.#added, { ...options, zeroGradient: true });
+  }
+
+  #prepare(): void {
+    const parameters = this.#parameters();
+    const last = this.#updated;
+    if (parameters.length === last.length && parameters.every((p, i) => p === last[i])) return;
+    const updates = (overwrites: boolean) =>
+      parameters.filter((parameter) => parameter.overwrites === overwrites).map((parameter) => ({
+        parameter: parameter.value,
+        gradient: parameter.grad,
+        ...this.momentsOf(parameter),
+        weightDecay: parameter.decay ? this.#settings.weightDecay : 0,
+      }));
+    this.#overwritten = updates(true);
+    this.#added = updates(false);
+    this.#updated = parameters;
   }
 
   /** Frees the moments, but for those that are the parameters' own. */
@@ -139,18 +150,5 @@ export function addSquaredNorms(
   counts: (parameter: Parameter) => boolean,
   sum: Tensor,
 ): void {
-  for (const parameter of parameters) {
-    if (counts(parameter)) ops.sumSquares(parameter.grad, sum);
-  }
-}
-
-/**
- * The factor that brings a gradient's norm down to a limit.
- *
- * @param norm The global norm.
- * @param limit The limit; 0 means none.
- * @returns At most 1.
- */
-export function clipScale(norm: number, limit: number): number {
-  return limit > 0 && norm > limit ? limit / norm : 1;
+  ops.sumSquares(parameters.filter(counts).map(({ grad }) => grad), sum);
 }

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { cpuDevice } from "../tensor/cpu/device.ts";
 import { fromArray, zeros } from "../tensor/tensor.ts";
-import { AdamW, addSquaredNorms, clipScale, learningRate } from "./optimizer.ts";
+import { AdamW, addSquaredNorms, learningRate } from "./optimizer.ts";
 import type { Parameter } from "./parameter.ts";
 
 const device = cpuDevice();
@@ -11,6 +11,7 @@ function parameter(name: string, grad: number[], more: Partial<Parameter> = {}):
     name,
     value: fromArray(device, new Float64Array(grad.length).fill(1), [1, grad.length]),
     grad: fromArray(device, Float64Array.from(grad), [1, grad.length]),
+    overwrites: false,
     group: "world",
     decay: true,
     ...more,
@@ -30,11 +31,12 @@ Deno.test("learning rate: warm-up, cosine, floor", () => {
 Deno.test("AdamW: two steps as the formula has them; decay only where asked; gradients are cleared", async () => {
   const [a, b] = [parameter("a", [0.5, -2]), parameter("b", [0.5, -2], { decay: false })];
   using adam = new AdamW(() => [a, b], { beta1: 0.9, beta2: 0.99, eps: 1e-8, weightDecay: 0.1 });
+  using half = fromArray(device, Float32Array.of(0.5));
   const expected = [[1, 1], [1, 1]], m = [0, 0], v = [0, 0];
   for (const step of [1, 2]) {
     const grads = [0.5 * step, -2 / step];
     for (const p of [a, b]) device.write(Float64Array.from(grads), p.grad);
-    adam.update(0.01, 0.5);
+    adam.update(0.01, half);
     for (const i of [0, 1]) {
       const g = grads[i] * 0.5;
       m[i] = 0.9 * m[i] + 0.1 * g;
@@ -68,7 +70,23 @@ Deno.test("norm: each gradient is counted by one rank", async () => {
   };
   assert.deepEqual(await norms((p) => p.expert?.id !== 1), [30]);
   assert.deepEqual(await norms((p) => p.expert?.id === 1), [98]);
-  assert.equal(clipScale(5, 1), 0.2);
-  assert.equal(clipScale(0.5, 1), 1);
-  assert.equal(clipScale(5, 0), 1);
+});
+
+Deno.test("AdamW: a scale that is not finite changes nothing; gradients that are overwritten are left", async () => {
+  const [a, b] = [parameter("a", [0.5]), parameter("b", [0.25], { overwrites: true })];
+  using adam = new AdamW(() => [a, b]);
+  for (const p of [a, b]) device.write(Float64Array.of(1), p.grad);
+  using scale = fromArray(device, Float32Array.of(NaN));
+  adam.update(0.1, scale);
+  const read = async (p: Parameter) => {
+    const { moment1, moment2 } = adam.momentsOf(p);
+    const arrays = [p.value, p.grad, moment1, moment2].map((x) => x.toArray());
+    return (await Promise.all(arrays)).map((x) => x[0]);
+  };
+  assert.deepEqual(await read(a), [1, 0, 0, 0]);
+  assert.deepEqual(await read(b), [1, 1, 0, 0]);
+  device.write(Float32Array.of(1), scale);
+  adam.update(0.1, scale);
+  const [value, grad, moment] = await read(b);
+  assert.ok(value < 1 && grad === 1 && moment > 0);
 });

@@ -20,6 +20,7 @@ const CODES: Readonly<Record<DType, string>> = {
   i64: "I64",
   i32: "I32",
   u8: "U8",
+  i16: "I16",
 };
 const DTYPE_OF_CODE = new Map(Object.entries(CODES).map(([dtype, code]) => [code, dtype as DType]));
 

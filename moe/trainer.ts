@@ -20,7 +20,6 @@ import {
   AdamW,
   type AdamWSettings,
   addSquaredNorms,
-  clipScale,
   learningRate,
   type LearningRateOptions,
 } from "./optimizer.ts";
@@ -86,6 +85,8 @@ export class Trainer implements AsyncDisposable {
   readonly #gradients: Communicator;
   readonly #reducer: GradientReducer;
   readonly #sums: Tensor;
+  /** Factor of the gradients in the update. */
+  readonly #gradScale: Tensor;
   /** Whether a step has begun and not succeeded. */
   #failed = false;
 
@@ -130,6 +131,7 @@ export class Trainer implements AsyncDisposable {
       parameters: model.parameters,
     });
     this.#sums = zeros(device, [SUMS], "f64");
+    this.#gradScale = zeros(device, [1]);
   }
 
   /** How gradients are reduced. */
@@ -199,7 +201,8 @@ export class Trainer implements AsyncDisposable {
       );
     }
     const lr = learningRate(number, this.learningRate);
-    this.optimizer.update(lr, clipScale(norm, clip));
+    ops.clipScale(sum(SQUARES), clip, this.#gradScale);
+    this.optimizer.update(lr, this.#gradScale);
     model.endStep();
     await device.stream.synchronize();
     const step_us = now() - began;
@@ -292,12 +295,14 @@ export class Trainer implements AsyncDisposable {
   #moments(): CheckpointTensor[] {
     const { model } = this.#options;
     return model.parameters.flatMap((parameter) => {
-      const { moment1, moment2 } = this.optimizer.momentsOf(parameter);
+      const { moment1, moment2, residual } = this.optimizer.momentsOf(parameter);
       const owner = model.ownerOf(parameter);
-      return [
+      const tensors = [
         namedTensor(`${parameter.name}.moment1`, moment1, owner),
         namedTensor(`${parameter.name}.moment2`, moment2, owner),
       ];
+      if (residual) tensors.push(namedTensor(`${parameter.name}.residual`, residual, owner));
+      return tensors;
     });
   }
 
@@ -306,6 +311,7 @@ export class Trainer implements AsyncDisposable {
     this.optimizer[Symbol.dispose]();
     for (const layer of this.#options.model.moeLayers) layer.store.holdMoments(false);
     this.#sums[Symbol.dispose]();
+    this.#gradScale[Symbol.dispose]();
     await this.#gradients[Symbol.asyncDispose]();
   }
 }

@@ -117,14 +117,15 @@ gradientTest("gemm", (scope, n, d) => {
 gradientTest("groupedGemm", (scope, n, d) => {
   const to = 1 + (n * d) % 5, x = scope.random([n, d]), out = scope.zeros([n, to]);
   const weights = [scope.random([to, d]), scope.random([to, d]), scope.random([to, d])];
-  const offsets = Int32Array.from([0, Math.floor(n / 3), Math.floor(n / 3), n]);
+  const starts = [0, Math.floor(n / 3), Math.floor(n / 3), n];
+  const groups = { offsets: scope.indices(starts), host: Int32Array.from(starts) };
   return {
     inputs: [x, ...weights],
     out,
-    forward: () => ops.groupedGemm(x, weights, offsets, out),
+    forward: () => ops.groupedGemm(x, weights, groups, out),
     backward(dOut, [dX, ...dWeights]) {
-      ops.groupedGemm(dOut, weights, offsets, dX, { transposeWeight: true });
-      ops.groupedGemmWeightGrad(dOut, x, offsets, dWeights);
+      ops.groupedGemm(dOut, weights, groups, dX, { transposeWeight: true });
+      ops.groupedGemmWeightGrad(dOut, x, groups, dWeights);
     },
   };
 });
@@ -166,6 +167,51 @@ gradientTest("rmsNorm", (scope, n, d) => {
     out,
     forward: () => ops.rmsNorm(x, gain, out, invRms, 0.1),
     backward: (dOut, [dX, dGain]) => ops.rmsNormBackward(dOut, x, gain, invRms, dX, dGain),
+  };
+});
+
+gradientTest("addRmsNorm, with the residual's gradient", (scope, n, d) => {
+  const x = scope.random([n, d]), y = scope.random([n, d]), gain = scope.random([d]);
+  const out = scope.zeros([n, d]), sum = scope.zeros([n, d]), invRms = scope.zeros([n]);
+  const normed = scope.zeros([n, d]);
+  return {
+    inputs: [x, y, gain],
+    out, // sum + norm(sum), as at a residual connection
+    forward() {
+      ops.addRmsNorm(x, y, gain, sum, normed, invRms, 0.1);
+      ops.add(sum, normed, out);
+    },
+    backward(dOut, [dX, dY, dGain]) {
+      ops.rmsNormBackward(dOut, sum, gain, invRms, dX, dGain, dOut);
+      ops.copy(dX, dY);
+    },
+  };
+});
+
+gradientTest("splitQkv", (scope, n, d) => {
+  const headDim = 2 * d, H = 2, G = 1, options = { headDim, theta: 1000 };
+  const qkv = scope.random([n, (H + 2 * G) * headDim]);
+  const out = scope.zeros([n * (H + 2 * G) * headDim]); // q, then k, then v
+  const parts = (x: Tensor) => {
+    const ends = [n * H * headDim, n * (H + G) * headDim];
+    return [
+      x.rows(0, ends[0]).reshape(n, H * headDim),
+      x.rows(ends[0], ends[1]).reshape(n, G * headDim),
+      x.rows(ends[1], x.size).reshape(n, G * headDim),
+    ];
+  };
+  const positions = scope.indices(Array.from({ length: n }, (_, i) => 37 * i));
+  return {
+    inputs: [qkv],
+    out,
+    forward() {
+      const [q, k, v] = parts(out);
+      ops.splitQkv(qkv, positions, options, q, k, v);
+    },
+    backward(dOut, [dQkv]) {
+      const [dQ, dK, dV] = parts(dOut);
+      ops.joinQkv(dQ, dK, dV, positions, options, dQkv);
+    },
   };
 });
 

@@ -4,7 +4,7 @@
 import assert from "node:assert/strict";
 import { recorder } from "../trace/mod.ts";
 import { cpuDevice, hostView } from "./cpu/device.ts";
-import type { Device } from "./device.ts";
+import type { AdamWUpdate, Device } from "./device.ts";
 import { empty, fromArray, type Tensor, zeros } from "./tensor.ts";
 import * as ops from "./ops.ts";
 
@@ -17,10 +17,24 @@ const adam = {
   beta1: 0.9,
   beta2: 0.99,
   eps: 1e-8,
-  weightDecay: 0,
   step: 1,
-  gradScale: 1,
+  gradScale: fromArray(device, Float32Array.of(1)),
+  zeroGradient: false,
 };
+const update = (changes: Partial<AdamWUpdate> = {}) => ({
+  parameter: f32(2),
+  gradient: f32(2),
+  moment1: f32(2),
+  moment2: f32(2),
+  residual: null,
+  weightDecay: 0,
+  ...changes,
+});
+const groups = (...starts: number[]) => ({
+  offsets: i32(...starts),
+  host: Int32Array.from(starts),
+});
+const bf16 = (...shape: number[]) => zeros(device, shape, "bf16");
 
 const refused: [string, () => void, RegExp][] = [
   [
@@ -74,7 +88,7 @@ const refused: [string, () => void, RegExp][] = [
   ["axpy sizes", () => ops.axpy(1, f32(3), f32(4)), /y must have 3 elements/],
   ["scale integers", () => ops.scale(i32(1), 2), /floating/],
   ["sum of f32", () => ops.sum(f32(3), f32(1)), /out must be f64/],
-  ["sum wide", () => ops.sumSquares(f32(3), zeros(device, [2], "f64")), /one element/],
+  ["sum wide", () => ops.sumSquares([f32(3)], zeros(device, [2], "f64")), /one element/],
   ["swiglu width", () => ops.activation("swiglu", f32(2, 4), f32(2, 4)), /gate and up/],
   ["gelu size", () => ops.activation("gelu", f32(2, 4), f32(2, 3)), /must have shape \[2,4\]/],
   [
@@ -82,8 +96,67 @@ const refused: [string, () => void, RegExp][] = [
     () => ops.activationBackward("gelu", f32(2, 4), f32(2, 4), f32(2, 3)),
     /dX must have 8 elements/,
   ],
-  ["adamW step", () => ops.adamW(f32(2), f32(2), f32(2), f32(2), { ...adam, step: 0 }), /step/],
-  ["adamW moments", () => ops.adamW(f32(2), f32(2), f32(2), f32(3), adam), /moment2 must have 2/],
+  [
+    "clip's limit",
+    () => ops.clipScale(zeros(device, [1], "f64"), -1, f32(1)),
+    /limit must be >= 0/,
+  ],
+  ["clip's squares", () => ops.clipScale(f32(1), 1, f32(1)), /squares must be f64/],
+  ["adamW step", () => ops.adamW([update()], { ...adam, step: 0 }), /step/],
+  ["adamW moments", () => ops.adamW([update({ moment2: f32(3) })], adam), /moment2 must have 2/],
+  [
+    "adamW residual of f32",
+    () => ops.adamW([update({ residual: zeros(device, [2], "i16") })], adam),
+    /residual must be that of a bf16 parameter/,
+  ],
+  [
+    "adamW without a residual in bf16",
+    () => ops.adamW([update({ parameter: bf16(2), gradient: bf16(2) })], adam),
+    /residual must be that of a bf16 parameter/,
+  ],
+  [
+    "adamW residual's dtype",
+    () => ops.adamW([update({ parameter: bf16(2), residual: i32(1, 2) })], adam),
+    /dtype of residual must be i16/,
+  ],
+  [
+    "adamW scale",
+    () => ops.adamW([update()], { ...adam, gradScale: f32(2) }),
+    /gradScale must have one element/,
+  ],
+  [
+    "gemm's wide result",
+    () => ops.gemm(bf16(2, 2), bf16(2, 2), zeros(device, [2, 2], "f64")),
+    /dtype of out must be bf16: current value is f64/,
+  ],
+  [
+    "gradients of two dtypes",
+    () =>
+      ops.groupedGemmWeightGrad(bf16(4, 3), bf16(4, 2), groups(0, 2, 4), [f32(3, 2), bf16(3, 2)]),
+    /dtype of all gradients must be f32: current value is bf16/,
+  ],
+  [
+    "added norm",
+    () => ops.addRmsNorm(f32(2, 3), f32(2, 2), f32(3), f32(2, 3), f32(2, 3), f32(2), 0),
+    /y must/,
+  ],
+  [
+    "norm's residual",
+    () => ops.rmsNormBackward(f32(2, 3), f32(2, 3), f32(3), f32(2), f32(2, 3), f32(3), f32(3, 2)),
+    /residual must have shape \[2,3\]/,
+  ],
+  [
+    "qkv width",
+    () =>
+      ops.splitQkv(f32(1, 16), i32(0), { headDim: 4, theta: 10 }, f32(1, 8), f32(1, 8), f32(1, 8)),
+    /qkv must have 24 columns/,
+  ],
+  [
+    "qkv heads",
+    () =>
+      ops.joinQkv(f32(1, 6), f32(1, 5), f32(1, 5), i32(0), { headDim: 4, theta: 10 }, f32(1, 16)),
+    /multiples of 4: current value is 6, 5/,
+  ],
   [
     "gather indices' dtype",
     () => ops.gatherRows(f32(2, 3), f32(2), f32(2, 3)),
@@ -113,6 +186,11 @@ const refused: [string, () => void, RegExp][] = [
   ],
   ["rmsNorm gain", () => ops.rmsNorm(f32(2, 3), f32(2), f32(2, 3), f32(2), 0), /gain must have 3/],
   [
+    "combine residual",
+    () => ops.combineRows(f32(2, 3), i32(0, 1).reshape(2, 1), null, f32(2, 3), f32(2, 2)),
+    /residual must have shape \[2,3\]/,
+  ],
+  [
     "rmsNorm statistics",
     () => ops.rmsNorm(f32(2, 3), f32(3), f32(2, 3), zeros(device, [2], "f64"), 0),
     /dtype of invRms must be f32/,
@@ -135,27 +213,27 @@ const refused: [string, () => void, RegExp][] = [
   ["targets' count", () => ops.crossEntropy(f32(2, 3), i32(0), f32(2), 1), /targets must have 2/],
   [
     "groups",
-    () => ops.groupedGemm(f32(4, 2), [f32(3, 2)], Int32Array.of(0, 2, 4), f32(4, 3)),
+    () => ops.groupedGemm(f32(4, 2), [f32(3, 2)], groups(0, 2, 4), f32(4, 3)),
     /offsets must have 2 entries/,
   ],
   [
     "groups descending",
-    () => ops.groupedGemm(f32(4, 2), [f32(3, 2), f32(3, 2)], Int32Array.of(0, 3, 2), f32(4, 3)),
+    () => ops.groupedGemm(f32(4, 2), [f32(3, 2), f32(3, 2)], groups(0, 3, 2), f32(4, 3)),
     /offsets must ascend/,
   ],
   [
     "groups beyond",
-    () => ops.groupedGemm(f32(4, 2), [f32(3, 2)], Int32Array.of(0, 5), f32(4, 3)),
+    () => ops.groupedGemm(f32(4, 2), [f32(3, 2)], groups(0, 5), f32(4, 3)),
     /offsets must end at 4/,
   ],
   [
     "group weights",
-    () => ops.groupedGemm(f32(4, 2), [f32(2, 3)], Int32Array.of(0, 4), f32(4, 3)),
+    () => ops.groupedGemm(f32(4, 2), [f32(2, 3)], groups(0, 4), f32(4, 3)),
     /a weight must have shape \[3,2\]/,
   ],
   [
     "group gradients",
-    () => ops.groupedGemmWeightGrad(f32(4, 3), f32(4, 2), Int32Array.of(0, 4), [f32(2, 3)]),
+    () => ops.groupedGemmWeightGrad(f32(4, 3), f32(4, 2), groups(0, 4), [f32(2, 3)]),
     /a gradient must have shape \[3,2\]/,
   ],
   [
@@ -228,9 +306,9 @@ function randomMatrix(rows: number, columns: number): Tensor {
 Deno.test("a group of groupedGemm has the bits of gemm of that group, and every run has the same", () => {
   const x = randomMatrix(97, 65),
     weights = [1, 2, 3].map((n) => randomMatrix(33 * n, 65).rows(0, 33));
-  const offsets = Int32Array.of(0, 5, 90, 97), y = f32(97, 33), again = f32(97, 33);
-  ops.groupedGemm(x, weights, offsets, y);
-  ops.groupedGemm(x, weights, offsets, again);
+  const offsets = [0, 5, 90, 97], y = f32(97, 33), again = f32(97, 33);
+  ops.groupedGemm(x, weights, groups(...offsets), y);
+  ops.groupedGemm(x, weights, groups(...offsets), again);
   assert.deepEqual(hostView(y), hostView(again));
   for (let g = 0; g < 3; g++) {
     const alone = f32(offsets[g + 1] - offsets[g], 33);

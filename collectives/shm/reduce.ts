@@ -103,5 +103,9 @@ function viewOf(dtype: DType, at: number, length: number): NumberArray {
       return new Uint8Array(buffer, at, length);
     case "i64":
       return new BigInt64Array(buffer, at, length);
+    case "i16":
+      throw new TypeError(
+        `Cannot reduce as the dtype must hold numbers: current value is ${dtype}`,
+      );
   }
 }

@@ -74,6 +74,7 @@ export function cpuDevice(): Device {
     },
     stream: hostStream,
     kernels: cpuKernels,
+    routing: null,
     allocate,
     free,
     write,

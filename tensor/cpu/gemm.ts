@@ -2,9 +2,10 @@
 // small for a call into a library to pay. The choice depends on the shape alone, so equal products give equal bits.
 
 import { openBlas } from "../../ffi/openblas.ts";
-import type { GemmOptions } from "../device.ts";
+import type { GemmOptions, RowGroups } from "../device.ts";
 import type { Tensor } from "../tensor.ts";
 import { allocate, machineAddress } from "./memory.ts";
+import { indexView } from "./view.ts";
 import { type RealKernels, wasmKernels } from "./wasm.ts";
 
 /** `out = alpha · op(a) op(b) + beta · out` on byte offsets; leading dimensions are the rows' strides in elements. */
@@ -92,10 +93,11 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options?: GemmOptions): 
 export function groupedGemm(
   x: Tensor,
   weights: readonly Tensor[],
-  offsets: Int32Array,
+  groups: RowGroups,
   out: Tensor,
   options?: { readonly transposeWeight?: boolean; readonly beta?: number },
 ): void {
+  const offsets = indexView(groups.offsets);
   const product = matrixProduct(x.dtype), bytes = x.dtype === "f32" ? 4 : 8;
   const transposeB = !options?.transposeWeight, beta = options?.beta ?? 0;
   const from = x.shape[1], to = out.shape[1];
@@ -113,17 +115,19 @@ export function groupedGemm(
 export function groupedGemmWeightGrad(
   dy: Tensor,
   x: Tensor,
-  offsets: Int32Array,
+  groups: RowGroups,
   grads: readonly Tensor[],
+  options?: { readonly beta?: number },
 ): void {
   const product = matrixProduct(x.dtype), bytes = x.dtype === "f32" ? 4 : 8;
+  const offsets = indexView(groups.offsets), beta = options?.beta ?? 1;
   const from = x.shape[1], to = dy.shape[1];
   if (from === 0 || to === 0) return;
   for (let g = 0; g < grads.length; g++) {
     const start = offsets[g], rows = offsets[g + 1] - start;
-    if (rows === 0) continue;
+    if (rows === 0 && beta === 1) continue;
     // deno-fmt-ignore
     product(true, false, to, from, rows, 1, dy.address + start * to * bytes, to,
-      x.address + start * from * bytes, from, 1, grads[g].address, from);
+      x.address + start * from * bytes, from, beta, grads[g].address, from);
   }
 }

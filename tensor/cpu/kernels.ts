@@ -2,13 +2,13 @@
 // are not compiled through JavaScript.
 
 import { bytesOf } from "../dtype.ts";
-import type { Activation, AdamWOptions, Kernels } from "../device.ts";
+import type { Activation, AdamWOptions, AdamWUpdate, Kernels } from "../device.ts";
 import type { Tensor } from "../tensor.ts";
 import { attention, attentionBackward } from "./attention.ts";
 import { gemm, groupedGemm, groupedGemmWeightGrad } from "./gemm.ts";
 import * as reference from "./reference/elementwise.ts";
 import { turns } from "./turns.ts";
-import { hostView, indexView } from "./view.ts";
+import { floatView, hostView, indexView } from "./view.ts";
 import { realKernels, wasmKernels } from "./wasm.ts";
 
 function fill(x: Tensor, value: number): void {
@@ -58,10 +58,18 @@ function scatterAddRows(x: Tensor, rows: Tensor, out: Tensor): void {
   checkRows("scatter rows", place, rows, limit);
 }
 
-function combineRows(y: Tensor, slots: Tensor, weights: Tensor, out: Tensor): void {
+function combineRows(
+  y: Tensor,
+  slots: Tensor,
+  weights: Tensor | null,
+  out: Tensor,
+  residual?: Tensor,
+): void {
   const [N, K] = slots.shape, [R, D] = y.shape;
-  const kernel = realKernels(y.dtype).combine_rows;
-  const place = kernel(y.address, slots.address, weights.address, out.address, N, K, D, R);
+  if (residual && residual.address !== out.address) copy(residual, out);
+  // deno-fmt-ignore
+  const place = realKernels(y.dtype).combine_rows(y.address, slots.address, weights?.address ?? 0, out.address, N, K, D, R,
+    residual ? 1 : 0);
   checkRows("combine rows", place, slots, R);
 }
 
@@ -85,6 +93,19 @@ function rmsNorm(x: Tensor, gain: Tensor, out: Tensor, invRms: Tensor, eps: numb
   kernel(x.address, gain.address, out.address, invRms.address, N, D, eps);
 }
 
+function addRmsNorm(
+  x: Tensor,
+  y: Tensor,
+  gain: Tensor,
+  sum: Tensor,
+  out: Tensor,
+  invRms: Tensor,
+  eps: number,
+): void {
+  realKernels(x.dtype).add(x.address, y.address, sum.address, x.size);
+  rmsNorm(sum, gain, out, invRms, eps);
+}
+
 function rmsNormBackward(
   dOut: Tensor,
   x: Tensor,
@@ -92,11 +113,13 @@ function rmsNormBackward(
   invRms: Tensor,
   dX: Tensor,
   dGain: Tensor,
+  residual?: Tensor,
 ): void {
   const N = x.shape[0], D = x.shape[1];
+  if (residual && residual.address !== dX.address) copy(residual, dX);
   // deno-fmt-ignore
   realKernels(x.dtype).rms_norm_backward(dOut.address, x.address, gain.address, invRms.address, dX.address,
-    dGain.address, N, D);
+    dGain.address, N, D, residual ? 1 : 0);
 }
 
 function rope(
@@ -109,6 +132,38 @@ function rope(
   const table = turns(x.dtype, C, options.theta, indexView(positions));
   const heads = x.shape[1] / C, direction = options.inverse ? -1 : 1;
   realKernels(x.dtype).rope(x.address, positions.address, table, N, heads, C, direction);
+}
+
+function splitQkv(
+  qkv: Tensor,
+  positions: Tensor,
+  options: { readonly headDim: number; readonly theta: number },
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+): void {
+  const N = qkv.shape[0], C = options.headDim;
+  if (qkv.size === 0) return;
+  const table = turns(qkv.dtype, C, options.theta, indexView(positions));
+  // deno-fmt-ignore
+  realKernels(qkv.dtype).split_qkv(qkv.address, positions.address, table, q.address, k.address, v.address, N,
+    q.shape[1] / C, k.shape[1] / C, C);
+}
+
+function joinQkv(
+  dQ: Tensor,
+  dK: Tensor,
+  dV: Tensor,
+  positions: Tensor,
+  options: { readonly headDim: number; readonly theta: number },
+  dQkv: Tensor,
+): void {
+  const N = dQkv.shape[0], C = options.headDim;
+  if (dQkv.size === 0) return;
+  const table = turns(dQkv.dtype, C, options.theta, indexView(positions));
+  // deno-fmt-ignore
+  realKernels(dQkv.dtype).join_qkv(dQ.address, dK.address, dV.address, positions.address, table, dQkv.address, N,
+    dQ.shape[1] / C, dK.shape[1] / C, C);
 }
 
 function activation(kind: Activation, x: Tensor, out: Tensor): void {
@@ -141,23 +196,32 @@ function crossEntropy(logits: Tensor, targets: Tensor, losses: Tensor, scale: nu
   }
 }
 
-function adamW(
-  parameter: Tensor,
-  gradient: Tensor,
-  moment1: Tensor,
-  moment2: Tensor,
-  options: AdamWOptions,
-): void {
-  const { lr, beta1, beta2, eps, weightDecay, step, gradScale } = options;
+function sumSquares(xs: readonly Tensor[], out: Tensor): void {
+  for (const x of xs) realKernels(x.dtype).sum_squares(x.address, out.address, x.size);
+}
+
+function clipScale(squares: Tensor, limit: number, out: Tensor): void {
+  floatView(out)[0] = reference.clipFactor(floatView(squares)[0], limit);
+}
+
+function adamW(updates: readonly AdamWUpdate[], options: AdamWOptions): void {
+  const { lr, beta1, beta2, eps, step, zeroGradient } = options;
+  const gradScale = floatView(options.gradScale)[0];
   const size = lr / (1 - beta1 ** step), root = 1 / Math.sqrt(1 - beta2 ** step);
-  // deno-fmt-ignore
-  realKernels(parameter.dtype).adamw(parameter.address, gradient.address, moment1.address, moment2.address,
-    parameter.size, beta1, beta2, size, root, eps, lr * weightDecay, gradScale);
+  for (const { parameter, gradient, moment1, moment2, weightDecay } of updates) {
+    if (Number.isFinite(gradScale)) {
+      // deno-fmt-ignore
+      realKernels(parameter.dtype).adamw(parameter.address, gradient.address, moment1.address, moment2.address,
+        parameter.size, beta1, beta2, size, root, eps, lr * weightDecay, gradScale);
+    }
+    if (zeroGradient) fill(gradient, 0);
+  }
 }
 
 /** The kernels of the CPU. They compute in f32 and f64; fill, copy and gatherRows take every dtype. */
 export const cpuKernels: Kernels = {
   fill,
+  normal: reference.normal,
   copy,
   add: (x, y, out) => realKernels(x.dtype).add(x.address, y.address, out.address, x.size),
   axpy: (alpha, x, y) => realKernels(x.dtype).axpy(alpha, x.address, y.address, x.size),
@@ -170,8 +234,11 @@ export const cpuKernels: Kernels = {
   combineRows,
   combineRowsBackward,
   rmsNorm,
+  addRmsNorm,
   rmsNormBackward,
   rope,
+  splitQkv,
+  joinQkv,
   attention,
   attentionBackward,
   activation,
@@ -186,7 +253,8 @@ export const cpuKernels: Kernels = {
       y.shape[1],
     ),
   crossEntropy,
-  sumSquares: (x, out) => realKernels(x.dtype).sum_squares(x.address, out.address, x.size),
+  sumSquares,
   sum: (x, out) => realKernels(x.dtype).sum(x.address, out.address, x.size),
+  clipScale,
   adamW,
 };

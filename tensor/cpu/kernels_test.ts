@@ -111,7 +111,25 @@ property("sum, sumSquares", (n, d) => ({
   sumIn64: true,
   run(kernels, [x], [sum, squares]) {
     kernels.sum(x, sum);
-    kernels.sumSquares(x, squares);
+    kernels.sumSquares([x, x], squares);
+  },
+}));
+
+property("clipScale", (n, d) => ({
+  inputs: [],
+  outputs: [[1]],
+  run(kernels, _, [out]) {
+    using squares = fromArray(device, Float64Array.of((n - 5) * d));
+    using scale = zeros(device, [1]);
+    kernels.clipScale(squares, n % 3, scale);
+    kernels.copy(scale, out);
+    const [factor] = hostView(scale);
+    const norm = Math.sqrt((n - 5) * d), limit = n % 3;
+    const expected = limit === 0 || norm <= limit ? 1 : limit / norm;
+    if (n >= 5) assert.equal(factor, Math.fround(expected));
+    device.write(Float64Array.of(n % 2 ? NaN : Infinity), squares);
+    kernels.clipScale(squares, limit, scale);
+    assert(Number.isNaN(hostView(scale)[0]));
   },
 }));
 
@@ -131,12 +149,22 @@ for (const kind of ["swiglu", "relu", "gelu"] as const) {
 }
 
 property("adamW", (n, d) => ({
-  inputs: [[n, d], [n, d], [n, d], [n, d]],
+  inputs: [[n, d], [n, d], [n, d], [n, d], [d], [d], [d], [d]],
   outputs: [],
-  run(kernels, [p, g, m, v]) {
-    kernels.activation("relu", v, v); // second moments are not negative
+  run(kernels, [p, g, m, v, p1, g1, m1, v1]) {
+    using gradScale = fromArray(device, Float32Array.of(n % 7 === 0 ? NaN : 0.5));
+    for (const x of [v, v1]) kernels.activation("relu", x, x); // second moments are not negative
+    const update = (parameter: Tensor, gradient: Tensor, moment1: Tensor, moment2: Tensor) => ({
+      parameter,
+      gradient,
+      moment1,
+      moment2,
+      residual: null,
+      weightDecay: parameter === p ? 0.1 : 0,
+    });
     // deno-fmt-ignore
-    kernels.adamW(p, g, m, v, { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, step: n + 1, gradScale: 0.5 });
+    kernels.adamW([update(p, g, m, v), update(p1, g1, m1, v1)],
+      { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, step: n + 1, gradScale, zeroGradient: n % 2 === 0 });
   },
 }));
 
@@ -155,11 +183,14 @@ property("combineRows, combineRowsBackward", (n, d, next) => {
   const slots = Int32Array.from({ length: n * K }, (_, i) => next() < -1 ? -1 : n * K - 1 - i);
   return {
     inputs: [[R, d], [n, K], [n, d]],
-    outputs: [[n, d], [R, d], [n, K]],
+    outputs: [[n, d], [R, d], [n, K], [n, d], [n, d]],
     indices: [slots],
-    run(kernels, [y, weights, dOut], [out, dY, dWeights], [flat]) {
+    run(kernels, [y, weights, dOut], [out, dY, dWeights, plain, sum], [flat]) {
       const shaped = flat.reshape(n, K);
       kernels.combineRows(y, shaped, weights, out);
+      kernels.combineRows(y, shaped, null, plain);
+      kernels.combineRows(y, shaped, weights, sum, dOut);
+      kernels.combineRows(y, shaped, null, sum, sum);
       kernels.combineRowsBackward(dOut, y, shaped, weights, dY, dWeights);
     },
   };
@@ -167,10 +198,14 @@ property("combineRows, combineRowsBackward", (n, d, next) => {
 
 property("rmsNorm", (n, d) => ({
   inputs: [[n, d], [d], [n, d]],
-  outputs: [[n, d], [n], [n, d], [d]],
-  run(kernels, [x, gain, dOut], [out, invRms, dX, dGain]) {
+  outputs: [[n, d], [n], [n, d], [d], [n, d], [n, d], [n, d]],
+  run(kernels, [x, gain, dOut], [out, invRms, dX, dGain, sum, summed, more]) {
     kernels.rmsNorm(x, gain, out, invRms, 0.1);
     kernels.rmsNormBackward(dOut, x, gain, invRms, dX, dGain);
+    kernels.rmsNormBackward(dOut, x, gain, invRms, more, dGain, dX);
+    kernels.rmsNormBackward(dOut, x, gain, invRms, more, dGain, more);
+    kernels.addRmsNorm(x, dOut, gain, sum, summed, invRms, 0.1);
+    kernels.addRmsNorm(x, dOut, gain, x, summed, invRms, 0.1);
   },
 }));
 
@@ -183,6 +218,23 @@ property("rope", (n, d, next) => ({
     kernels.rope(x, positions, { headDim: 2 * d, theta: 10_000, inverse });
   },
 }));
+
+property("splitQkv, joinQkv", (n, d, next) => {
+  const C = 2 * (1 + d % 9), G = 1 + d % 2, H = G * (1 + d % 3);
+  return {
+    inputs: [[n, (H + 2 * G) * C]],
+    outputs: [[n, H * C], [n, G * C], [n, G * C], [n, (H + 2 * G) * C]],
+    indices: [whole(n, 0, 1000, next)],
+    run(kernels, [qkv], [q, k, v, dQkv], [positions]) {
+      const options = { headDim: C, theta: 10_000 };
+      kernels.splitQkv(qkv, positions, options, q, k, v);
+      kernels.joinQkv(q, k, v, positions, options, dQkv);
+      assertClose(hostView(dQkv), hostView(qkv), 2e-5, "turned there and back");
+      kernels.scale(k, 0.5);
+      kernels.joinQkv(q, k, v, positions, options, dQkv);
+    },
+  };
+});
 
 property("softmax", (n, d) => ({
   inputs: [[n, d], [n, d]],
@@ -239,13 +291,16 @@ property("groupedGemm, groupedGemmWeightGrad", (n, d, next) => {
   const cuts = Int32Array.from([0, ...whole(groups - 1, 0, n + 1, next), n]).sort();
   return {
     inputs: [[n, d], [n, to], [groups * to, d], [groups * to, d]],
-    outputs: [[n, to], [n, d]],
-    run(kernels, [x, dy, stacked, dStacked], [y, dx]) {
+    outputs: [[n, to], [n, d], [groups * to, d]],
+    indices: [cuts],
+    run(kernels, [x, dy, stacked, dStacked], [y, dx, overwritten], [starts]) {
+      const rows = { offsets: starts, host: n % 2 ? cuts : null };
       const each = (w: Tensor) =>
         Array.from({ length: groups }, (_, g) => w.rows(g * to, (g + 1) * to));
-      kernels.groupedGemm(x, each(stacked), cuts, y);
-      kernels.groupedGemm(dy, each(stacked), cuts, dx, { transposeWeight: true, beta: 1 });
-      kernels.groupedGemmWeightGrad(dy, x, cuts, each(dStacked));
+      kernels.groupedGemm(x, each(stacked), rows, y);
+      kernels.groupedGemm(dy, each(stacked), rows, dx, { transposeWeight: true, beta: 1 });
+      kernels.groupedGemmWeightGrad(dy, x, rows, each(dStacked));
+      kernels.groupedGemmWeightGrad(dy, x, rows, each(overwritten), { beta: 0 });
     },
   };
 });
@@ -285,7 +340,7 @@ Deno.test("kernels and BLAS reach the upper half of the memory", () => {
 
 Deno.test("copy converts between every pair of dtypes as the reference does", () => {
   const values = [0, 1, 2, 3, 100, 127, 0.5, 1.00390625, 1.01171875, 3.14159, 65504, 200];
-  const all: DType[] = ["f32", "f64", "f16", "bf16", "i32", "u8", "i64"];
+  const all: DType[] = ["f32", "f64", "f16", "bf16", "i32", "u8", "i64", "i16"];
   for (const from of all) {
     for (const to of all) {
       using exact = fromArray(device, Float64Array.from(values));
@@ -311,7 +366,7 @@ Deno.test("bf16 rounds to nearest even and keeps NaN and infinity", () => {
 });
 
 Deno.test("gatherRows copies rows of every dtype", () => {
-  for (const dtype of ["f32", "f64", "f16", "bf16", "i32", "u8", "i64"] as const) {
+  for (const dtype of ["f32", "f64", "f16", "bf16", "i32", "u8", "i64", "i16"] as const) {
     using whole = fromArray(device, Int32Array.from({ length: 21 }, (_, i) => i), [7, 3]);
     using x = zeros(device, [7, 3], dtype), out = zeros(device, [3, 3], dtype);
     using expected = zeros(device, [3, 3], dtype);

@@ -31,6 +31,8 @@ export interface RealKernels {
   readonly rms_norm: Kernel;
   readonly rms_norm_backward: Kernel;
   readonly rope: Kernel;
+  readonly split_qkv: Kernel;
+  readonly join_qkv: Kernel;
   readonly softmax: (x: number, out: number, N: number, V: number) => void;
   readonly softmax_backward: (dY: number, y: number, dX: number, N: number, V: number) => void;
   readonly cross_entropy: CheckedKernel;

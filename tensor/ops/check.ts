@@ -2,7 +2,7 @@
 // nothing is wrong: comparisons only, and no text is built until a check has failed.
 
 import { type Category, now, recorder } from "../../trace/mod.ts";
-import type { Device } from "../device.ts";
+import type { Device, RowGroups } from "../device.ts";
 import { bytesOf, type DType } from "../dtype.ts";
 import type { Tensor } from "../tensor.ts";
 
@@ -78,6 +78,29 @@ export function statistics(
   if (x.size !== size) fail(op, `${name} must have ${size} elements`, `[${x.shape}]`);
 }
 
+/** A tensor must be alive, on the device and have this number of elements, in the dtype of `like` or, where that has 16 bits, in f32. */
+export function wide(op: string, name: string, x: Tensor, like: Tensor, size: number): void {
+  const half = like.dtype === "bf16" || like.dtype === "f16";
+  alive(op, name, x, like.device, half && x.dtype === "f32" ? "f32" : like.dtype);
+  if (x.size !== size) fail(op, `${name} must have ${size} elements`, `[${x.shape}]`);
+}
+
+/** Like {@linkcode wide}, for a matrix of these sizes. */
+export function wideMatrix(
+  op: string,
+  name: string,
+  m: Tensor,
+  like: Tensor,
+  rows: number,
+  columns: number,
+): void {
+  wide(op, name, m, like, m.size);
+  const { shape } = m;
+  if (shape.length !== 2 || shape[0] !== rows || shape[1] !== columns) {
+    fail(op, `${name} must have shape [${rows},${columns}]`, `[${shape}]`);
+  }
+}
+
 /** An output must not share memory with an input. */
 export function disjoint(op: string, name: string, out: Tensor, x: Tensor): void {
   if (
@@ -91,6 +114,22 @@ export function disjoint(op: string, name: string, out: Tensor, x: Tensor): void
 /** Like {@linkcode disjoint}, but the same tensor is allowed: the operation then works in place. */
 export function disjointOrSame(op: string, name: string, out: Tensor, x: Tensor): void {
   if (out.address !== x.address) disjoint(op, name, out, x);
+}
+
+/** Row groups must be as many as `count`, on the device; their offsets must ascend up to `rows`, where the host knows them. */
+export function rowGroups(
+  op: string,
+  groups: RowGroups,
+  like: Tensor,
+  count: number,
+  rows: number,
+): void {
+  const { offsets, host } = groups;
+  alive(op, "offsets", offsets, like.device, "i32");
+  if (offsets.size !== count + 1) {
+    fail(op, `offsets must have ${count + 1} entries`, offsets.size);
+  }
+  if (host) ascending(op, host, count, rows);
 }
 
 /** Offsets must be `groups + 1` ascending row numbers from 0 up to `rows`. */

@@ -2,9 +2,19 @@
 // they agree.
 
 import { now } from "../../trace/mod.ts";
-import type { Activation, AdamWOptions } from "../device.ts";
+import type { Activation, AdamWOptions, AdamWUpdate } from "../device.ts";
 import type { Tensor } from "../tensor.ts";
-import { alive, disjoint, disjointOrSame, elements, fail, lead, ran, statistics } from "./check.ts";
+import {
+  alive,
+  disjoint,
+  disjointOrSame,
+  elements,
+  fail,
+  lead,
+  ran,
+  statistics,
+  wide,
+} from "./check.ts";
 
 /**
  * `x = value`, for every dtype.
@@ -147,21 +157,27 @@ export function activationBackward(kind: Activation, dOut: Tensor, x: Tensor, dX
 /** The place of a sum: one f64. */
 function checkSum(op: string, x: Tensor, out: Tensor): void {
   lead(op, "x", x);
-  alive(op, "out", out, x.device, "f64");
-  if (out.size !== 1) fail(op, "out must have one element", `[${out.shape}]`);
+  one(op, "out", out, x, "f64");
+}
+
+/** A tensor must be alive, on the device of another, and one number. */
+function one(op: string, name: string, x: Tensor, like: Tensor, dtype: "f32" | "f64"): void {
+  alive(op, name, x, like.device, dtype);
+  if (x.size !== 1) fail(op, `${name} must have one element`, `[${x.shape}]`);
 }
 
 /**
- * `out[0] += Σ x²`, added in f64 in a fixed order.
+ * `out[0] += Σ x²` over all elements of all xs, added in f64 in a fixed order.
  *
- * @param x Floats.
+ * @param xs Floats, which may differ in dtype.
  * @param out f64 [1].
  * @throws {TypeError} If out is not f64.
  */
-export function sumSquares(x: Tensor, out: Tensor): void {
-  checkSum("sum squares", x, out);
+export function sumSquares(xs: readonly Tensor[], out: Tensor): void {
+  for (let i = 0; i < xs.length; i++) checkSum("sum squares", xs[i], out);
+  if (xs.length === 0) return;
   const start = now();
-  x.device.kernels.sumSquares(x, out);
+  out.device.kernels.sumSquares(xs, out);
   ran("sumSquares", "compute", start);
 }
 
@@ -180,30 +196,54 @@ export function sum(x: Tensor, out: Tensor): void {
 }
 
 /**
- * One AdamW step in place with decoupled decay (Loshchilov and Hutter).
+ * The factor that brings a gradient down to a norm: `out[0] = min(1, limit / √squares[0])`, NaN if the square sum is not finite.
  *
- * @param parameter Updated.
- * @param gradient As many elements of the same dtype.
- * @param moment1 First moment, f32 (f64 for f64); updated.
- * @param moment2 Second moment, f32 (f64 for f64); updated.
- * @param options Constants of this step; `step` counts from 1.
+ * @param squares f64 [1]: square of the norm.
+ * @param limit Largest norm; 0 is no limit.
+ * @param out f32 [1].
+ * @throws {RangeError} If the limit is negative or devices differ.
+ * @throws {TypeError} If dtypes do not fit.
+ */
+export function clipScale(squares: Tensor, limit: number, out: Tensor): void {
+  const op = "clip";
+  one(op, "squares", squares, squares, "f64");
+  one(op, "out", out, squares, "f32");
+  if (!(limit >= 0)) fail(op, "limit must be >= 0", limit);
+  const start = now();
+  squares.device.kernels.clipScale(squares, limit, out);
+  ran("clipScale", "compute", start);
+}
+
+/**
+ * One AdamW step of many parameters in place with decoupled decay (Loshchilov and Hutter).
+ *
+ * @param updates Parameters with their gradients, moments and residuals.
+ * @param options Constants of this step; `step` counts from 1. With a `gradScale` that is not finite nothing is updated.
  * @throws {RangeError} If sizes or devices differ, or the step is below 1.
  * @throws {TypeError} If dtypes do not fit.
  */
-export function adamW(
-  parameter: Tensor,
-  gradient: Tensor,
-  moment1: Tensor,
-  moment2: Tensor,
-  options: AdamWOptions,
-): void {
-  const op = "take an AdamW step";
-  lead(op, "parameter", parameter);
-  elements(op, "gradient", gradient, parameter, parameter.size);
-  statistics(op, "moment1", moment1, parameter, parameter.size);
-  statistics(op, "moment2", moment2, parameter, parameter.size);
-  if (!(options.step >= 1)) fail(op, "step must be >= 1", options.step);
+export function adamW(updates: readonly AdamWUpdate[], options: AdamWOptions): void {
+  const op = "take an AdamW step", { gradScale, step } = options;
+  if (!(step >= 1)) fail(op, "step must be >= 1", step);
+  one(op, "gradScale", gradScale, gradScale, "f32");
+  for (let i = 0; i < updates.length; i++) {
+    const { parameter, gradient, moment1, moment2, residual } = updates[i];
+    const { size, dtype } = parameter;
+    lead(op, "parameter", parameter);
+    alive(op, "parameter", parameter, gradScale.device, dtype);
+    wide(op, "gradient", gradient, parameter, size);
+    statistics(op, "moment1", moment1, parameter, size);
+    statistics(op, "moment2", moment2, parameter, size);
+    if ((residual !== null) !== (dtype === "bf16")) {
+      fail(op, "residual must be that of a bf16 parameter, else null", `a ${dtype} parameter`);
+    }
+    if (residual) {
+      alive(op, "residual", residual, parameter.device, "i16");
+      if (residual.size !== size) fail(op, `residual must have ${size} elements`, residual.size);
+    }
+  }
+  if (updates.length === 0) return;
   const start = now();
-  parameter.device.kernels.adamW(parameter, gradient, moment1, moment2, options);
+  gradScale.device.kernels.adamW(updates, options);
   ran("adamW", "compute", start);
 }

@@ -1,16 +1,27 @@
 // Checked matrix products and attention. See `Kernels` in device.ts for the formulas.
 
 import { now } from "../../trace/mod.ts";
-import type { AttentionShape, GemmOptions } from "../device.ts";
+import type { AttentionShape, GemmOptions, RowGroups } from "../device.ts";
 import type { Tensor } from "../tensor.ts";
-import { ascending, disjoint, fail, isMatrix, lead, matrix, ran, statistics } from "./check.ts";
+import {
+  ascending,
+  disjoint,
+  fail,
+  isMatrix,
+  lead,
+  matrix,
+  ran,
+  rowGroups,
+  statistics,
+  wideMatrix,
+} from "./check.ts";
 
 /**
  * `out = alpha · a b + beta · out`.
  *
  * @param a [M, K], or [K, M] with `transposeA`.
  * @param b [K, N], or [N, K] with `transposeB`.
- * @param out [M, N].
+ * @param out [M, N], in the dtype of a and b; in f32, too, if those are of 16 bits.
  * @param options Transposes and factors.
  * @throws {RangeError} If shapes or devices do not fit or out overlaps an input.
  * @throws {TypeError} If dtypes differ.
@@ -24,7 +35,7 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options?: GemmOptions): 
   const N = out.shape[1];
   if (options?.transposeB) matrix("multiply", "b", b, a, N, K);
   else matrix("multiply", "b", b, a, K, N);
-  matrix("multiply", "out", out, a, M, N);
+  wideMatrix("multiply", "out", out, a, M, N);
   disjoint("multiply", "a", out, a);
   disjoint("multiply", "b", out, b);
   const start = now();
@@ -38,7 +49,7 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options?: GemmOptions): 
  *
  * @param x [R, in] ([R, out] with `transposeWeight`).
  * @param weights One [out, in] per group.
- * @param offsets First row of each group and the row after the last; groups may be empty.
+ * @param groups Where the rows of each group begin; groups may be empty.
  * @param out [R, out] ([R, in] with `transposeWeight`).
  * @param options Whether weights are taken transposed, and the factor of the old contents of out.
  * @throws {RangeError} If shapes, offsets or devices do not fit or out overlaps x.
@@ -47,7 +58,7 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options?: GemmOptions): 
 export function groupedGemm(
   x: Tensor,
   weights: readonly Tensor[],
-  offsets: Int32Array,
+  groups: RowGroups,
   out: Tensor,
   options?: { readonly transposeWeight?: boolean; readonly beta?: number },
 ): void {
@@ -61,28 +72,30 @@ export function groupedGemm(
     if (options?.transposeWeight) matrix(op, "a weight", weights[g], x, from, to);
     else matrix(op, "a weight", weights[g], x, to, from);
   }
-  ascending(op, offsets, weights.length, R);
+  rowGroups(op, groups, x, weights.length, R);
   disjoint(op, "x", out, x);
   const start = now();
-  x.device.kernels.groupedGemm(x, weights, offsets, out, options);
+  x.device.kernels.groupedGemm(x, weights, groups, out, options);
   ran("groupedGemm", "gemm", start);
 }
 
 /**
- * `grads[g] += dy_gᵀ x_g`: the weights' gradients of {@linkcode groupedGemm}.
+ * `grads[g] = dy_gᵀ x_g + beta · grads[g]`: the weights' gradients of {@linkcode groupedGemm}.
  *
  * @param dy [R, out].
  * @param x [R, in].
- * @param offsets First row of each group and the row after the last.
- * @param grads One [out, in] per group; added to.
+ * @param groups Where the rows of each group begin.
+ * @param grads One [out, in] per group, in the dtype of x; in f32, too, if that has 16 bits.
+ * @param options Factor of the old gradients; with 0, those of empty groups become 0. @default {{beta: 1}}
  * @throws {RangeError} If shapes, offsets or devices do not fit.
  * @throws {TypeError} If dtypes differ.
  */
 export function groupedGemmWeightGrad(
   dy: Tensor,
   x: Tensor,
-  offsets: Int32Array,
+  groups: RowGroups,
   grads: readonly Tensor[],
+  options?: { readonly beta?: number },
 ): void {
   const op = "take the weights' gradients";
   lead(op, "x", x);
@@ -91,13 +104,20 @@ export function groupedGemmWeightGrad(
   const [R, from] = x.shape, to = dy.shape[1];
   matrix(op, "dy", dy, x, R, to);
   for (let g = 0; g < grads.length; g++) {
-    matrix(op, "a gradient", grads[g], x, to, from);
+    wideMatrix(op, "a gradient", grads[g], x, to, from);
     disjoint(op, "x", grads[g], x);
     disjoint(op, "dy", grads[g], dy);
+    if (grads[g].dtype !== grads[0].dtype) {
+      throw new TypeError(
+        `Cannot ${op} as the dtype of all gradients must be ${grads[0].dtype}: current value is ${
+          grads[g].dtype
+        }`,
+      );
+    }
   }
-  ascending(op, offsets, grads.length, R);
+  rowGroups(op, groups, x, grads.length, R);
   const start = now();
-  x.device.kernels.groupedGemmWeightGrad(dy, x, offsets, grads);
+  x.device.kernels.groupedGemmWeightGrad(dy, x, groups, grads, options);
   ran("groupedGemmWeightGrad", "gemm", start);
 }
 

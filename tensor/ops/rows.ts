@@ -6,6 +6,7 @@ import type { Tensor } from "../tensor.ts";
 import {
   alive,
   disjoint,
+  disjointOrSame,
   elements,
   fail,
   indices,
@@ -14,6 +15,8 @@ import {
   matrix,
   ran,
   rowWidth,
+  wide,
+  wideMatrix,
 } from "./check.ts";
 
 /**
@@ -42,7 +45,7 @@ export function gatherRows(x: Tensor, rows: Tensor, out: Tensor): void {
  *
  * @param x [R, D].
  * @param rows i32 [R], each below the rows of out.
- * @param out [*, D]; added to.
+ * @param out [*, D], in the dtype of x; in f32, too, if that has 16 bits; added to.
  * @throws {RangeError} If shapes, indices or devices do not fit.
  * @throws {TypeError} If dtypes differ.
  */
@@ -50,7 +53,7 @@ export function scatterAddRows(x: Tensor, rows: Tensor, out: Tensor): void {
   const op = "scatter rows", D = rowWidth(op, "out", out), R = rows.size;
   lead(op, "x", x);
   elements(op, "x", x, x, R * D);
-  alive(op, "out", out, x.device, x.dtype);
+  wide(op, "out", out, x, out.size);
   indices(op, "rows", rows, x, R);
   disjoint(op, "x", out, x);
   const start = now();
@@ -59,27 +62,38 @@ export function scatterAddRows(x: Tensor, rows: Tensor, out: Tensor): void {
 }
 
 /**
- * `out[n] = Σ_k weights[n,k] · y[slots[n,k]]`; a negative slot adds nothing.
+ * `out[n] = residual[n] + Σ_k weights[n,k] · y[slots[n,k]]`; a negative slot adds nothing.
  *
  * @param y [R, D].
  * @param slots i32 [N, K], each below R.
- * @param weights [N, K].
+ * @param weights [N, K], in the dtype of y; in f32, too, if that has 16 bits; null for ones.
  * @param out [N, D].
+ * @param residual [N, D]; may be out. @default {zeros}
  * @throws {RangeError} If shapes, slots or devices do not fit.
  * @throws {TypeError} If dtypes differ.
  */
-export function combineRows(y: Tensor, slots: Tensor, weights: Tensor, out: Tensor): void {
+export function combineRows(
+  y: Tensor,
+  slots: Tensor,
+  weights: Tensor | null,
+  out: Tensor,
+  residual?: Tensor,
+): void {
   const op = "combine rows";
   lead(op, "y", y);
   isMatrix(op, "y", y);
   isMatrix(op, "slots", slots);
   const [N, K] = slots.shape, D = y.shape[1];
   indices(op, "slots", slots, y, N * K);
-  matrix(op, "weights", weights, y, N, K);
+  if (weights) wideMatrix(op, "weights", weights, y, N, K);
   matrix(op, "out", out, y, N, D);
   disjoint(op, "y", out, y);
+  if (residual) {
+    matrix(op, "residual", residual, y, N, D);
+    disjointOrSame(op, "residual", out, residual);
+  }
   const start = now();
-  y.device.kernels.combineRows(y, slots, weights, out);
+  y.device.kernels.combineRows(y, slots, weights, out, residual);
   ran("combineRows", "compute", start);
 }
 
@@ -89,9 +103,9 @@ export function combineRows(y: Tensor, slots: Tensor, weights: Tensor, out: Tens
  * @param dOut [N, D].
  * @param y [R, D].
  * @param slots i32 [N, K]; every row of y in at most one place.
- * @param weights [N, K].
+ * @param weights [N, K], in the dtype of y; in f32, too, if that has 16 bits.
  * @param dY [R, D].
- * @param dWeights [N, K].
+ * @param dWeights [N, K], in the dtype of the weights.
  * @throws {RangeError} If shapes, slots or devices do not fit.
  * @throws {TypeError} If dtypes differ.
  */
@@ -109,10 +123,10 @@ export function combineRowsBackward(
   isMatrix(op, "slots", slots);
   const [N, K] = slots.shape, [R, D] = y.shape;
   indices(op, "slots", slots, y, N * K);
-  matrix(op, "weights", weights, y, N, K);
+  wideMatrix(op, "weights", weights, y, N, K);
   matrix(op, "dOut", dOut, y, N, D);
   matrix(op, "dY", dY, y, R, D);
-  matrix(op, "dWeights", dWeights, y, N, K);
+  matrix(op, "dWeights", dWeights, weights, N, K);
   disjoint(op, "dOut", dY, dOut);
   disjoint(op, "y", dY, y);
   const start = now();

@@ -18,20 +18,31 @@ EXPORT int NAME(scatter_add_rows)(
   return -1;
 }
 
-// out[n] = sum_k weights[n,k] y[slots[n,k]]
+// out[n] = sum_k weights[n,k] y[slots[n,k]], or without weights sum_k y[slots[n,k]]; with `add`, out[n] += that sum
 EXPORT int NAME(combine_rows)(
   const real *restrict y, const int *restrict slots, const real *restrict weights, real *restrict out,
-  size_t N, size_t K, size_t D, int limit
+  size_t N, size_t K, size_t D, int limit, int add
 ) {
   for (size_t n = 0; n < N; n++) {
     real *o = out + n * D;
+    const int *places = slots + n * K;
+    for (size_t k = 0; k < K; k++) if (places[k] >= limit) return (int)(n * K + k);
+    if (add) {
+      for (size_t d = 0; d < D; d += LANES) {
+        vec sum = { 0 };
+        for (size_t k = 0; k < K; k++) {
+          if (places[k] < 0) continue;
+          sum += (weights ? weights[n * K + k] : 1) * load(y + (size_t)places[k] * D + d, D - d, 0);
+        }
+        store(o + d, D - d, load(o + d, D - d, 0) + sum);
+      }
+      continue;
+    }
     int first = 1; // the first slot writes, the others add: no pass of zeros
     for (size_t k = 0; k < K; k++) {
-      int slot = slots[n * K + k];
-      if (slot < 0) continue;
-      if (slot >= limit) return (int)(n * K + k);
-      const real *from = y + (size_t)slot * D;
-      real w = weights[n * K + k];
+      if (places[k] < 0) continue;
+      const real *from = y + (size_t)places[k] * D;
+      real w = weights ? weights[n * K + k] : 1;
       if (first) for (size_t d = 0; d < D; d++) o[d] = w * from[d];
       else for (size_t d = 0; d < D; d++) o[d] += w * from[d];
       first = 0;

@@ -2,7 +2,8 @@
 // number goes through JavaScript's f64, so these results are also the more exact ones.
 
 import type { DType, TypedArray } from "../../dtype.ts";
-import type { Activation, AdamWOptions } from "../../device.ts";
+import type { Activation, AdamWOptions, AdamWUpdate } from "../../device.ts";
+import { fillNormal, type RandomKey } from "../../random.ts";
 import type { Tensor } from "../../tensor.ts";
 import { floatView, hostView } from "../view.ts";
 
@@ -28,6 +29,19 @@ export function fill(x: Tensor, value: number): void {
   const view = hostView(x);
   if (x.dtype === "i64") (view as BigInt64Array).fill(BigInt(value));
   else (view as Float32Array).fill(x.dtype === "bf16" ? toBf16(value) : value);
+}
+
+/** Reference of `Kernels.normal`. */
+export function normal(out: Tensor, key: RandomKey, std: number): void {
+  const view = hostView(out);
+  if (out.dtype === "f32" || out.dtype === "f64") fillNormal(view as Float32Array, key, std);
+  else {
+    const exact = new Float32Array(out.size);
+    fillNormal(exact, key, std);
+    for (let i = 0; i < exact.length; i++) {
+      view[i] = out.dtype === "bf16" ? toBf16(exact[i]) : exact[i];
+    }
+  }
 }
 
 function load(view: TypedArray, dtype: DType, i: number): number {
@@ -66,11 +80,25 @@ export function scale(x: Tensor, alpha: number): void {
 }
 
 /** Reference of `Kernels.sumSquares`. */
-export function sumSquares(x: Tensor, out: Tensor): void {
-  const a = floatView(x);
-  let sum = 0;
-  for (let i = 0; i < a.length; i++) sum += a[i] * a[i];
-  floatView(out)[0] += sum;
+export function sumSquares(xs: readonly Tensor[], out: Tensor): void {
+  for (const x of xs) {
+    const a = floatView(x);
+    let sum = 0;
+    for (let i = 0; i < a.length; i++) sum += a[i] * a[i];
+    floatView(out)[0] += sum;
+  }
+}
+
+/** The factor that brings a norm down to a limit; 0 is no limit. @param squares Square of the norm. @param limit The limit. @returns At most 1; NaN for a norm that is not finite. */
+export function clipFactor(squares: number, limit: number): number {
+  if (!Number.isFinite(squares)) return NaN;
+  const norm = Math.sqrt(squares);
+  return limit > 0 && norm > limit ? limit / norm : 1;
+}
+
+/** Reference of `Kernels.clipScale`. */
+export function clipScale(squares: Tensor, limit: number, out: Tensor): void {
+  floatView(out)[0] = clipFactor(floatView(squares)[0], limit);
 }
 
 /** Reference of `Kernels.sum`. */
@@ -131,23 +159,21 @@ export function activationBackward(kind: Activation, dOut: Tensor, x: Tensor, dX
 }
 
 /** Reference of `Kernels.adamW`. */
-export function adamW(
-  parameter: Tensor,
-  gradient: Tensor,
-  moment1: Tensor,
-  moment2: Tensor,
-  options: AdamWOptions,
-): void {
-  const { lr, beta1, beta2, eps, weightDecay, step, gradScale } = options;
-  const p = floatView(parameter), g = floatView(gradient);
-  const m = floatView(moment1), v = floatView(moment2);
+export function adamW(updates: readonly AdamWUpdate[], options: AdamWOptions): void {
+  const { lr, beta1, beta2, eps, step, zeroGradient } = options;
+  const gradScale = floatView(options.gradScale)[0];
   const correction1 = 1 - beta1 ** step, correction2 = 1 - beta2 ** step;
-  for (let i = 0; i < p.length; i++) {
-    const grad = g[i] * gradScale;
-    const m1 = beta1 * m[i] + (1 - beta1) * grad;
-    const m2 = beta2 * v[i] + (1 - beta2) * grad * grad;
-    m[i] = m1;
-    v[i] = m2;
-    p[i] -= lr * (m1 / correction1 / (Math.sqrt(m2 / correction2) + eps) + weightDecay * p[i]);
+  for (const { parameter, gradient, moment1, moment2, weightDecay } of updates) {
+    const p = floatView(parameter), g = floatView(gradient);
+    const m = floatView(moment1), v = floatView(moment2);
+    for (let i = 0; i < p.length && Number.isFinite(gradScale); i++) {
+      const grad = g[i] * gradScale;
+      const m1 = beta1 * m[i] + (1 - beta1) * grad;
+      const m2 = beta2 * v[i] + (1 - beta2) * grad * grad;
+      m[i] = m1;
+      v[i] = m2;
+      p[i] -= lr * (m1 / correction1 / (Math.sqrt(m2 / correction2) + eps) + weightDecay * p[i]);
+    }
+    if (zeroGradient) g.fill(0);
   }
 }

@@ -1,8 +1,8 @@
 // Plain TypeScript of the matrix products and of attention: three nested loops and the textbook formulas.
 
-import type { AttentionShape, GemmOptions } from "../../device.ts";
+import type { AttentionShape, GemmOptions, RowGroups } from "../../device.ts";
 import type { Tensor } from "../../tensor.ts";
-import { floatView } from "../view.ts";
+import { floatView, indexView } from "../view.ts";
 
 /** Reference of `Kernels.gemm`. */
 export function gemm(a: Tensor, b: Tensor, out: Tensor, options: GemmOptions = {}): void {
@@ -24,10 +24,11 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options: GemmOptions = {
 export function groupedGemm(
   x: Tensor,
   weights: readonly Tensor[],
-  offsets: Int32Array,
+  groups: RowGroups,
   out: Tensor,
   options: { readonly transposeWeight?: boolean; readonly beta?: number } = {},
 ): void {
+  const offsets = indexView(groups.offsets);
   weights.forEach((weight, g) => {
     const start = offsets[g], end = offsets[g + 1];
     gemm(x.rows(start, end), weight, out.rows(start, end), {
@@ -41,12 +42,14 @@ export function groupedGemm(
 export function groupedGemmWeightGrad(
   dy: Tensor,
   x: Tensor,
-  offsets: Int32Array,
+  groups: RowGroups,
   grads: readonly Tensor[],
+  options: { readonly beta?: number } = {},
 ): void {
+  const offsets = indexView(groups.offsets), { beta = 1 } = options;
   grads.forEach((grad, g) => {
     const start = offsets[g], end = offsets[g + 1];
-    gemm(dy.rows(start, end), x.rows(start, end), grad, { transposeA: true, beta: 1 });
+    gemm(dy.rows(start, end), x.rows(start, end), grad, { transposeA: true, beta });
   });
 }
 

@@ -8,6 +8,7 @@ import * as rows from "./rows.ts";
 /** The reference kernels; f32 and f64 (fill, copy and gatherRows take every dtype). */
 export const referenceKernels: Kernels = {
   fill: elementwise.fill,
+  normal: elementwise.normal,
   copy: elementwise.copy,
   add: elementwise.add,
   axpy: elementwise.axpy,
@@ -20,8 +21,11 @@ export const referenceKernels: Kernels = {
   combineRows: rows.combineRows,
   combineRowsBackward: rows.combineRowsBackward,
   rmsNorm: rows.rmsNorm,
+  addRmsNorm: rows.addRmsNorm,
   rmsNormBackward: rows.rmsNormBackward,
   rope: rows.rope,
+  splitQkv: rows.splitQkv,
+  joinQkv: rows.joinQkv,
   attention: matrix.attention,
   attentionBackward: matrix.attentionBackward,
   activation: elementwise.activation,
@@ -31,5 +35,6 @@ export const referenceKernels: Kernels = {
   crossEntropy: rows.crossEntropy,
   sumSquares: elementwise.sumSquares,
   sum: elementwise.sum,
+  clipScale: elementwise.clipScale,
   adamW: elementwise.adamW,
 };

@@ -2,6 +2,7 @@
 
 import type { Tensor } from "../../tensor.ts";
 import { floatView, hostView, indexView } from "../view.ts";
+import { add } from "./elementwise.ts";
 
 /** Length of a row of a matrix. */
 function width(x: Tensor): number {
@@ -27,17 +28,24 @@ export function scatterAddRows(x: Tensor, rows: Tensor, out: Tensor): void {
 }
 
 /** Reference of `Kernels.combineRows`. */
-export function combineRows(y: Tensor, slots: Tensor, weights: Tensor, out: Tensor): void {
+export function combineRows(
+  y: Tensor,
+  slots: Tensor,
+  weights: Tensor | null,
+  out: Tensor,
+  residual?: Tensor,
+): void {
   const [N, K] = slots.shape, D = width(out);
-  const Y = floatView(y), S = indexView(slots), W = floatView(weights), O = floatView(out);
+  const Y = floatView(y), S = indexView(slots), O = floatView(out);
+  const W = weights && floatView(weights), base = residual && floatView(residual);
   for (let n = 0; n < N; n++) {
     for (let d = 0; d < D; d++) {
       let sum = 0;
       for (let k = 0; k < K; k++) {
         const slot = S[n * K + k];
-        if (slot >= 0) sum += W[n * K + k] * Y[slot * D + d];
+        if (slot >= 0) sum += (W ? W[n * K + k] : 1) * Y[slot * D + d];
       }
-      O[n * D + d] = sum;
+      O[n * D + d] = (base ? base[n * D + d] : 0) + sum;
     }
   }
 }
@@ -80,6 +88,20 @@ export function rmsNorm(x: Tensor, gain: Tensor, out: Tensor, invRms: Tensor, ep
   }
 }
 
+/** Reference of `Kernels.addRmsNorm`. */
+export function addRmsNorm(
+  x: Tensor,
+  y: Tensor,
+  gain: Tensor,
+  sum: Tensor,
+  out: Tensor,
+  invRms: Tensor,
+  eps: number,
+): void {
+  add(x, y, sum);
+  rmsNorm(sum, gain, out, invRms, eps);
+}
+
 /** Reference of `Kernels.rmsNormBackward`. */
 export function rmsNormBackward(
   dOut: Tensor,
@@ -88,10 +110,11 @@ export function rmsNormBackward(
   invRms: Tensor,
   dX: Tensor,
   dGain: Tensor,
+  residual?: Tensor,
 ): void {
   const D = gain.size, N = invRms.size;
   const DO = floatView(dOut), X = floatView(x), G = floatView(gain), I = floatView(invRms);
-  const DX = floatView(dX), DG = floatView(dGain);
+  const DX = floatView(dX), DG = floatView(dGain), base = residual && floatView(residual);
   for (let n = 0; n < N; n++) {
     let dot = 0; // Σ_d dOut gain x
     for (let d = 0; d < D; d++) dot += DO[n * D + d] * G[d] * X[n * D + d];
@@ -99,7 +122,7 @@ export function rmsNormBackward(
     for (let d = 0; d < D; d++) {
       const g = DO[n * D + d], value = X[n * D + d];
       DG[d] += g * value * inverse;
-      DX[n * D + d] = g * G[d] * inverse - value * pull;
+      DX[n * D + d] = (base ? base[n * D + d] : 0) + (g * G[d] * inverse - value * pull);
     }
   }
 }
@@ -123,6 +146,62 @@ export function rope(
       }
     }
   }
+}
+
+/** Calls back for every row and each of q, k and v with the tensor, its first element there, that in the joined row, and the count. */
+function forEachPart(
+  joined: Tensor,
+  parts: readonly Tensor[],
+  visit: (part: Tensor, from: number, at: number, count: number) => void,
+): void {
+  for (let n = 0; n < joined.shape[0]; n++) {
+    let at = n * joined.shape[1];
+    for (const part of parts) {
+      const count = part.shape[1];
+      visit(part, n * count, at, count);
+      at += count;
+    }
+  }
+}
+
+/** Reference of `Kernels.splitQkv`. */
+export function splitQkv(
+  qkv: Tensor,
+  positions: Tensor,
+  options: { readonly headDim: number; readonly theta: number },
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+): void {
+  const joined = floatView(qkv);
+  forEachPart(qkv, [q, k, v], (part, from, at, count) => {
+    (floatView(part) as Float32Array).set(joined.subarray(at, at + count), from);
+  });
+  rope(q, positions, options);
+  rope(k, positions, options);
+}
+
+/** Reference of `Kernels.joinQkv`. */
+export function joinQkv(
+  dQ: Tensor,
+  dK: Tensor,
+  dV: Tensor,
+  positions: Tensor,
+  options: { readonly headDim: number; readonly theta: number },
+  dQkv: Tensor,
+): void {
+  const { headDim: C, theta } = options, half = C / 2;
+  const joined = floatView(dQkv), P = indexView(positions);
+  forEachPart(dQkv, [dQ, dK, dV], (part, from, at, count) => {
+    const row = floatView(part).subarray(from, from + count);
+    const position = part === dV ? 0 : P[from / count];
+    for (let i = 0; i < count; i++) {
+      const pair = i % C, first = pair < half;
+      const angle = position * theta ** (-2 * (pair % half) / C);
+      const other = first ? row[i + half] : -row[i - half];
+      joined[at + i] = row[i] * Math.cos(angle) + other * Math.sin(angle);
+    }
+  });
 }
 
 /** Reference of `Kernels.softmax`. */
