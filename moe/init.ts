@@ -34,6 +34,8 @@ export function random(seed: number, name: string = ""): Random {
     c = c + t | 0;
     return t >>> 0;
   };
+  next(); // spreads the seed before the name's bits meet it: else seed 1 of "b" would be seed 2 of "a"
+  next();
   for (let i = 0; i < name.length; i++) {
     a = Math.imul(a ^ name.charCodeAt(i), 0x01000193) + i | 0;
     next();
