@@ -1,0 +1,391 @@
+// An NVIDIA GPU as a device: finds it, opens the libraries at the first wish, and joins memory, streams, copies and kernels to
+// the one interface that the CPU has, too. One GPU per process; the launcher makes one visible to each rank.
+
+import { addressOf } from "../../ffi/address.ts";
+import { CUDA, cuda, cudaError } from "../../ffi/cuda.ts";
+import type { CudaMemoryHandle } from "../../ffi/cuda.ts";
+import { CudaError } from "../../ffi/cuda_library.ts";
+import { checkCudart, CUDART, cudart, cudartError } from "../../ffi/cudart.ts";
+import { LibraryNotFoundError } from "../../ffi/search.ts";
+import { newArray, type TypedArray } from "../dtype.ts";
+import type { Device, Kernels, MemoryStats, RoutingKernels } from "../device.ts";
+import type { Tensor } from "../tensor.ts";
+import { Arena, type MemorySource } from "./arena.ts";
+import type { CudaContext, CudaKernel, CudaProperties, ModuleSource } from "./context.ts";
+import { CUDA_MODULES, cudaKernels, cudaRoutingKernels } from "./kernels.ts";
+import { Modules } from "./launch.ts";
+import { PinnedMemory, Staging } from "./pinned.ts";
+import { CudaStream, EventPool } from "./streams.ts";
+import { encodeTensorMap } from "./tensor_map.ts";
+
+/** Oldest version of CUDA and lowest compute capability, times ten, that are supported. */
+const OLDEST_CUDA = 12_000, LOWEST_CAPABILITY = 80;
+
+/** What {@linkcode findCuda} found. */
+export type CudaFinding =
+  | {
+    readonly ok: true;
+    /** Number of GPUs that this process sees. */
+    readonly devices: number;
+    /** Versions of the runtime and of the driver's CUDA: 13000 for 13.0. */
+    readonly runtime: number;
+    /** @ignore */
+    readonly driver: number;
+  }
+  | {
+    readonly ok: false;
+    /** Why there is no CUDA here, as half a sentence for a person. */
+    readonly reason: string;
+  };
+
+let finding: CudaFinding | undefined;
+
+/**
+ * Whether this process can use a GPU, and why not. It never throws, opens the libraries only once, and makes no context.
+ *
+ * @returns The number of GPUs, or the reason: library missing, driver missing, no device, too old.
+ */
+export function findCuda(): CudaFinding {
+  return finding ??= find();
+}
+
+function find(): CudaFinding {
+  const no = (reason: string): CudaFinding => ({ ok: false, reason });
+  const out = new Int32Array(new ArrayBuffer(4)), at = addressOf(out.buffer);
+  try {
+    let { calls } = cudart();
+    const read = (call: (out: bigint) => number): number => call(at) === 0 ? out[0] : 0;
+    const driver = read(calls.cudaDriverGetVersion);
+    if (driver === 0) return no("no NVIDIA driver is installed");
+    // A runtime of a later major version than the driver's does not work with it.
+    const runtimeOf = () => read(calls.cudaRuntimeGetVersion);
+    if (Math.floor(runtimeOf() / 1000) > Math.floor(driver / 1000)) {
+      if (driver >= OLDEST_CUDA) calls = cudart([Math.floor(driver / 1000)]).calls;
+    }
+    const runtime = runtimeOf();
+    const text = (version: number) =>
+      `${Math.floor(version / 1000)}.${Math.floor(version % 1000 / 10)}`;
+    if (Math.min(driver, runtime) < OLDEST_CUDA) {
+      return no(`CUDA ${text(Math.min(driver, runtime))} is too old, 12.0 is the oldest supported`);
+    }
+    const code = calls.cudaGetDeviceCount(at);
+    const devices = out[0];
+    if (code !== 0) {
+      calls.cudaGetLastError();
+      return no(cudartError(code, "cudaGetDeviceCount").message);
+    }
+    if (devices === 0) return no("there is no NVIDIA GPU, or CUDA_VISIBLE_DEVICES hides it");
+    let best = 0;
+    for (let device = 0; device < devices; device++) best = Math.max(best, capability(device));
+    if (best < LOWEST_CAPABILITY) {
+      return no(`the GPU's compute capability is ${best / 10}, 8.0 is the lowest supported`);
+    }
+    cuda();
+    return { ok: true, devices, runtime, driver };
+  } catch (error) {
+    if (error instanceof LibraryNotFoundError) return no(error.message);
+    return no(error instanceof Error ? error.message : String(error));
+  }
+}
+
+function attribute(which: number, device: number): number {
+  const out = new Int32Array(new ArrayBuffer(4));
+  checkCudart(
+    cudart().calls.cudaDeviceGetAttribute(addressOf(out.buffer), which, device),
+    "cudaDeviceGetAttribute",
+  );
+  return out[0];
+}
+
+function capability(device: number): number {
+  return attribute(CUDART.attributeMajor, device) * 10 + attribute(CUDART.attributeMinor, device);
+}
+
+/** Free and total memory of the current GPU, in bytes. */
+function memoryInfo(): { readonly free_bytes: number; readonly total_bytes: number } {
+  const out = new BigUint64Array(new ArrayBuffer(16)), at = addressOf(out.buffer);
+  checkCudart(cudart().calls.cudaMemGetInfo(at, at + 8n), "cudaMemGetInfo");
+  return { free_bytes: Number(out[0]), total_bytes: Number(out[1]) };
+}
+
+function propertiesOf(device: number): CudaProperties {
+  const { calls } = cuda();
+  const name = new Uint8Array(new ArrayBuffer(256));
+  const code = calls.cuDeviceGetName(addressOf(name.buffer), name.length, device);
+  if (code !== 0) throw cudaError(code, "cuDeviceGetName");
+  return {
+    name: new TextDecoder().decode(name.subarray(0, name.indexOf(0))),
+    capability: capability(device),
+    multiprocessors: attribute(CUDART.attributeMultiprocessors, device),
+    sharedMemory_bytes: attribute(CUDART.attributeSharedMemory, device),
+    l2_bytes: attribute(CUDART.attributeL2Bytes, device),
+    memory_bytes: memoryInfo().total_bytes,
+  };
+}
+
+/** Options of {@linkcode cudaDevice}. */
+export interface CudaDeviceOptions {
+  /** Number of the GPU among those that this process sees. @default {0} */
+  readonly device?: number;
+  /** Further modules to compile beside the library's own. @default {[]} */
+  readonly modules?: readonly ModuleSource[];
+}
+
+/** An NVIDIA GPU. */
+export class CudaDevice implements Device {
+  /** @inheritdoc */
+  readonly kind = "cuda" as const;
+  /** @inheritdoc */
+  readonly name: string;
+  /** Number of the GPU among those that this process sees. */
+  readonly index: number;
+  /** @inheritdoc */
+  readonly stream: CudaStream;
+  /** What kernel files work with. */
+  readonly context: CudaContext;
+  readonly #pool: EventPool;
+  readonly #arena: Arena;
+  readonly #staging: Staging;
+  #kernels: Kernels | undefined;
+  #routing: RoutingKernels | undefined;
+
+  /** Use {@linkcode cudaDevice}. @ignore */
+  constructor(index: number, arena: Arena, pool: EventPool, stream: CudaStream, modules: Modules) {
+    this.index = index;
+    this.stream = stream;
+    this.#pool = pool;
+    this.#arena = arena;
+    this.#staging = new Staging(stream, pool);
+    const properties = propertiesOf(index);
+    this.name = properties.name;
+    const { calls } = cudart();
+    this.context = {
+      properties,
+      stream: stream.handle,
+      kernel: (module, name): CudaKernel => modules.kernel(module, name),
+      has: (module) => modules.has(module),
+      allocate: (bytes) => arena.allocate(bytes),
+      free: (address) => arena.free(address),
+      upload: (source, address) => this.#staging.upload(source, address),
+      clear: (address, bytes) => {
+        if (bytes === 0) return;
+        const code = calls.cudaMemsetAsync(BigInt(address), 0, BigInt(bytes), stream.handle);
+        if (code !== 0) throw cudartError(code, "cudaMemsetAsync", ` (${bytes} bytes)`);
+      },
+      tensorMap: encodeTensorMap,
+    };
+  }
+
+  /** @inheritdoc */
+  get kernels(): Kernels {
+    return this.#kernels ??= cudaKernels(this.context);
+  }
+
+  /** @inheritdoc */
+  get routing(): RoutingKernels {
+    return this.#routing ??= cudaRoutingKernels(this.context);
+  }
+
+  /** How often the host has waited for the device so far: every `read` and `synchronize`, and an upload that found its ring full. */
+  get hostWaits(): number {
+    return this.#pool.hostWaits;
+  }
+
+  /**
+   * Makes another stream.
+   *
+   * @param name A name for traces.
+   * @param options `priority`: CUDA's number, 0 or less for more urgent work.
+   * @returns The stream.
+   */
+  createStream(name: string, options: { readonly priority?: number } = {}): CudaStream {
+    return new CudaStream(name, this.#pool, options.priority ?? 0);
+  }
+
+  /**
+   * Page-locked host memory.
+   *
+   * @param bytes How much.
+   * @returns The memory; dispose of it, or keep it for good.
+   */
+  pinned(bytes: number): PinnedMemory {
+    return new PinnedMemory(bytes);
+  }
+
+  /** Ties the device's clock to the host's anew, for the times of `recordTimed` events: call it once a step when these are wanted. */
+  anchor(): void {
+    this.#pool.anchor();
+  }
+
+  /** @inheritdoc */
+  allocate(bytes: number): number {
+    return this.#arena.allocate(bytes);
+  }
+
+  /** @inheritdoc */
+  free(address: number): void {
+    this.#arena.free(address);
+  }
+
+  /** @inheritdoc */
+  write(source: TypedArray, target: Tensor): void {
+    if (source.length !== target.size) {
+      throw new RangeError(
+        `Cannot write as the array must have ${target.size} elements: current value is ${source.length}`,
+      );
+    }
+    const wanted = newArray(target.dtype, 0).constructor;
+    if (source.constructor !== wanted) {
+      throw new TypeError(
+        `Cannot write as the array must be a ${wanted.name} for ${target.dtype}: current value is ${source.constructor.name}`,
+      );
+    }
+    this.#staging.upload(source, target.address);
+  }
+
+  /** @inheritdoc */
+  async read(source: Tensor): Promise<TypedArray> {
+    const target = newArray(source.dtype, source.size);
+    await this.#staging.download(source.address, target, this.#arena);
+    return target;
+  }
+
+  /** @inheritdoc */
+  memory(): MemoryStats {
+    const { used_bytes, reserved_bytes, peak_bytes } = this.#arena;
+    return { used_bytes, reserved_bytes, peak_bytes };
+  }
+
+  /** @inheritdoc */
+  resetPeak(): void {
+    this.#arena.resetPeak();
+  }
+}
+
+const devices = new Map<number, Promise<CudaDevice>>();
+
+/**
+ * A GPU of this process: made current, its kernels compiled or taken from the cache on disk.
+ *
+ * @param options Which GPU.
+ * @returns The device, the same for every call.
+ * @throws {Error} If CUDA cannot be used here; {@linkcode findCuda} tells beforehand.
+ * @throws {CompileError} If a kernel does not compile.
+ */
+export function cudaDevice(options: CudaDeviceOptions = {}): Promise<CudaDevice> {
+  const { device = 0, modules = [] } = options;
+  if (modules.length > 0) return make(device, modules);
+  let made = devices.get(device);
+  if (made === undefined) devices.set(device, made = make(device, []));
+  return made;
+}
+
+async function make(index: number, extra: readonly ModuleSource[]): Promise<CudaDevice> {
+  const found = findCuda();
+  if (!found.ok) throw new Error(`Cannot use a GPU as CUDA must work here: ${found.reason}`);
+  if (!Number.isInteger(index) || index < 0 || index >= found.devices) {
+    throw new RangeError(
+      `Cannot use a GPU as its number must be < ${found.devices}: current value is ${index}`,
+    );
+  }
+  const level = capability(index);
+  if (level < LOWEST_CAPABILITY) {
+    throw new RangeError(
+      `Cannot use GPU ${index} as its compute capability must be 8.0 or more: current value is ${
+        level / 10
+      }`,
+    );
+  }
+  checkCudart(cudart().calls.cudaSetDevice(index), "cudaSetDevice");
+  const code = cuda().calls.cuInit(0);
+  if (code !== 0) throw cudaError(code, "cuInit");
+  const pool = new EventPool();
+  const stream = new CudaStream("compute", pool);
+  const modules = new Modules(level, stream.handle);
+  await modules.load([...CUDA_MODULES, ...extra]);
+  return new CudaDevice(index, new Arena(memorySource(index)), pool, stream, modules);
+}
+
+/** One reserved range of addresses that memory is mapped into, or, where the driver cannot do that, slabs. */
+function memorySource(index: number): MemorySource {
+  try {
+    return new MappedMemory(index);
+  } catch (error) {
+    if (!(error instanceof CudaError)) throw error;
+    return {
+      contiguous: false,
+      granularity_bytes: 2 ** 21,
+      grow(bytes) {
+        const { calls } = cudart();
+        const cell = new BigUint64Array(new ArrayBuffer(8));
+        const code = calls.cudaMalloc(addressOf(cell.buffer), BigInt(bytes));
+        if (code === 0) return Number(cell[0]);
+        calls.cudaGetLastError();
+        if (code === CUDART.errorMemoryAllocation) return null;
+        throw cudartError(code, "cudaMalloc", ` (${bytes} bytes)`);
+      },
+      free_bytes: () => memoryInfo().free_bytes,
+    };
+  }
+}
+
+/** GPU memory behind one range of addresses, twice as long as the memory: it grows in place, so blocks join across growths. */
+class MappedMemory implements MemorySource {
+  readonly contiguous = true;
+  readonly granularity_bytes: number;
+  readonly #properties: Int32Array<ArrayBuffer>;
+  readonly #access: Int32Array<ArrayBuffer>;
+  readonly #cell = new BigUint64Array(new ArrayBuffer(8));
+  readonly #range_bytes: number;
+  readonly #base: number;
+  #mapped = 0;
+
+  /** @param device Number of the GPU. */
+  constructor(device: number) {
+    const { calls } = cuda();
+    // CUmemAllocationProp: type, handle types, location {type, id}, a pointer and 8 bytes of flags, all 0.
+    // deno-fmt-ignore
+    this.#properties = new Int32Array([CUDA.allocationPinned, 0, CUDA.locationDevice, device, 0, 0, 0, 0]);
+    // CUmemAccessDesc: location {type, id}, flags.
+    this.#access = new Int32Array([CUDA.locationDevice, device, CUDA.accessReadWrite]);
+    const out = addressOf(this.#cell.buffer), properties = addressOf(this.#properties.buffer);
+    let code = calls.cuMemGetAllocationGranularity(out, properties, CUDA.granularityRecommended);
+    if (code !== 0) throw cudaError(code, "cuMemGetAllocationGranularity");
+    const granularity = this.granularity_bytes = Math.max(2 ** 21, Number(this.#cell[0]));
+    this.#range_bytes = Math.ceil(2 * memoryInfo().total_bytes / granularity) * granularity;
+    code = calls.cuMemAddressReserve(
+      out,
+      BigInt(this.#range_bytes),
+      BigInt(granularity),
+      0n,
+      0n,
+    );
+    if (code !== 0) throw cudaError(code, "cuMemAddressReserve", ` (${this.#range_bytes} bytes)`);
+    this.#base = Number(this.#cell[0]);
+  }
+
+  /** @inheritdoc */
+  grow(bytes: number): number | null {
+    if (this.#mapped + bytes > this.#range_bytes) return null;
+    const { calls } = cuda();
+    const size = BigInt(bytes), address = BigInt(this.#base + this.#mapped);
+    const properties = addressOf(this.#properties.buffer);
+    let code = calls.cuMemCreate(addressOf(this.#cell.buffer), size, properties, 0n);
+    if (code === CUDA.errorOutOfMemory) return null;
+    if (code !== 0) throw cudaError(code, "cuMemCreate", ` (${bytes} bytes)`);
+    const handle = this.#cell[0] as CudaMemoryHandle;
+    code = calls.cuMemMap(address, size, 0n, handle, 0n);
+    // The mapping keeps the memory; the handle is not needed any more.
+    calls.cuMemRelease(handle);
+    if (code !== 0) throw cudaError(code, "cuMemMap", ` (${bytes} bytes)`);
+    code = calls.cuMemSetAccess(address, size, addressOf(this.#access.buffer), 1n);
+    if (code !== 0) throw cudaError(code, "cuMemSetAccess", ` (${bytes} bytes)`);
+    this.#mapped += bytes;
+    return Number(address);
+  }
+
+  /** @inheritdoc */
+  free_bytes(): number {
+    return memoryInfo().free_bytes;
+  }
+}

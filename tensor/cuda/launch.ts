@@ -1,0 +1,342 @@
+// Compiles the `.cu` modules for the GPU at hand and launches their kernels. A launch writes its arguments into a buffer that the
+// kernel keeps and makes one call of the driver, which copies them: some microseconds, no garbage but the argument list.
+
+import { addressOf, cString } from "../../ffi/address.ts";
+import {
+  checkCuda,
+  CUDA,
+  cuda,
+  type CudaCalls,
+  cudaError,
+  type CudaFunctionHandle,
+  type CudaModuleHandle,
+} from "../../ffi/cuda.ts";
+import type { CudaStreamHandle } from "../../ffi/cudart.ts";
+import { nvrtc } from "../../ffi/nvrtc.ts";
+import { cacheFolder, cacheKey, readCached, writeCached } from "./cache.ts";
+import common from "./common.cuh" with { type: "text" };
+import type { CudaKernel, ModuleSource, ParameterType } from "./context.ts";
+
+/** CU_TENSOR_MAP structs ask for an alignment of 64 bytes; other parameters have 8 at most. */
+const STRUCT_ALIGNMENT = 64;
+
+/**
+ * Whether a module is for a GPU.
+ *
+ * @param module The module.
+ * @param capability The GPU's compute capability times ten.
+ * @returns True if it can be compiled for it.
+ */
+export function isFor(module: ModuleSource, capability: number): boolean {
+  const from = module.from ?? 80;
+  return module.exact ? capability === from : capability >= from;
+}
+
+/**
+ * The compiler options of a module.
+ *
+ * @param module The module.
+ * @param capability The GPU's compute capability times ten.
+ * @returns Options of NVRTC.
+ */
+export function compileOptions(module: ModuleSource, capability: number): string[] {
+  return [
+    `--gpu-architecture=sm_${capability}${module.exact ? "a" : ""}`,
+    "--std=c++17",
+    "-default-device",
+  ];
+}
+
+/**
+ * Compiles a module, or takes its code from the cache on disk.
+ *
+ * @param module The module.
+ * @param capability The GPU's compute capability times ten.
+ * @param folder The cache, or null for none. @default {cacheFolder()}
+ * @returns Machine code, and whether it had to be compiled.
+ * @throws {CompileError} If the source does not compile; the message holds the compiler's log.
+ */
+export async function compileModule(
+  module: ModuleSource,
+  capability: number,
+  folder: string | null = cacheFolder(),
+): Promise<{ readonly code: Uint8Array<ArrayBuffer>; readonly compiled: boolean }> {
+  const compiler = nvrtc(), options = compileOptions(module, capability);
+  const source = `#line 1 "common.cuh"\n${common}\n#line 1 "${module.name}.cu"\n${module.source}`;
+  // A library that was named by hand may call itself any version.
+  const identity = Deno.env.get("LINA_NVRTC") ?? "";
+  const key = await cacheKey([source, ...options, compiler.version, identity]);
+  const cached = folder === null ? null : await readCached(folder, key);
+  if (cached !== null) return { code: cached, compiled: false };
+  const code = await compiler.compile(source, `${module.name}.cu`, options);
+  if (folder !== null) await writeCached(folder, key, code);
+  return { code, compiled: true };
+}
+
+/** How an argument is written. */
+const INTEGER_64 = 0, INTEGER_32 = 1, FLOAT_32 = 2, FLOAT_64 = 3, BYTES = 4;
+
+const WRITE: Readonly<Record<string, number>> = {
+  ptr: INTEGER_64,
+  i64: INTEGER_64,
+  i32: INTEGER_32,
+  f32: FLOAT_32,
+  f64: FLOAT_64,
+};
+
+/** A kernel that was compiled and loaded. */
+export class LoadedKernel implements CudaKernel {
+  readonly #name: string;
+  readonly #calls: CudaCalls;
+  readonly #handle: CudaFunctionHandle;
+  readonly #stream: CudaStreamHandle;
+  readonly #types: readonly ParameterType[];
+  /** Per argument: how it is written, and at which byte. */
+  readonly #write: Uint8Array;
+  readonly #offsets: Int32Array;
+  /** The arguments, one buffer under four types. */
+  readonly #bytes: Uint8Array;
+  readonly #u32: Uint32Array;
+  readonly #i32: Int32Array;
+  readonly #f32: Float32Array;
+  readonly #f64: Float64Array;
+  /** Addresses of the arguments, as the driver takes them. */
+  readonly #table: BigUint64Array<ArrayBuffer>;
+  readonly #tableAddress: bigint;
+  /** Dynamic shared memory that the kernel may take so far. */
+  #shared_bytes = 0;
+
+  /**
+   * @param name Name for errors.
+   * @param handle The function.
+   * @param types Types of its parameters.
+   * @param stream The stream that it is launched on.
+   */
+  constructor(
+    name: string,
+    handle: CudaFunctionHandle,
+    types: readonly ParameterType[],
+    stream: CudaStreamHandle,
+  ) {
+    this.#name = name;
+    this.#calls = cuda().calls;
+    this.#handle = handle;
+    this.#stream = stream;
+    this.#types = types;
+    this.#write = new Uint8Array(types.length);
+    this.#offsets = new Int32Array(types.length);
+    let end = 0;
+    types.forEach((type, i) => {
+      const struct = typeof type === "object";
+      if (struct) end = Math.ceil(end / STRUCT_ALIGNMENT) * STRUCT_ALIGNMENT;
+      this.#write[i] = struct ? BYTES : WRITE[type];
+      this.#offsets[i] = end;
+      end += struct ? Math.ceil(type.bytes / 8) * 8 : 8;
+    });
+    const buffer = new ArrayBuffer(end);
+    this.#bytes = new Uint8Array(buffer);
+    this.#u32 = new Uint32Array(buffer);
+    this.#i32 = new Int32Array(buffer);
+    this.#f32 = new Float32Array(buffer);
+    this.#f64 = new Float64Array(buffer);
+    this.#table = BigUint64Array.from(
+      types,
+      (_, i) => addressOf(buffer) + BigInt(this.#offsets[i]),
+    );
+    this.#tableAddress = addressOf(this.#table.buffer);
+  }
+
+  /** @inheritdoc */
+  launch(
+    x: number,
+    y: number,
+    z: number,
+    threads: number,
+    shared_bytes: number,
+    ...values: readonly (number | Uint8Array)[]
+  ): void {
+    const count = this.#write.length;
+    if (values.length !== count) {
+      throw new TypeError(
+        `Cannot launch ${this.#name} as it must get ${count} arguments: current value is ${values.length}`,
+      );
+    }
+    for (let i = 0; i < count; i++) {
+      const value = values[i], offset = this.#offsets[i];
+      if (typeof value === "number") {
+        switch (this.#write[i]) {
+          case INTEGER_64: {
+            if (!Number.isSafeInteger(value)) this.#refuse(i, value);
+            const low = value >>> 0;
+            this.#u32[offset >> 2] = low;
+            this.#i32[(offset >> 2) + 1] = (value - low) / 0x1_0000_0000;
+            continue;
+          }
+          case INTEGER_32:
+            // Unsigned values of 32 bits have the same bits.
+            if ((value | 0) !== value && value >>> 0 !== value) this.#refuse(i, value);
+            this.#i32[offset >> 2] = value;
+            continue;
+          case FLOAT_32:
+            this.#f32[offset >> 2] = value;
+            continue;
+          case FLOAT_64:
+            this.#f64[offset >> 3] = value;
+            continue;
+        }
+      } else if (this.#write[i] === BYTES) {
+        if (value.length === (this.#types[i] as { readonly bytes: number }).bytes) {
+          this.#bytes.set(value, offset);
+          continue;
+        }
+      }
+      this.#refuse(i, value);
+    }
+    if (x === 0 || y === 0 || z === 0) return; // no blocks, no work; CUDA calls it an error
+    if (shared_bytes > this.#shared_bytes) this.#allowShared(shared_bytes);
+    const code = this.#calls.cuLaunchKernel(
+      this.#handle,
+      x,
+      y,
+      z,
+      threads,
+      1,
+      1,
+      shared_bytes,
+      this.#stream,
+      this.#tableAddress,
+      0n,
+    );
+    if (code !== 0) {
+      throw cudaError(
+        code,
+        "cuLaunchKernel",
+        `: ${this.#name}, grid ${x} x ${y} x ${z}, block ${threads}, ${shared_bytes} bytes of shared memory`,
+      );
+    }
+  }
+
+  /** Beyond 48 KiB with its static part, a kernel must be allowed its shared memory; once is enough. */
+  #allowShared(bytes: number): void {
+    const code = this.#calls.cuFuncSetAttribute(
+      this.#handle,
+      CUDA.functionMaxDynamicSharedBytes,
+      bytes,
+    );
+    if (code !== 0) {
+      throw cudaError(
+        code,
+        "cuFuncSetAttribute",
+        `: ${this.#name}, ${bytes} bytes of shared memory`,
+      );
+    }
+    this.#shared_bytes = bytes;
+  }
+
+  #refuse(index: number, value: number | Uint8Array): never {
+    const type = this.#types[index];
+    const wanted = typeof type === "object" ? `${type.bytes} bytes` : `a value for ${type}`;
+    const given = typeof value === "number" ? value : `${value.length} bytes`;
+    throw new TypeError(
+      `Cannot launch ${this.#name} as argument ${index} must be ${wanted}: current value is ${given}`,
+    );
+  }
+}
+
+/** A module that was compiled for the GPU, or why it could not be. */
+interface LoadedModule {
+  readonly handle: CudaModuleHandle;
+  readonly kernels: Map<string, LoadedKernel>;
+  /** The machine code; the driver may read it as late as a kernel's first use. */
+  readonly code: Uint8Array;
+}
+
+/** The modules of a GPU. */
+export class Modules {
+  readonly #stream: CudaStreamHandle;
+  readonly #loaded = new Map<ModuleSource, LoadedModule>();
+  readonly #capability: number;
+
+  /**
+   * @param capability The GPU's compute capability times ten.
+   * @param stream The stream that kernels are launched on.
+   */
+  constructor(capability: number, stream: CudaStreamHandle) {
+    this.#capability = capability;
+    this.#stream = stream;
+  }
+
+  /**
+   * Compiles the modules that are for this GPU, side by side, and loads them.
+   *
+   * @param modules The modules.
+   * @returns How many had to be compiled; the others came from the cache.
+   * @throws {CompileError} If a source does not compile.
+   */
+  async load(modules: readonly ModuleSource[]): Promise<number> {
+    const wanted = modules.filter((module) =>
+      isFor(module, this.#capability) && !this.#loaded.has(module)
+    );
+    const results = await Promise.all(
+      wanted.map((module) => compileModule(module, this.#capability)),
+    );
+    const { calls } = cuda();
+    const cell = new BigUint64Array(new ArrayBuffer(8));
+    wanted.forEach((module, i) => {
+      const { code } = results[i];
+      const status = calls.cuModuleLoadData(addressOf(cell.buffer), addressOf(code.buffer));
+      if (status !== 0) throw cudaError(status, "cuModuleLoadData", `: ${module.name}.cu`);
+      const handle = cell[0] as CudaModuleHandle;
+      this.#loaded.set(module, { handle, kernels: new Map(), code });
+    });
+    return results.filter((result) => result.compiled).length;
+  }
+
+  /**
+   * Whether a module was loaded.
+   *
+   * @param module The module.
+   * @returns True if its kernels can be launched.
+   */
+  has(module: ModuleSource): boolean {
+    return this.#loaded.has(module);
+  }
+
+  /**
+   * A kernel.
+   *
+   * @param module Its module.
+   * @param name Its name.
+   * @returns The kernel, the same for every call.
+   * @throws {RangeError} If the module has no such kernel or was not loaded.
+   */
+  kernel(module: ModuleSource, name: string): LoadedKernel {
+    const loaded = this.#loaded.get(module);
+    if (loaded === undefined) {
+      throw new RangeError(
+        `Cannot take kernel ${name} as its module must be loaded on this GPU (sm_${this.#capability}): current value is ${module.name}`,
+      );
+    }
+    const known = loaded.kernels.get(name);
+    if (known !== undefined) return known;
+    const types = module.kernels[name];
+    if (types === undefined) {
+      throw new RangeError(
+        `Cannot take a kernel of ${module.name} as its name must be declared there: current value is "${name}"`,
+      );
+    }
+    const cell = new BigUint64Array(new ArrayBuffer(8)), text = cString(name);
+    checkCuda(
+      cuda().calls.cuModuleGetFunction(
+        addressOf(cell.buffer),
+        loaded.handle,
+        addressOf(text.buffer),
+      ),
+      `cuModuleGetFunction for ${module.name}.${name}`,
+    );
+    const handle = cell[0] as CudaFunctionHandle;
+    const kernel = new LoadedKernel(`${module.name}.${name}`, handle, types, this.#stream);
+    loaded.kernels.set(name, kernel);
+    return kernel;
+  }
+}

@@ -1,0 +1,273 @@
+// Streams and events of a GPU. Events come from a pool and go back to it once they have passed, so recording one allocates
+// nothing in CUDA. Host waits poll and let the event loop run; nothing blocks in native code and nothing calls back from it.
+
+import { addressOf } from "../../ffi/address.ts";
+import {
+  checkCudart,
+  type CudaEventHandle,
+  CUDART,
+  cudart,
+  type CudartCalls,
+  cudartError,
+  type CudaStreamHandle,
+} from "../../ffi/cudart.ts";
+import { now } from "../../trace/mod.ts";
+import type { Stream, StreamEvent } from "../device.ts";
+
+/** Polls without leaving the thread for so long; a short wait is over by then. */
+const SPIN_US = 30;
+/** Then lets the event loop turn between polls for so long, then sleeps between them. */
+const TURNS_US = 250_000;
+/** Events that a stream keeps before it looks for passed ones. */
+const KEPT = 64;
+
+/** What the streams of one device share: the pool of events, the clock, the count of host waits. */
+export class EventPool {
+  readonly #calls: CudartCalls;
+  readonly #cell = new BigUint64Array(new ArrayBuffer(8));
+  readonly #elapsed = new Float32Array(new ArrayBuffer(4));
+  readonly #untimed: CudaEventHandle[] = [];
+  readonly #timed: CudaEventHandle[] = [];
+  #clock: CudaStreamHandle | undefined;
+  #anchor: CudaEventHandle | undefined;
+  #anchor_us = 0;
+  /** Times that the host waited for the device, in all. */
+  hostWaits = 0;
+
+  /** The device is current. */
+  constructor() {
+    this.#calls = cudart().calls;
+  }
+
+  /**
+   * An event that is not in use.
+   *
+   * @param timed Whether it takes the time.
+   * @returns Its handle.
+   */
+  take(timed: boolean): CudaEventHandle {
+    const handle = (timed ? this.#timed : this.#untimed).pop();
+    if (handle !== undefined) return handle;
+    const flags = timed ? CUDART.eventDefault : CUDART.eventDisableTiming;
+    checkCudart(
+      this.#calls.cudaEventCreateWithFlags(addressOf(this.#cell.buffer), flags),
+      "cudaEventCreateWithFlags",
+    );
+    return this.#cell[0] as CudaEventHandle;
+  }
+
+  /**
+   * Puts an event back.
+   *
+   * @param handle The event; it has passed.
+   * @param timed Whether it takes the time.
+   */
+  give(handle: CudaEventHandle, timed: boolean): void {
+    (timed ? this.#timed : this.#untimed).push(handle);
+  }
+
+  /**
+   * Whether the device has passed an event.
+   *
+   * @param handle The event.
+   * @returns True once it has.
+   * @throws {CudaError} If work before it failed.
+   */
+  passed(handle: CudaEventHandle): boolean {
+    const code = this.#calls.cudaEventQuery(handle);
+    if (code === CUDART.success) return true;
+    if (code === CUDART.errorNotReady) return false;
+    throw cudartError(code, "cudaEventQuery", ", in work that was enqueued earlier");
+  }
+
+  /**
+   * Ties the device's clock to the host's anew: an event on a stream of its own, which is idle, and the host's time around it. Takes
+   * some 20 µs; good to a few µs, and the clocks part by about 10 µs per second: once a step is enough.
+   */
+  anchor(): void {
+    this.#clock ??= createStream(this.#calls, 0);
+    let width = Infinity;
+    for (let round = 0; round < 3; round++) {
+      const event = this.take(true);
+      const before = now();
+      checkCudart(this.#calls.cudaEventRecord(event, this.#clock), "cudaEventRecord");
+      while (!this.passed(event));
+      const after = now();
+      if (after - before >= width) {
+        this.give(event, true);
+        continue;
+      }
+      width = after - before;
+      if (this.#anchor !== undefined) this.give(this.#anchor, true);
+      this.#anchor = event;
+      this.#anchor_us = (before + after) / 2;
+    }
+  }
+
+  /**
+   * When the device passed an event.
+   *
+   * @param handle An event that takes the time and has passed.
+   * @returns Time on the host's clock, in µs.
+   */
+  time(handle: CudaEventHandle): number {
+    if (this.#anchor === undefined) this.anchor();
+    const code = this.#calls.cudaEventElapsedTime(
+      addressOf(this.#elapsed.buffer),
+      this.#anchor!,
+      handle,
+    );
+    checkCudart(code, "cudaEventElapsedTime");
+    return this.#anchor_us + this.#elapsed[0] * 1000;
+  }
+}
+
+/** A point in a CUDA stream's work. */
+export class CudaEvent implements StreamEvent {
+  readonly #pool: EventPool;
+  readonly #timed: boolean;
+  #handle: CudaEventHandle | null;
+  #time_us = 0;
+
+  /**
+   * @param pool Where the event came from and returns to.
+   * @param handle An event that has been recorded.
+   * @param timed Whether it takes the time.
+   */
+  constructor(pool: EventPool, handle: CudaEventHandle, timed: boolean) {
+    this.#pool = pool;
+    this.#handle = handle;
+    this.#timed = timed;
+  }
+
+  /** The CUDA event; null once it was seen to have passed. */
+  get handle(): CudaEventHandle | null {
+    return this.#handle;
+  }
+
+  /** @inheritdoc */
+  done(): boolean {
+    const handle = this.#handle;
+    if (handle === null) return true;
+    if (!this.#pool.passed(handle)) return false;
+    this.#time_us = this.#timed ? this.#pool.time(handle) : now();
+    this.#handle = null;
+    this.#pool.give(handle, this.#timed);
+    return true;
+  }
+
+  /**
+   * Host-clock time in µs at which the device passed the point. Only {@linkcode CudaStream.recordTimed} makes it so: for other events,
+   * which cost a third, it is when the host first saw that they had passed. NaN before that.
+   */
+  time(): number {
+    return this.done() ? this.#time_us : NaN;
+  }
+}
+
+/**
+ * Resolves once the device has passed an event: polls, first on the spot, then once a turn of the event loop.
+ *
+ * @param event The event.
+ * @throws {CudaError} If work before it failed.
+ */
+export async function passing(event: StreamEvent): Promise<void> {
+  const start = now();
+  while (!event.done()) {
+    const waited = now() - start;
+    if (waited < SPIN_US) continue;
+    if (waited < TURNS_US) await new Promise<void>((resolve) => setImmediate(resolve));
+    else await new Promise<void>((resolve) => setTimeout(resolve, 1));
+  }
+}
+
+function createStream(calls: CudartCalls, priority: number): CudaStreamHandle {
+  const cell = new BigUint64Array(new ArrayBuffer(8));
+  const code = calls.cudaStreamCreateWithPriority(
+    addressOf(cell.buffer),
+    CUDART.streamNonBlocking,
+    priority,
+  );
+  checkCudart(code, "cudaStreamCreateWithPriority");
+  return cell[0] as CudaStreamHandle;
+}
+
+/** A queue of work on a GPU. It does not wait for the legacy default stream, nor that for it. */
+export class CudaStream implements Stream {
+  /** @inheritdoc */
+  readonly name: string;
+  /** The CUDA stream. */
+  readonly handle: CudaStreamHandle;
+  readonly #calls: CudartCalls;
+  readonly #pool: EventPool;
+  /** Events that were not seen to pass, oldest first from `#oldest`. */
+  #events: CudaEvent[] = [];
+  #oldest = 0;
+
+  /**
+   * Makes a stream of the current device.
+   *
+   * @param name A name for traces.
+   * @param pool The device's events.
+   * @param priority CUDA's number: 0, or less for more urgent work; the device bounds it.
+   */
+  constructor(name: string, pool: EventPool, priority = 0) {
+    this.name = name;
+    this.#pool = pool;
+    this.#calls = cudart().calls;
+    this.handle = createStream(this.#calls, priority);
+  }
+
+  /** @inheritdoc */
+  record(): CudaEvent {
+    return this.#record(false);
+  }
+
+  /** As {@linkcode record}, with an event whose `time()` is the device's, on the host's clock. */
+  recordTimed(): CudaEvent {
+    return this.#record(true);
+  }
+
+  #record(timed: boolean): CudaEvent {
+    if (this.#events.length - this.#oldest >= KEPT) this.#sweep();
+    const handle = this.#pool.take(timed);
+    const code = this.#calls.cudaEventRecord(handle, this.handle);
+    if (code !== 0) throw cudartError(code, "cudaEventRecord", ` on stream ${this.name}`);
+    const event = new CudaEvent(this.#pool, handle, timed);
+    this.#events.push(event);
+    return event;
+  }
+
+  /** Looks at the oldest events, so that those nobody asks about return to the pool. They pass in order: the first that has not ends it. */
+  #sweep(): void {
+    const events = this.#events;
+    for (let i = 0; i < 4 && this.#oldest < events.length && events[this.#oldest].done(); i++) {
+      this.#oldest++;
+    }
+    if (this.#oldest >= KEPT) {
+      events.copyWithin(0, this.#oldest);
+      events.length -= this.#oldest;
+      this.#oldest = 0;
+    }
+  }
+
+  /** @inheritdoc */
+  wait(event: StreamEvent): void {
+    if (event instanceof CudaEvent) {
+      const handle = event.handle;
+      if (handle === null) return;
+      const code = this.#calls.cudaStreamWaitEvent(this.handle, handle, 0);
+      if (code !== 0) throw cudartError(code, "cudaStreamWaitEvent", ` on stream ${this.name}`);
+    } else if (!event.done()) {
+      throw new TypeError(
+        `Cannot wait on stream ${this.name} as the event must be a CUDA event or done: current value is an event of another device`,
+      );
+    }
+  }
+
+  /** @inheritdoc */
+  synchronize(): Promise<void> {
+    this.#pool.hostWaits++;
+    return passing(this.record());
+  }
+}
