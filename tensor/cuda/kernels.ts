@@ -3,19 +3,44 @@
 import type { Kernels, RoutingKernels } from "../device.ts";
 import type { CudaContext, ModuleSource } from "./context.ts";
 import { gemmKernels } from "./gemm.ts";
+import { normsKernels, normsModule } from "./norms.ts";
+import { randomKernels, randomModule } from "./random.ts";
 
 /** Every `.cu` module of the library. */
-export const CUDA_MODULES: readonly ModuleSource[] = [];
+export const CUDA_MODULES: readonly ModuleSource[] = [normsModule, randomModule];
 
-/** Kernels that throw when they are called, by their names. */
-function missing<T extends object>(): T {
-  return new Proxy({} as T, {
+const ROOMS: readonly ((context: CudaContext) => Partial<Kernels>)[] = [
+  gemmKernels,
+  normsKernels,
+  randomKernels,
+];
+
+const ROUTING_ROOMS: readonly ((context: CudaContext) => Partial<RoutingKernels>)[] = [];
+
+/** Joins what the rooms have; a kernel of a room that could not be made throws why when it is called. */
+function join<T extends object>(
+  context: CudaContext,
+  rooms: readonly ((context: CudaContext) => Partial<T>)[],
+): T {
+  const joined: Partial<T> = {}, problems: unknown[] = [];
+  for (const room of rooms) {
+    try {
+      Object.assign(joined, room(context));
+    } catch (error) {
+      problems.push(error);
+    }
+  }
+  const missing = new Proxy({}, {
     get: (_, name) => () => {
       throw new Error(
         `Cannot run ${String(name)} on the GPU as its kernel must be built: it is not`,
+        {
+          cause: problems,
+        },
       );
     },
   });
+  return Object.setPrototypeOf(joined, missing);
 }
 
 /**
@@ -25,7 +50,7 @@ function missing<T extends object>(): T {
  * @returns Kernels for tensors on it.
  */
 export function cudaKernels(context: CudaContext): Kernels {
-  return Object.setPrototypeOf({ ...gemmKernels(context) }, missing<Kernels>());
+  return join<Kernels>(context, ROOMS);
 }
 
 /**
@@ -34,6 +59,6 @@ export function cudaKernels(context: CudaContext): Kernels {
  * @param context The GPU, its modules loaded.
  * @returns Kernels for tensors on it.
  */
-export function cudaRoutingKernels(_context: CudaContext): RoutingKernels {
-  return missing<RoutingKernels>();
+export function cudaRoutingKernels(context: CudaContext): RoutingKernels {
+  return join<RoutingKernels>(context, ROUTING_ROOMS);
 }

@@ -255,6 +255,7 @@ interface LoadedModule {
 export class Modules {
   readonly #stream: CudaStreamHandle;
   readonly #loaded = new Map<ModuleSource, LoadedModule>();
+  readonly #failed = new Map<ModuleSource, unknown>();
   readonly #capability: number;
 
   /**
@@ -278,18 +279,24 @@ export class Modules {
       isFor(module, this.#capability) && !this.#loaded.has(module)
     );
     const results = await Promise.all(
-      wanted.map((module) => compileModule(module, this.#capability)),
+      wanted.map((module) =>
+        compileModule(module, this.#capability).catch((error) => {
+          this.#failed.set(module, error);
+          return null;
+        })
+      ),
     );
     const { calls } = cuda();
     const cell = new BigUint64Array(new ArrayBuffer(8));
     wanted.forEach((module, i) => {
+      if (results[i] === null) return;
       const { code } = results[i];
       const status = calls.cuModuleLoadData(addressOf(cell.buffer), addressOf(code.buffer));
       if (status !== 0) throw cudaError(status, "cuModuleLoadData", `: ${module.name}.cu`);
       const handle = cell[0] as CudaModuleHandle;
       this.#loaded.set(module, { handle, kernels: new Map(), code });
     });
-    return results.filter((result) => result.compiled).length;
+    return results.filter((result) => result?.compiled).length;
   }
 
   /**
@@ -313,6 +320,7 @@ export class Modules {
   kernel(module: ModuleSource, name: string): LoadedKernel {
     const loaded = this.#loaded.get(module);
     if (loaded === undefined) {
+      if (this.#failed.has(module)) throw this.#failed.get(module);
       throw new RangeError(
         `Cannot take kernel ${name} as its module must be loaded on this GPU (sm_${this.#capability}): current value is ${module.name}`,
       );
