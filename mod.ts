@@ -33,12 +33,15 @@ export type {
 
 // One Mixture-of-Experts layer and its parts.
 export { MoeLayer } from "./moe/moe_layer.ts";
+export { dropShown, readShown } from "./moe/shown.ts";
 export type {
   MoeLayerOptions,
   MoeResult,
   MoeSaved,
+  MoeShown,
   MoeStats,
   RoutingTap,
+  Shown,
 } from "./moe/moe_types.ts";
 export { plainStep, type Step } from "./moe/step.ts";
 export { normal, type Random, random } from "./moe/init.ts";

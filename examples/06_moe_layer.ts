@@ -13,7 +13,7 @@
 //   [0] norm of the output  0.370792
 //   [0] norms of gradients  0.00226692 (input), 0.104538 (experts)
 
-import { init } from "../mod.ts";
+import { init, readShown } from "../mod.ts";
 import { normal, random } from "../moe/init.ts";
 import { MoeLayer } from "../moe/moe_layer.ts";
 import { plainStep } from "../moe/step.ts";
@@ -42,7 +42,8 @@ const rows = batch.subarray(first * WIDTH, end * WIDTH);
 using x = fromArray(device, rows, [end - first, WIDTH]);
 
 const step = plainStep(device, { training: true });
-const { out_ND, saved, auxLoss, stats } = await layer.forward(x, step);
+const { out_ND, saved, shown } = await layer.forward(x, step);
+const [{ auxLoss, stats }] = await readShown([shown]);
 using out = out_ND;
 using dX = await layer.backward(out, saved, step); // the loss is ½ Σ out²
 

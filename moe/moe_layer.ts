@@ -30,7 +30,14 @@ import { updateBias } from "./router_sigmoid.ts";
 import { SharedExperts } from "./shared_experts.ts";
 import type { Step } from "./step.ts";
 
-export type { MoeLayerOptions, MoeResult, MoeSaved, MoeStats, RoutingTap } from "./moe_types.ts";
+export type {
+  MoeLayerOptions,
+  MoeResult,
+  MoeSaved,
+  MoeStats,
+  RoutingTap,
+  Shown,
+} from "./moe_types.ts";
 
 /** A Mixture-of-Experts layer. All ranks call its methods together. */
 export class MoeLayer implements Disposable {
@@ -160,7 +167,7 @@ export class MoeLayer implements Disposable {
     };
     if (!step.training) this.release(saved);
     const auxLoss = global.losses.aux + global.losses.z;
-    return { out_ND, saved, auxLoss, stats: statsOf(global, plan.rowsPerRank) };
+    return { out_ND, saved, shown: { auxLoss, stats: statsOf(global, plan.rowsPerRank) } };
   }
 
   /**

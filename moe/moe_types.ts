@@ -12,6 +12,9 @@ import type { ExpertPlacement } from "./hooks.ts";
 import type { RouterOptions } from "./router.ts";
 import type { GlobalRouting } from "./router_exchange.ts";
 import type { ExpertChoices } from "./router_expert_choice.ts";
+import type { Shown } from "./shown.ts";
+
+export type { MoeShown, MoeStats, Shown } from "./shown.ts";
 
 /** How a MoE layer is made; all but the device is alike on all ranks. */
 export interface MoeLayerOptions {
@@ -45,18 +48,6 @@ export interface MoeLayerOptions {
   readonly dtype?: DType;
 }
 
-/** What a batch has shown, alike on all ranks. */
-export interface MoeStats {
-  /** Choices per expert of the global batch, before drops. */
-  readonly counts: Float64Array;
-  /** Choices that were dropped. */
-  readonly dropped: number;
-  /** Rows that each rank computes. */
-  readonly rowsPerRank: Int32Array;
-  /** Rows of the most loaded rank / mean rows of a rank; 1 for an empty batch. */
-  readonly imbalance: number;
-}
-
 /** What the backward pass of a layer needs. */
 export interface MoeSaved {
   /** The input; not owned. */
@@ -83,10 +74,8 @@ export interface MoeResult {
   readonly out_ND: Tensor;
   /** What the backward pass needs; give it to `backward` or to `release`. */
   readonly saved: MoeSaved;
-  /** Balance and z loss of the global batch, coefficients applied: to be added once to the mean loss, not once per rank. */
-  readonly auxLoss: number;
-  /** Load and drops. */
-  readonly stats: MoeStats;
+  /** Losses and load: read them by `readShown` of shown.ts, which may wait for the device, or give them to `dropShown`. */
+  readonly shown: Shown;
 }
 
 /** Takes the place of the router's choice, or watches it: see routing_record.ts. */

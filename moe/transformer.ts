@@ -20,6 +20,7 @@ import { MoeLayer, type MoeResult } from "./moe_layer.ts";
 import { Norm } from "./norm.ts";
 import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
 import { staticPlacement } from "./placement.ts";
+import { dropShown, type MoeShown, readShown, type Shown } from "./shown.ts";
 import type { Step } from "./step.ts";
 
 /** Rows of one rank: sequences one after another. */
@@ -198,7 +199,7 @@ export class Transformer implements Disposable {
       dX[Symbol.dispose]();
     } else saved.forEach((s, layer) => s && this.blocks[layer].release(s));
     for (const tensor of [x_ND, last.out_ND, last.invRms_N]) tensor[Symbol.dispose]();
-    return shown;
+    return summary(await readShown(shown)); // the only wait of a pass: a GPU still runs it
   }
 
   /**
@@ -212,7 +213,8 @@ export class Transformer implements Disposable {
   async logits(tokens: Int32Array, offsets: Int32Array, step: Step): Promise<Tensor> {
     using ids = fromArray(this.#device, tokens);
     using rows = rowsOf(this.#device, offsets);
-    const { x_ND, saved } = await this.#forward(ids, rows, step);
+    const { x_ND, saved, shown } = await this.#forward(ids, rows, step);
+    dropShown(shown);
     saved.forEach((s, layer) => s && this.blocks[layer].release(s));
     using x = x_ND;
     using lastRows = fromArray(this.#device, offsets.slice(1).map((end) => end - 1));
@@ -239,19 +241,16 @@ export class Transformer implements Disposable {
 
   async #forward(tokens: Tensor, rows: Rows, step: Step): Promise<Forward> {
     const saved: Forward["saved"] = [];
-    let auxLoss = 0, imbalance = 0;
+    const shown: Shown[] = [];
     let x_ND = empty(this.#device, [tokens.size, this.config.width], this.config.dtype);
     ops.gatherRows(this.#embedding.value, tokens, x_ND);
     for (const block of this.blocks) {
       const { out_ND, saved: kept, output } = await block.forward(x_ND, rows, step);
       saved.push(kept);
       x_ND = out_ND;
-      if (!isMoeResult(output)) continue;
-      auxLoss += output.auxLoss;
-      imbalance += imbalanceOf(output.stats.counts) / this.moeLayers.length;
+      if (isMoeResult(output)) shown.push(output.shown);
     }
-    if (this.moeLayers.length === 0) imbalance = 1;
-    return { x_ND, saved, shown: { auxLoss, imbalance } };
+    return { x_ND, saved, shown };
   }
 
   /** Frees the weights. */
@@ -266,7 +265,17 @@ export class Transformer implements Disposable {
 interface Forward {
   readonly x_ND: Tensor;
   readonly saved: (BlockSaved | null)[];
-  readonly shown: PassResult;
+  readonly shown: readonly Shown[];
+}
+
+function summary(shown: readonly MoeShown[]): PassResult {
+  if (shown.length === 0) return { auxLoss: 0, imbalance: 1 };
+  let auxLoss = 0, imbalance = 0;
+  for (const layer of shown) {
+    auxLoss += layer.auxLoss;
+    imbalance += imbalanceOf(layer.stats.counts) / shown.length;
+  }
+  return { auxLoss, imbalance };
 }
 
 function mixture(options: TransformerOptions, layer: number): MoeLayer {
@@ -291,7 +300,7 @@ function mixture(options: TransformerOptions, layer: number): MoeLayer {
 }
 
 function isMoeResult(output: FeedForwardOutput): output is MoeResult {
-  return "stats" in output;
+  return "shown" in output;
 }
 
 /** The largest count / the mean. */

@@ -8,6 +8,7 @@ import { normal, random } from "../moe/init.ts";
 import { MoeLayer, type MoeStats } from "../moe/moe_layer.ts";
 import { staticPlacement } from "../moe/placement.ts";
 import type { RouterOptions } from "../moe/router.ts";
+import { readShown } from "../moe/shown.ts";
 import { plainStep } from "../moe/step.ts";
 import { cpuDevice } from "../tensor/cpu/device.ts";
 import type { Activation, Device } from "../tensor/device.ts";
@@ -106,7 +107,8 @@ export async function runRank(
   using x_ND = part(x);
   using mix_ND = part(mix);
   const step = plainStep(device, { training: c.training ?? true, number: 5 });
-  const { out_ND, saved, auxLoss, stats } = await layer.forward(x_ND, step);
+  const { out_ND, saved, shown } = await layer.forward(x_ND, step);
+  const [{ auxLoss, stats }] = await readShown([shown]);
   using out = out_ND;
   const o = await read(out), m = await read(mix_ND);
   const loss = o.reduce((sum, v, i) => sum + v * m[i], 0);
