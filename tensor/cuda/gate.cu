@@ -1,0 +1,420 @@
+// The gate's products, between tokens x [N, D] (bf16, or f32) and f32 weights [E, D] of few experts: logits, and both gradients. With bf16
+// tokens they are bound by reading them, so tensor cores do the arithmetic: an f32 number is the sum of three bf16 numbers (8 bits of its
+// 24 each), the product of two bf16 numbers is exact in f32, and sums are f32. Other dtypes and widths take the plain kernels.
+
+// Two floats as three pairs of bf16, whose sums they are.
+DEVICE void split3(float low, float high, u32 out[3]) {
+#pragma unroll
+  for (int i = 0; i < 3; i++) {
+    out[i] = pack_bf16(low, high);
+    low -= __uint_as_float(out[i] << 16);
+    high -= __uint_as_float(out[i] & 0xffff0000u);
+  }
+}
+// The first two of them: 16 bits.
+DEVICE void split2(float low, float high, u32 out[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    out[i] = pack_bf16(low, high);
+    low -= __uint_as_float(out[i] << 16);
+    high -= __uint_as_float(out[i] & 0xffff0000u);
+  }
+}
+
+// Logits of 64 tokens and T * 8 experts per block: x and gate pass through shared memory in slices of 64 columns, S of them in flight.
+// Of the 8 warps, two share the tokens and four the columns of a slice; their sums are added in order at the end.
+template <int T, int S>
+DEVICE void gate_tokens(const bf16* x, const float* gate, float* logits, int tokens, int experts, int width) {
+  constexpr int X_ROW = 72, G_ROW = 72, E = T * 8;
+  constexpr int X_BYTES = 64 * X_ROW * 2, STAGE = X_BYTES + E * G_ROW * 4;
+  extern __shared__ __align__(16) u8 gate_shared[];
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % 4, half = warp / 4;
+  int first = blockIdx.x * 64, first_expert = blockIdx.y * E;
+  int slices = (width + 63) / 64;
+  auto fetch = [&](int slice) {
+    u8* stage = gate_shared + (slice % S) * STAGE;
+    int column = slice * 64;
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      int i = threadIdx.x + j * 256, row = i / 8, c = i % 8 * 8;
+      bool valid = slice < slices && first + row < tokens && column + c < width;
+      copy_async_16(stage + (row * X_ROW + c) * 2, valid ? x + (i64)(first + row) * width + column + c : x, valid);
+    }
+#pragma unroll
+    for (int j = 0; j < (E * 16 + 255) / 256; j++) {
+      int i = threadIdx.x + j * 256, row = i / 16, c = i % 16 * 4;
+      if (row >= E) break;
+      bool valid = slice < slices && first_expert + row < experts && column + c < width;
+      copy_async_16(stage + X_BYTES + (row * G_ROW + c) * 4,
+                    valid ? gate + (i64)(first_expert + row) * width + column + c : gate, valid);
+    }
+    copy_async_commit();
+  };
+  float sums[2][T][4];
+#pragma unroll
+  for (int i = 0; i < 2 * T * 4; i++) (&sums[0][0][0])[i] = 0;
+  for (int s = 0; s < S - 1; s++) fetch(s);
+  for (int slice = 0; slice < slices; slice++) {
+    copy_async_wait<S - 2>();
+    __syncthreads();
+    fetch(slice + S - 1);
+    const u8* stage = gate_shared + (slice % S) * STAGE;
+    const bf16* xs = reinterpret_cast<const bf16*>(stage);
+    const float* gs = reinterpret_cast<const float*>(stage + X_BYTES);
+    u32 a[2][4];
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+      int row = half * 32 + m * 16 + lane / 8 % 2 * 8 + lane % 8, column = part * 16 + lane / 16 * 8;
+      load_matrices(a[m], xs + row * X_ROW + column);
+    }
+#pragma unroll
+    for (int t = 0; t < T; t++) {
+      const float* g = gs + (t * 8 + lane / 4) * G_ROW + part * 16 + lane % 4 * 2;
+      Pack<float, 2> near = *reinterpret_cast<const Pack<float, 2>*>(g);
+      Pack<float, 2> far = *reinterpret_cast<const Pack<float, 2>*>(g + 8);
+      u32 low[3], high[3];
+      split3(near.at[0], near.at[1], low);
+      split3(far.at[0], far.at[1], high);
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+        // Tensor cores cut sums off: they only see one slice, and f32 additions round to nearest.
+        float c[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int term = 2; term >= 0; term--) {
+          u32 b[2] = {low[term], high[term]};
+          mma_bf16(c, a[m], b);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[m][t][i] += c[i];
+      }
+    }
+  }
+  copy_async_wait<0>();
+  __syncthreads();
+  float* parts = reinterpret_cast<float*>(gate_shared);  // [4][64][E]
+#pragma unroll
+  for (int m = 0; m < 2; m++) {
+#pragma unroll
+    for (int t = 0; t < T; t++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int row = half * 32 + m * 16 + lane / 4 + i / 2 * 8, column = t * 8 + lane % 4 * 2 + i % 2;
+        parts[(part * 64 + row) * E + column] = sums[m][t][i];
+      }
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < 64 * E; i += 256) {
+    int row = i / E, expert = first_expert + i % E;
+    if (first + row >= tokens || expert >= experts) continue;
+    float sum = 0;
+#pragma unroll
+    for (int p = 0; p < 4; p++) sum += parts[p * 64 * E + i];
+    logits[(i64)(first + row) * experts + expert] = sum;
+  }
+}
+#define GATE(T, S)                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(256)                                                                   \
+      gate_##T(const bf16* x, const float* gate, float* logits, int tokens, int experts, int width) {                 \
+    gate_tokens<T, S>(x, gate, logits, tokens, experts, width);                                                       \
+  }
+GATE(1, 4)
+GATE(2, 4)
+GATE(4, 3)
+GATE(8, 3)
+
+// Logits of 4 tokens and 4 experts per warp. Blocks (32 tokens, 4 experts).
+template <typename X>
+DEVICE void gate_plain(const X* x, const float* gate, float* logits, i64 tokens, int experts, int width) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first_expert = blockIdx.y * 4;
+  i64 first = (i64)blockIdx.x * 32 + warp * 4;
+  if (first >= tokens) return;
+  float sums[4][4];
+#pragma unroll
+  for (int i = 0; i < 16; i++) sums[i / 4][i % 4] = 0;
+  for (int d = lane; d < width; d += 32) {
+    float from[4], to[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      from[i] = first + i < tokens ? to_f32(x[(first + i) * width + d]) : 0.0f;
+      to[i] = first_expert + i < experts ? gate[(i64)(first_expert + i) * width + d] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) sums[i / 4][i % 4] += from[i / 4] * to[i % 4];
+  }
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    float sum = warp_sum(sums[i / 4][i % 4]);
+    if (lane == 0 && first + i / 4 < tokens && first_expert + i % 4 < experts) {
+      logits[(first + i / 4) * experts + first_expert + i % 4] = sum;
+    }
+  }
+}
+extern "C" __global__ void gate_plain_f32(const float* x, const float* gate, float* logits, i64 tokens, int experts,
+                                          int width) {
+  gate_plain<float>(x, gate, logits, tokens, experts, width);
+}
+extern "C" __global__ void gate_plain_bf16(const bf16* x, const float* gate, float* logits, i64 tokens, int experts,
+                                           int width) {
+  gate_plain<bf16>(x, gate, logits, tokens, experts, width);
+}
+
+// dX += dLogits gate for the K * 16 experts from `first_expert` on. A warp owns 32 columns and keeps their weights in registers while tokens go
+// by, 32 at a time. Which column an accumulator stands for is chosen so that a lane has 8 neighbours: one access of 16 bytes per token.
+// Blocks of 128 threads (128 columns, `per_block` tokens).
+template <int K>
+DEVICE void gate_dx(const float* d_logits, const float* gate, bf16* d_x, int tokens, int experts, int first_expert,
+                    int width, int per_block) {
+  int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  int base = blockIdx.x * 128 + threadIdx.x / 32 * 32;
+  u32 weights[K][4][2][2];  // [step][tile][term][register]
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+      int column = base + g / 2 * 8 + t * 2 + g % 2;
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        int e = first_expert + k * 16 + c * 2 + r * 8;
+        float low = e < experts && column < width ? gate[(i64)e * width + column] : 0.0f;
+        float high = e + 1 < experts && column < width ? gate[(i64)(e + 1) * width + column] : 0.0f;
+        u32 terms[2];
+        split2(low, high, terms);
+        weights[k][t][0][r] = terms[0];
+        weights[k][t][1][r] = terms[1];
+      }
+    }
+  }
+  int column = base + c * 8;
+  int start = blockIdx.y * per_block, end = start + per_block < tokens ? start + per_block : tokens;
+  for (int n = start; n < end; n += 32) {
+    Pack<bf16, 8> held[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int row = n + i / 2 * 16 + i % 2 * 8 + g;
+      if (row < end && column < width) {
+        held[i / 2][i % 2] = *reinterpret_cast<const Pack<bf16, 8>*>(d_x + (i64)row * width + column);
+      }
+    }
+    float sums[2][4][4];
+#pragma unroll
+    for (int i = 0; i < 32; i++) (&sums[0][0][0])[i] = 0;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+        u32 a[2][4];  // [term][register]
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          int row = n + m * 16 + g + r % 2 * 8, e = first_expert + k * 16 + c * 2 + r / 2 * 8;
+          float low = row < end && e < experts ? d_logits[(i64)row * experts + e] : 0.0f;
+          float high = row < end && e + 1 < experts ? d_logits[(i64)row * experts + e + 1] : 0.0f;
+          u32 terms[2];
+          split2(low, high, terms);
+          a[0][r] = terms[0];
+          a[1][r] = terms[1];
+        }
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+          mma_bf16(sums[m][t], a[1], weights[k][t][0]);
+          mma_bf16(sums[m][t], a[0], weights[k][t][1]);
+          mma_bf16(sums[m][t], a[0], weights[k][t][0]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int row = n + i / 2 * 16 + i % 2 * 8 + g;
+      if (row >= end || column >= width) continue;
+      Pack<bf16, 8> out;
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        out.at[j] = to_bf16(to_f32(held[i / 2][i % 2].at[j]) + sums[i / 2][j / 2][i % 2 * 2 + j % 2]);
+      }
+      *reinterpret_cast<Pack<bf16, 8>*>(d_x + (i64)row * width + column) = out;
+    }
+  }
+}
+#define GATE_DX(K)                                                                                                     \
+  extern "C" __global__ void __launch_bounds__(128)                                                                    \
+      gate_dx_##K(const float* d_logits, const float* gate, bf16* d_x, int tokens, int experts, int first_expert,     \
+                  int width, int per_block) {                                                                          \
+    gate_dx<K>(d_logits, gate, d_x, tokens, experts, first_expert, width, per_block);                                  \
+  }
+GATE_DX(1)
+GATE_DX(2)
+GATE_DX(4)
+
+// The same for 4 tokens and one column per thread; blocks of 128 threads (128 columns, 4 tokens).
+template <typename X>
+DEVICE void gate_dx_plain(const float* d_logits, const float* gate, X* d_x, i64 tokens, int experts, int width) {
+  int d = blockIdx.x * 128 + threadIdx.x;
+  i64 first = (i64)blockIdx.y * 4;
+  if (d >= width) return;
+  float sums[4] = {0, 0, 0, 0};
+  for (int e = 0; e < experts; e++) {
+    float w = gate[(i64)e * width + d];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (first + i < tokens) sums[i] += d_logits[(first + i) * experts + e] * w;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if (first + i >= tokens) continue;
+    X* at = d_x + (first + i) * width + d;
+    *at = from_f32<X>(to_f32(*at) + sums[i]);
+  }
+}
+extern "C" __global__ void gate_dx_plain_f32(const float* d_logits, const float* gate, float* d_x, i64 tokens,
+                                             int experts, int width) {
+  gate_dx_plain<float>(d_logits, gate, d_x, tokens, experts, width);
+}
+extern "C" __global__ void gate_dx_plain_bf16(const float* d_logits, const float* gate, bf16* d_x, i64 tokens,
+                                              int experts, int width) {
+  gate_dx_plain<bf16>(d_logits, gate, d_x, tokens, experts, width);
+}
+
+// parts[split][experts][width] = dLogitsᵀ x over the tokens of a split, for 128 columns and M * 16 experts per block: blocks (columns,
+// experts, splits). Slices of 64 tokens pass through shared memory, 3 in flight; four warps share the columns, two the tokens of a slice.
+template <int M>
+DEVICE void gate_dw(const float* d_logits, const bf16* x, float* parts, int tokens, int experts, int width,
+                    int per_split) {
+  constexpr int X_ROW = 136, E = M * 16, L_ROW = E + 4, S = 3;
+  constexpr int X_BYTES = 64 * X_ROW * 2, STAGE = X_BYTES + 64 * L_ROW * 4;
+  extern __shared__ __align__(16) u8 gate_shared[];
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % 4, half = warp / 4, g = lane / 4, c = lane % 4;
+  int first_column = blockIdx.x * 128, first_expert = blockIdx.y * E;
+  int start = blockIdx.z * per_split, end = start + per_split < tokens ? start + per_split : tokens;
+  int slices = (end - start + 63) / 64;
+  auto fetch = [&](int slice) {
+    u8* stage = gate_shared + (slice % S) * STAGE;
+    int first = start + slice * 64;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      int i = threadIdx.x + j * 256, row = i / 16, column = i % 16 * 8;
+      bool valid = slice < slices && first + row < end && first_column + column < width;
+      copy_async_16(stage + (row * X_ROW + column) * 2,
+                    valid ? x + (i64)(first + row) * width + first_column + column : x, valid);
+    }
+#pragma unroll
+    for (int j = 0; j < M; j++) {
+      int i = threadIdx.x + j * 256, row = i / (4 * M), e = i % (4 * M) * 4;
+      bool valid = slice < slices && first + row < end && first_expert + e < experts;
+      copy_async_16(stage + X_BYTES + (row * L_ROW + e) * 4,
+                    valid ? d_logits + (i64)(first + row) * experts + first_expert + e : d_logits, valid);
+    }
+    copy_async_commit();
+  };
+  float sums[M][4][4];
+#pragma unroll
+  for (int i = 0; i < M * 16; i++) (&sums[0][0][0])[i] = 0;
+  for (int s = 0; s < S - 1; s++) fetch(s);
+  for (int slice = 0; slice < slices; slice++) {
+    copy_async_wait<S - 2>();
+    __syncthreads();
+    fetch(slice + S - 1);
+    const u8* stage = gate_shared + (slice % S) * STAGE;
+    const bf16* xs = reinterpret_cast<const bf16*>(stage);
+    const float* ls = reinterpret_cast<const float*>(stage + X_BYTES);
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+      int first = half * 32 + step * 16;
+      u32 b[2][4];
+#pragma unroll
+      for (int t = 0; t < 2; t++) {
+        int row = first + lane / 8 % 2 * 8 + lane % 8, column = part * 32 + t * 16 + lane / 16 * 8;
+        load_matrices_transposed(b[t], xs + row * X_ROW + column);
+      }
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        u32 a[3][4];
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          const float* l = ls + (first + c * 2 + r / 2 * 8) * L_ROW + m * 16 + g + r % 2 * 8;
+          u32 terms[3];
+          split3(l[0], l[L_ROW], terms);
+#pragma unroll
+          for (int i = 0; i < 3; i++) a[i][r] = terms[i];
+        }
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+#pragma unroll
+          for (int i = 2; i >= 0; i--) mma_bf16(sums[m][t], a[i], b[t / 2] + t % 2 * 2);
+        }
+      }
+    }
+  }
+  copy_async_wait<0>();
+  __syncthreads();
+  float* other = reinterpret_cast<float*>(gate_shared);  // [E][128]: the sums of the second half of the tokens
+#pragma unroll
+  for (int turn = 1; turn >= 0; turn--) {
+    if (half == turn) {
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+          int e = m * 16 + g + i % 4 / 2 * 8, column = part * 32 + i / 4 * 8 + c * 2 + i % 2;
+          float sum = sums[m][i / 4][i % 4];
+          if (turn == 1) {
+            other[e * 128 + column] = sum;
+          } else if (first_expert + e < experts && first_column + column < width) {
+            parts[((i64)blockIdx.z * experts + first_expert + e) * width + first_column + column] =
+                sum + other[e * 128 + column];
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+#define GATE_DW(M)                                                                                               \
+  extern "C" __global__ void __launch_bounds__(256) gate_dw_##M(const float* d_logits, const bf16* x,           \
+                                                                float* parts, int tokens, int experts,          \
+                                                                int width, int per_split) {                     \
+    gate_dw<M>(d_logits, x, parts, tokens, experts, width, per_split);                                           \
+  }
+GATE_DW(1)
+GATE_DW(2)
+GATE_DW(4)
+
+// The same for one column and 8 experts per thread; blocks of 128 threads (128 columns, 8 experts, splits).
+template <typename X>
+DEVICE void gate_dw_plain(const float* d_logits, const X* x, float* parts, int tokens, int experts, int width,
+                          int per_split) {
+  int d = blockIdx.x * 128 + threadIdx.x, first_expert = blockIdx.y * 8;
+  if (d >= width) return;
+  int start = blockIdx.z * per_split, end = start + per_split < tokens ? start + per_split : tokens;
+  float sums[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  for (int n = start; n < end; n++) {
+    float value = to_f32(x[(i64)n * width + d]);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      if (first_expert + j < experts) sums[j] += value * d_logits[(i64)n * experts + first_expert + j];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    int e = first_expert + j;
+    if (e < experts) parts[((i64)blockIdx.z * experts + e) * width + d] = sums[j];
+  }
+}
+extern "C" __global__ void gate_dw_plain_f32(const float* d_logits, const float* x, float* parts, int tokens,
+                                             int experts, int width, int per_split) {
+  gate_dw_plain<float>(d_logits, x, parts, tokens, experts, width, per_split);
+}
+extern "C" __global__ void gate_dw_plain_bf16(const float* d_logits, const bf16* x, float* parts, int tokens,
+                                              int experts, int width, int per_split) {
+  gate_dw_plain<bf16>(d_logits, x, parts, tokens, experts, width, per_split);
+}
+
+// dGate += the parts of all splits, in order.
+extern "C" __global__ void gate_dw_sum(const float* parts, float* d_gate, i64 size, int splits) {
+  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= size) return;
+  float sum = 0;
+#pragma unroll 8
+  for (int s = 0; s < splits; s++) sum += parts[s * size + i];
+  d_gate[i] += sum;
+}

@@ -1,0 +1,249 @@
+// Rows that move: gather, scatter-add, and the weighted sum of a token's expert rows with its gradient. All of it is bound by memory: a group
+// of threads owns a row, every access is of 16 bytes where addresses allow it, and several are in flight per thread.
+
+// Loads N elements as floats, by accesses of up to 16 bytes.
+template <typename T, int N>
+DEVICE void load_floats(float out[N], const T* from) {
+  constexpr int most = 16 / sizeof(T), width = N < most ? N : most;
+#pragma unroll
+  for (int i = 0; i < N / width; i++) {
+    Pack<T, width> pack = reinterpret_cast<const Pack<T, width>*>(from)[i];
+#pragma unroll
+    for (int j = 0; j < width; j++) out[i * width + j] = to_f32(pack.at[j]);
+  }
+}
+template <typename T, int N>
+DEVICE void store_floats(T* to, const float in[N]) {
+  constexpr int most = 16 / sizeof(T), width = N < most ? N : most;
+#pragma unroll
+  for (int i = 0; i < N / width; i++) {
+    Pack<T, width> pack;
+#pragma unroll
+    for (int j = 0; j < width; j++) pack.at[j] = from_f32<T>(in[i * width + j]);
+    reinterpret_cast<Pack<T, width>*>(to)[i] = pack;
+  }
+}
+
+// Weights of choices: 1 without any (kind 0), f32 (1) or bf16 (2).
+DEVICE float weight_at(const void* weights, int kind, i64 i) {
+  if (kind == 0) return 1.0f;
+  return kind == 1 ? static_cast<const float*>(weights)[i] : to_f32(static_cast<const bf16*>(weights)[i]);
+}
+
+// out[i] = x[rows[i]], zeros for a negative row; 1 << shift threads per row of `units` units.
+template <typename U>
+DEVICE void gather_rows(const U* x, const int* rows, U* out, i64 count, i64 units, int shift) {
+  i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) >> shift;
+  if (i >= count) return;
+  i64 stride = (i64)1 << shift, u = threadIdx.x & (stride - 1), row = rows[i];
+  const U* from = x + (row < 0 ? 0 : row) * units;
+  U* to = out + i * units;
+  for (; u < units; u += 4 * stride) {
+    U held[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      held[j] = U();
+      if (row >= 0 && u + j * stride < units) held[j] = from[u + j * stride];
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      if (u + j * stride < units) to[u + j * stride] = held[j];
+    }
+  }
+}
+#define GATHER(NAME, U)                                                                                       \
+  extern "C" __global__ void NAME(const U* x, const int* rows, U* out, i64 count, i64 units, int shift) {    \
+    gather_rows<U>(x, rows, out, count, units, shift);                                                        \
+  }
+typedef Pack<u32, 4> u128;
+GATHER(gather_rows_16, u128)
+GATHER(gather_rows_4, u32)
+GATHER(gather_rows_2, u16)
+GATHER(gather_rows_1, u8)
+
+// out[key] += x[order[j]] for the items j of each key, in ascending order of j; keys [n] ascend, those from `last` on are skipped. A warp owns
+// N columns per lane of the run of equal keys that begins at its item; others leave at once.
+template <typename T, typename O, int N>
+DEVICE void scatter_add(const T* x, const int* keys, const int* order, O* out, int n, int last, int width) {
+  int lane = threadIdx.x % 32, at = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (at >= n) return;
+  int key = keys[at];
+  if (key >= last || (at > 0 && keys[at - 1] == key)) return;
+  int column = (blockIdx.y * 32 + lane) * N;
+  bool active = column < width;
+  O* target = out + (i64)key * width + column;
+  float sums[N];
+  if (active) load_floats<O, N>(sums, target);
+  constexpr int most = sizeof(T) * N >= 16 ? 8 : 16;
+  while (true) {
+    int mine = at + lane < n ? keys[at + lane] : -1;
+    int item = at + lane < n ? order[at + lane] : 0;
+    int run = __popc(__ballot_sync(0xffffffffu, mine == key));
+    for (int j = 0; j < run; j += most) {
+      Pack<T, N> held[most];
+#pragma unroll
+      for (int i = 0; i < most; i++) {
+        int from = __shfl_sync(0xffffffffu, item, (j + i) & 31);
+        if (active && j + i < run) {
+          held[i] = *reinterpret_cast<const Pack<T, N>*>(x + (i64)from * width + column);
+        }
+      }
+      if (active) {
+#pragma unroll
+        for (int i = 0; i < most; i++) {
+          if (j + i >= run) break;
+#pragma unroll
+          for (int c = 0; c < N; c++) sums[c] += to_f32(held[i].at[c]);
+        }
+      }
+    }
+    at += 32;
+    if (run < 32) break;
+  }
+  if (active) store_floats<O, N>(target, sums);
+}
+#define SCATTER(NAME, T, O, N)                                                                                   \
+  extern "C" __global__ void NAME(const T* x, const int* keys, const int* order, O* out, int n, int last,       \
+                                  int width) {                                                                   \
+    scatter_add<T, O, N>(x, keys, order, out, n, last, width);                                                   \
+  }
+SCATTER(scatter_add_f32_f32_wide, float, float, 4)
+SCATTER(scatter_add_f32_f32, float, float, 1)
+SCATTER(scatter_add_bf16_f32_wide, bf16, float, 8)
+SCATTER(scatter_add_bf16_f32, bf16, float, 1)
+SCATTER(scatter_add_bf16_bf16_wide, bf16, bf16, 8)
+SCATTER(scatter_add_bf16_bf16, bf16, bf16, 1)
+
+// out[n] = residual[n] + sum over k of weights[n, k] y[slots[n, k]]. N elements at a time, C choices and U such units in flight;
+// 1 << shift threads per token.
+template <typename T, int N, int C, int U>
+DEVICE void combine(const T* y, const int* slots, const void* weights, int kind, const T* residual, T* out, i64 tokens,
+                    int choices, i64 width, int shift) {
+  i64 n = ((i64)blockIdx.x * blockDim.x + threadIdx.x) >> shift;
+  if (n >= tokens) return;
+  i64 stride = (i64)1 << shift, units = width / N;
+  for (i64 u = threadIdx.x & (stride - 1); u < units; u += U * stride) {
+    float sums[U][N];
+#pragma unroll
+    for (int j = 0; j < U; j++) {
+#pragma unroll
+      for (int i = 0; i < N; i++) sums[j][i] = 0;
+      if (residual && u + j * stride < units) load_floats<T, N>(sums[j], residual + n * width + (u + j * stride) * N);
+    }
+    for (int first = 0; first < choices; first += C) {
+      Pack<T, N> held[C][U];
+      float weight[C];
+#pragma unroll
+      for (int c = 0; c < C; c++) {
+        i64 choice = n * choices + first + c;
+        int slot = first + c < choices ? slots[choice] : -1;
+        weight[c] = slot < 0 ? 0.0f : weight_at(weights, kind, choice);
+#pragma unroll
+        for (int j = 0; j < U; j++) {
+#pragma unroll
+          for (int i = 0; i < N; i++) held[c][j].at[i] = T();
+          if (slot >= 0 && u + j * stride < units) {
+            held[c][j] = *reinterpret_cast<const Pack<T, N>*>(y + slot * width + (u + j * stride) * N);
+          }
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < C; c++) {
+#pragma unroll
+        for (int j = 0; j < U; j++) {
+#pragma unroll
+          for (int i = 0; i < N; i++) sums[j][i] += weight[c] * to_f32(held[c][j].at[i]);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < U; j++) {
+      if (u + j * stride < units) store_floats<T, N>(out + n * width + (u + j * stride) * N, sums[j]);
+    }
+  }
+}
+#define COMBINE(NAME, T, N, C, U)                                                                                      \
+  extern "C" __global__ void NAME(const T* y, const int* slots, const void* weights, int kind, const T* residual,     \
+                                  T* out, i64 tokens, int choices, i64 width, int shift) {                             \
+    combine<T, N, C, U>(y, slots, weights, kind, residual, out, tokens, choices, width, shift);                        \
+  }
+#define COMBINES(SUFFIX, T, N)                 \
+  COMBINE(combine_##SUFFIX, T, 1, 1, 1)        \
+  COMBINE(combine_##SUFFIX##_wide1, T, N, 1, 4) \
+  COMBINE(combine_##SUFFIX##_wide2, T, N, 2, 2) \
+  COMBINE(combine_##SUFFIX##_wide4, T, N, 4, 1) \
+  COMBINE(combine_##SUFFIX##_wide8, T, N, 8, 1)
+COMBINES(f32, float, 4)
+COMBINES(bf16, bf16, 8)
+
+// dY[slots[n, k]] = weights[n, k] dOut[n], dWeights[n, k] = dOut[n] · y[slots[n, k]]; a warp per token.
+template <typename T, int N, int C, int U>
+DEVICE void combine_backward(const T* d_out, const T* y, const int* slots, const void* weights, int kind, T* d_y,
+                             void* d_weights, i64 tokens, int choices, i64 width) {
+  int lane = threadIdx.x % 32;
+  i64 n = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (n >= tokens) return;
+  i64 units = width / N;
+  for (int first = 0; first < choices; first += C) {
+    i64 slot[C];
+    float weight[C], dot[C];
+#pragma unroll
+    for (int c = 0; c < C; c++) {
+      i64 choice = n * choices + first + c;
+      slot[c] = first + c < choices ? slots[choice] : -1;
+      weight[c] = slot[c] < 0 ? 0.0f : weight_at(weights, kind, choice);
+      dot[c] = 0;
+    }
+    for (i64 u = lane; u < units; u += 32 * U) {
+      Pack<T, N> gradient[U], held[C][U];
+#pragma unroll
+      for (int j = 0; j < U; j++) {
+        bool inside = u + 32 * j < units;
+        if (inside) gradient[j] = *reinterpret_cast<const Pack<T, N>*>(d_out + n * width + (u + 32 * j) * N);
+#pragma unroll
+        for (int c = 0; c < C; c++) {
+          if (inside && slot[c] >= 0) {
+            held[c][j] = *reinterpret_cast<const Pack<T, N>*>(y + slot[c] * width + (u + 32 * j) * N);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < U; j++) {
+        if (u + 32 * j >= units) break;
+#pragma unroll
+        for (int c = 0; c < C; c++) {
+          if (slot[c] < 0) continue;
+          float out[N];
+#pragma unroll
+          for (int i = 0; i < N; i++) {
+            float g = to_f32(gradient[j].at[i]);
+            dot[c] += g * to_f32(held[c][j].at[i]);
+            out[i] = weight[c] * g;
+          }
+          store_floats<T, N>(d_y + slot[c] * width + (u + 32 * j) * N, out);
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < C; c++) {
+      float sum = warp_sum(dot[c]);
+      if (lane == 0 && first + c < choices) {
+        i64 choice = n * choices + first + c;
+        if (kind == 1) static_cast<float*>(d_weights)[choice] = sum;
+        else static_cast<bf16*>(d_weights)[choice] = to_bf16(sum);
+      }
+    }
+  }
+}
+#define COMBINE_BACKWARD(NAME, T, N, C, U)                                                                          \
+  extern "C" __global__ void NAME(const T* d_out, const T* y, const int* slots, const void* weights, int kind,     \
+                                  T* d_y, void* d_weights, i64 tokens, int choices, i64 width) {                    \
+    combine_backward<T, N, C, U>(d_out, y, slots, weights, kind, d_y, d_weights, tokens, choices, width);           \
+  }
+#define COMBINES_BACKWARD(SUFFIX, T, N)                          \
+  COMBINE_BACKWARD(combine_backward_##SUFFIX, T, 1, 1, 1)        \
+  COMBINE_BACKWARD(combine_backward_##SUFFIX##_wide1, T, N, 1, 4) \
+  COMBINE_BACKWARD(combine_backward_##SUFFIX##_wide2, T, N, 2, 2) \
+  COMBINE_BACKWARD(combine_backward_##SUFFIX##_wide4, T, N, 4, 1)
+COMBINES_BACKWARD(f32, float, 4)
+COMBINES_BACKWARD(bf16, bf16, 8)
