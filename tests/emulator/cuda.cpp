@@ -1,0 +1,468 @@
+// libcudart and libcuda for the CPU emulator: device memory is host memory, filled with 0xFF bytes (NaNs) when it is new and with a closed
+// page behind each mapping; streams run what they are given at once; events are complete when recorded. Not a model of asynchrony.
+
+#include "emulator.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include <dlfcn.h>
+#include <elf.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+using namespace lina;
+
+namespace {
+
+constexpr size_t PAGE = 4096, GRANULE = 2 << 20;
+
+size_t setting(const char* name, size_t otherwise) {
+  const char* text = getenv(name);
+  return text && *text ? strtoull(text, nullptr, 10) : otherwise;
+}
+
+size_t memory_bytes() {
+  static size_t bytes = setting("LINA_EMULATOR_MEMORY_MIB", 8192) << 20;
+  return bytes;
+}
+
+std::mutex lock;
+std::atomic<int> sticky_status{0};
+std::map<int, std::string> reasons;  // why the last failure of each status happened
+size_t used;                         // bytes of device memory
+std::map<uintptr_t, size_t> allocations, host_allocations;
+
+struct Memory {  // cuMemCreate
+  int file;
+  size_t bytes;
+};
+
+struct LoadedKernel {
+  const Module* module;
+  const Kernel* kernel;
+  int most_shared = 48 * 1024;
+};
+struct LoadedModule {
+  void* library;
+  const Module* module;
+  std::map<std::string, LoadedKernel> kernels;
+};
+
+struct Event {
+  timespec at{};
+  bool timed, recorded = false;
+};
+
+const char* name_of(int code) {
+  switch (code) {
+    case SUCCESS: return "cudaSuccess";
+    case INVALID_VALUE: return "cudaErrorInvalidValue";
+    case OUT_OF_MEMORY: return "cudaErrorMemoryAllocation";
+    case 101: return "cudaErrorInvalidDevice";
+    case 200: return "cudaErrorInvalidKernelImage";
+    case NOT_FOUND: return "cudaErrorSymbolNotFound";
+    case 600: return "cudaErrorNotReady";
+    case ILLEGAL_ADDRESS: return "cudaErrorIllegalAddress";
+    case TIMEOUT: return "cudaErrorLaunchTimeout";
+    case ILLEGAL_INSTRUCTION: return "cudaErrorIllegalInstruction";
+    case MISALIGNED_ADDRESS: return "cudaErrorMisalignedAddress";
+    case LAUNCH_FAILED: return "cudaErrorLaunchFailure";
+    case 801: return "cudaErrorNotSupported";
+    default: return "cudaErrorUnknown";
+  }
+}
+
+// The text stays valid: one buffer per code and thread.
+const char* text_of(int code) {
+  thread_local std::map<int, std::string> texts;
+  std::string why = why_failed(code);
+  std::string& text = texts[code];
+  text = std::string(name_of(code) + (code ? 9 : 4)) + " in the CPU emulator" + (why.empty() ? "" : ": " + why);
+  return text.c_str();
+}
+
+int invalid(const std::string& why) {
+  set_why(INVALID_VALUE, why);
+  return INVALID_VALUE;
+}
+
+#define STICKY \
+  if (int failed = sticky()) return failed
+
+}  // namespace
+
+int lina::sticky() { return sticky_status; }
+void lina::set_why(int status, std::string why) {
+  std::lock_guard<std::mutex> guard(lock);
+  reasons[status] = std::move(why);
+}
+std::string lina::why_failed(int status) {
+  std::lock_guard<std::mutex> guard(lock);
+  auto found = reasons.find(status);
+  return found == reasons.end() ? "" : found->second;
+}
+void lina::fail_sticky(int status, std::string why) {
+  set_why(status, why);
+  int none = 0;
+  sticky_status.compare_exchange_strong(none, status);
+}
+void lina::forget_errors() {
+  std::lock_guard<std::mutex> guard(lock);
+  reasons.clear();
+  sticky_status = 0;
+}
+
+// ---- Device ----
+
+EXPORT int cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return 0;
+}
+EXPORT int cudaSetDevice(int device) { return device == 0 ? sticky() : 101; }
+EXPORT int cudaGetDevice(int* device) {
+  *device = 0;
+  return 0;
+}
+EXPORT int cudaDeviceGetAttribute(int* value, int attribute, int) {
+  int capability = int(setting("LINA_EMULATOR_CAPABILITY", 80));
+  switch (attribute) {
+    case 1: *value = int(MOST_THREADS); return 0;                                 // threads per block
+    case 8: *value = 48 * 1024; return 0;                                        // shared memory of a block
+    case 10: *value = 32; return 0;                                              // warp
+    case 12: *value = 65536; return 0;                                           // registers of a block
+    case 16: *value = int(setting("LINA_EMULATOR_MULTIPROCESSORS", 4)); return 0;
+    case 38: *value = 32 << 20; return 0;                                        // L2
+    case 39: *value = 2048; return 0;                                            // threads of a multiprocessor
+    case 75: *value = capability / 10; return 0;
+    case 76: *value = capability % 10; return 0;
+    case 81: *value = 228 * 1024; return 0;                                      // shared memory of a multiprocessor
+    case 97: *value = int(MOST_SHARED); return 0;                                // shared memory of a block on request
+    default: *value = 0; return 0;
+  }
+}
+EXPORT int cudaRuntimeGetVersion(int* version) {
+  *version = 13000;
+  return 0;
+}
+EXPORT int cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return 0;
+}
+EXPORT int cudaDeviceSynchronize() { return sticky(); }
+EXPORT int cudaDeviceReset() {
+  forget_errors();
+  return 0;
+}
+EXPORT const char* cudaGetErrorName(int code) { return name_of(code); }
+EXPORT const char* cudaGetErrorString(int code) { return text_of(code); }
+EXPORT int cudaGetLastError() { return sticky(); }
+EXPORT int cudaPeekAtLastError() { return sticky(); }
+
+// ---- Memory ----
+
+namespace {
+
+// Memory whose last byte, rounded up to 256, lies before a closed page; NaNs all over.
+int allocate(void** out, size_t bytes, std::map<uintptr_t, size_t>& table, bool device) {
+  size_t whole = std::max<size_t>((bytes + 255) / 256 * 256, 256), mapped = (whole + PAGE - 1) / PAGE * PAGE + PAGE;
+  {
+    std::lock_guard<std::mutex> guard(lock);
+    if (device && used + whole > memory_bytes()) return OUT_OF_MEMORY;
+    if (device) used += whole;
+  }
+  auto* base = static_cast<uint8_t*>(mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  if (base == MAP_FAILED) return OUT_OF_MEMORY;
+  mprotect(base + mapped - PAGE, PAGE, PROT_NONE);
+  uint8_t* at = base + mapped - PAGE - whole;
+  memset(at, 0xff, whole);
+  std::lock_guard<std::mutex> guard(lock);
+  table[reinterpret_cast<uintptr_t>(at)] = whole;
+  *out = at;
+  return 0;
+}
+
+int release(void* at, std::map<uintptr_t, size_t>& table, bool device) {
+  if (!at) return 0;
+  std::lock_guard<std::mutex> guard(lock);
+  auto found = table.find(reinterpret_cast<uintptr_t>(at));
+  if (found == table.end()) return INVALID_VALUE;
+  size_t whole = found->second;
+  uintptr_t base = found->first / PAGE * PAGE;
+  munmap(reinterpret_cast<void*>(base), found->first + whole + PAGE - base);
+  if (device) used -= whole;
+  table.erase(found);
+  return 0;
+}
+
+}  // namespace
+
+EXPORT int cudaMalloc(void** out, size_t bytes) {
+  STICKY;
+  return allocate(out, bytes, allocations, true);
+}
+EXPORT int cudaFree(void* at) {
+  STICKY;
+  return release(at, allocations, true);
+}
+EXPORT int cudaHostAlloc(void** out, size_t bytes, unsigned) {
+  STICKY;
+  return allocate(out, bytes, host_allocations, false);
+}
+EXPORT int cudaFreeHost(void* at) {
+  STICKY;
+  return release(at, host_allocations, false);
+}
+EXPORT int cudaMemGetInfo(size_t* free, size_t* total) {
+  STICKY;
+  std::lock_guard<std::mutex> guard(lock);
+  *total = memory_bytes();
+  *free = memory_bytes() - used;
+  return 0;
+}
+EXPORT int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void*) {
+  STICKY;
+  if (kind < 0 || kind > 4) return invalid("cudaMemcpyAsync of kind " + std::to_string(kind));
+  if (bytes) memmove(to, from, bytes);
+  return 0;
+}
+EXPORT int cudaMemsetAsync(void* at, int value, size_t bytes, void*) {
+  STICKY;
+  if (bytes) memset(at, value, bytes);
+  return 0;
+}
+
+// ---- Streams and events ----
+
+EXPORT int cudaStreamCreateWithPriority(void** stream, unsigned, int) {
+  STICKY;
+  *stream = new char;
+  return 0;
+}
+EXPORT int cudaStreamDestroy(void* stream) {
+  delete static_cast<char*>(stream);
+  return sticky();
+}
+EXPORT int cudaStreamWaitEvent(void*, void* event, unsigned) {
+  STICKY;
+  return event ? 0 : invalid("cudaStreamWaitEvent of a null event");
+}
+EXPORT int cudaStreamQuery(void*) { return sticky(); }
+EXPORT int cudaStreamSynchronize(void*) { return sticky(); }
+EXPORT int cudaEventCreateWithFlags(void** event, unsigned flags) {
+  STICKY;
+  auto* made = new Event;
+  made->timed = !(flags & 2);
+  *event = made;
+  return 0;
+}
+EXPORT int cudaEventDestroy(void* event) {
+  delete static_cast<Event*>(event);
+  return sticky();
+}
+EXPORT int cudaEventRecord(void* event, void*) {
+  STICKY;
+  if (!event) return invalid("cudaEventRecord of a null event");
+  auto* mine = static_cast<Event*>(event);
+  if (mine->timed) clock_gettime(CLOCK_MONOTONIC, &mine->at);
+  mine->recorded = true;
+  return 0;
+}
+EXPORT int cudaEventQuery(void*) { return sticky(); }
+EXPORT int cudaEventSynchronize(void*) { return sticky(); }
+EXPORT int cudaEventElapsedTime(float* ms, void* start, void* end) {
+  STICKY;
+  auto *a = static_cast<Event*>(start), *b = static_cast<Event*>(end);
+  if (!a->timed || !b->timed || !a->recorded || !b->recorded) return invalid("cudaEventElapsedTime of an event without a time");
+  *ms = float(double(b->at.tv_sec - a->at.tv_sec) * 1e3 + double(b->at.tv_nsec - a->at.tv_nsec) * 1e-6);
+  return 0;
+}
+
+// ---- The driver: virtual memory ----
+
+EXPORT int cuInit(unsigned) { return 0; }
+EXPORT int cuDeviceGetName(char* name, int length, int) {
+  snprintf(name, size_t(length), "CPU emulator of CUDA");
+  return 0;
+}
+EXPORT int cuMemGetAllocationGranularity(size_t* out, const void*, int) {
+  *out = GRANULE;
+  return 0;
+}
+EXPORT int cuMemAddressReserve(uintptr_t* out, size_t bytes, size_t, uintptr_t, unsigned long long) {
+  STICKY;
+  if (!bytes || bytes % GRANULE) return invalid("cuMemAddressReserve of a size that is no multiple of the granularity");
+  // Aligned to the granularity, with closed pages before and after it.
+  auto base = reinterpret_cast<uintptr_t>(mmap(nullptr, bytes + 2 * GRANULE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  if (base == uintptr_t(MAP_FAILED)) return OUT_OF_MEMORY;
+  *out = base / GRANULE * GRANULE + GRANULE;
+  return 0;
+}
+EXPORT int cuMemAddressFree(uintptr_t at, size_t bytes) {
+  munmap(reinterpret_cast<void*>(at), bytes);
+  return sticky();
+}
+EXPORT int cuMemCreate(void** out, size_t bytes, const void*, unsigned long long) {
+  STICKY;
+  if (!bytes || bytes % GRANULE) return invalid("cuMemCreate of a size that is no multiple of the granularity");
+  {
+    std::lock_guard<std::mutex> guard(lock);
+    if (used + bytes > memory_bytes()) return OUT_OF_MEMORY;
+    used += bytes;
+  }
+  int file = memfd_create("lina-emulator", MFD_CLOEXEC);
+  if (file < 0 || ftruncate(file, off_t(bytes)) != 0) return OUT_OF_MEMORY;
+  *out = new Memory{file, bytes};
+  return 0;
+}
+EXPORT int cuMemMap(uintptr_t at, size_t bytes, size_t offset, void* handle, unsigned long long) {
+  STICKY;
+  auto* memory = static_cast<Memory*>(handle);
+  if (offset || bytes > memory->bytes) return invalid("cuMemMap beyond its memory");
+  auto* target = reinterpret_cast<void*>(at);
+  void* mapped = mmap(target, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, memory->file, 0);
+  if (mapped == MAP_FAILED) return OUT_OF_MEMORY;
+  memset(mapped, 0xff, bytes);
+  mprotect(mapped, bytes, PROT_NONE);
+  return 0;
+}
+EXPORT int cuMemSetAccess(uintptr_t at, size_t bytes, const void*, size_t) {
+  STICKY;
+  return mprotect(reinterpret_cast<void*>(at), bytes, PROT_READ | PROT_WRITE) == 0 ? 0 : invalid("cuMemSetAccess of what is not mapped");
+}
+EXPORT int cuMemUnmap(uintptr_t at, size_t bytes) {
+  mmap(reinterpret_cast<void*>(at), bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  return sticky();
+}
+EXPORT int cuMemRelease(void* handle) {
+  auto* memory = static_cast<Memory*>(handle);
+  close(memory->file);
+  {
+    std::lock_guard<std::mutex> guard(lock);
+    used -= memory->bytes;
+  }
+  delete memory;
+  return sticky();
+}
+
+// ---- The driver: modules and launches ----
+
+EXPORT int cuModuleLoadData(void** out, const void* image) {
+  STICKY;
+  // The section headers are the last of an ELF file.
+  auto* header = static_cast<const Elf64_Ehdr*>(image);
+  if (memcmp(header->e_ident, ELFMAG, SELFMAG) != 0) return 200;
+  size_t bytes = header->e_shoff + size_t(header->e_shnum) * header->e_shentsize;
+  // Kernels find the engine's functions through the global scope.
+  static void* self = [] {
+    Dl_info info{};
+    dladdr(reinterpret_cast<void*>(&sticky), &info);
+    return dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_GLOBAL);
+  }();
+  (void)self;
+  int file = memfd_create("lina-module", MFD_CLOEXEC);
+  if (file < 0) return OUT_OF_MEMORY;
+  for (size_t done = 0; done < bytes;) {
+    ssize_t n = write(file, static_cast<const char*>(image) + done, bytes - done);
+    if (n <= 0) {
+      close(file);
+      return OUT_OF_MEMORY;
+    }
+    done += size_t(n);
+  }
+  std::string path = "/proc/self/fd/" + std::to_string(file);
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!library) {
+    set_why(200, dlerror());
+    close(file);
+    return 200;
+  }
+  // The file stays open: the loader knows libraries by their paths, so a number must not come twice.
+  auto* module = static_cast<const Module*>(dlsym(library, "lina_module"));
+  if (!module) return 200;
+  auto* loaded = new LoadedModule{library, module, {}};
+  for (int i = 0; i < module->count; i++) loaded->kernels[module->kernels[i].name] = {module, &module->kernels[i]};
+  *out = loaded;
+  return 0;
+}
+EXPORT int cuModuleGetFunction(void** out, void* module, const char* name) {
+  STICKY;
+  auto& kernels = static_cast<LoadedModule*>(module)->kernels;
+  auto found = kernels.find(name);
+  if (found == kernels.end()) {
+    set_why(NOT_FOUND, std::string("no extern \"C\" __global__ void ") + name);
+    return NOT_FOUND;
+  }
+  *out = &found->second;
+  return 0;
+}
+EXPORT int cuModuleUnload(void* module) {
+  auto* loaded = static_cast<LoadedModule*>(module);
+  dlclose(loaded->library);
+  delete loaded;
+  return sticky();
+}
+EXPORT int cuFuncSetAttribute(void* function, int attribute, int value) {
+  STICKY;
+  if (attribute != 8) return 0;
+  auto* kernel = static_cast<LoadedKernel*>(function);
+  if (value < 0 || size_t(value) > MOST_SHARED) return invalid("dynamic shared memory of " + std::to_string(value) + " bytes");
+  kernel->most_shared = value;
+  return 0;
+}
+// The offset and size of a parameter; CUDA_ERROR_INVALID_VALUE behind the last.
+EXPORT int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* size) {
+  auto* kernel = static_cast<LoadedKernel*>(function)->kernel;
+  if (index >= size_t(kernel->count)) return INVALID_VALUE;
+  *offset = 0;
+  for (size_t i = 0; i <= index; i++) {
+    size_t align = std::min<size_t>(kernel->sizes[i] & -kernel->sizes[i], 8);
+    *offset = (*offset + align - 1) / align * align;
+    if (i < index) *offset += kernel->sizes[i];
+  }
+  if (size) *size = kernel->sizes[index];
+  return 0;
+}
+EXPORT int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void*, void** parameters,
+                          void** extra) {
+  STICKY;
+  auto* kernel = static_cast<LoadedKernel*>(function);
+  std::string name = kernel->kernel->name;
+  auto shape = [](unsigned x, unsigned y, unsigned z) { return std::to_string(x) + " x " + std::to_string(y) + " x " + std::to_string(z); };
+  if (extra) return invalid(name + ": `extra` is not emulated");
+  if (!gx || !gy || !gz || gx > 0x7fffffffu || gy > 65535 || gz > 65535) {
+    return invalid(name + ": a grid is 1 to 2147483647 x 65535 x 65535 blocks: current value is " + shape(gx, gy, gz));
+  }
+  if (!bx || !by || !bz || bz > 64 || uint64_t(bx) * by * bz > MOST_THREADS) {
+    return invalid(name + ": a block has 1 to 1024 threads: current value is " + shape(bx, by, bz));
+  }
+  size_t fixed = size_t(kernel->module->shared_end - kernel->module->shared_begin);
+  (void)fixed;  // of the whole module, not of the kernel, so it cannot be checked here
+  if (shared > size_t(kernel->most_shared)) {
+    return invalid(name + ": " + std::to_string(shared) + " bytes of dynamic shared memory, of which cuFuncSetAttribute allowed " + std::to_string(kernel->most_shared));
+  }
+  // A failure of the kernel is told by the next call, as on a GPU; the message is written now.
+  if (int status = launch(*kernel->module, *kernel->kernel, {gx, gy, gz}, {bx, by, bz}, shared, parameters)) {
+    fprintf(stderr, "CUDA emulator: %s: %s\n", name_of(status), why_failed(status).c_str());
+  }
+  return 0;
+}
+EXPORT int cuTensorMapEncodeTiled(void*, int, unsigned, void*, const void*, const void*, const void*, const void*, int, int, int, int) {
+  set_why(801, "the bulk tensor copy engine is not emulated");
+  return 801;
+}
+EXPORT int cuGetErrorName(int code, const char** out) {
+  *out = name_of(code);
+  return 0;
+}
+EXPORT int cuGetErrorString(int code, const char** out) {
+  *out = text_of(code);
+  return 0;
+}

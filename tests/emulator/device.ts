@@ -1,0 +1,110 @@
+// The CUDA device of the tests: a real GPU where there is one, else the CPU emulator of CUDA, on which all of tensor/cuda and the unchanged
+// .cu files run without a GPU (correctness, never speed). Not part of the library.
+//
+//   const device = await testDevice();
+//   Deno.test({ name: "scale() doubles", ignore: !device, fn: … });
+//
+// The emulator finds wrong results, and what a GPU would not always show: device and shared memory that was never written holds NaNs (0xFF
+// bytes); asynchronous copies land only when they are waited for, NaNs are in their place until then; a barrier or warp operation that
+// can never complete, accesses behind an arena or behind the dynamic shared memory, misaligned vector accesses, and indices out of a local
+// or static shared array end the kernel with an error that names kernel, block and thread: on standard error at once, and from
+// every later call, as on a GPU. Threads run one at a time until they wait, from the first to the last in even blocks and in the other
+// order in odd ones.
+//
+// Environment variables: LINA_EMULATOR=1 takes the emulator even if there is a GPU, =0 never takes it; LINA_EMULATOR_SEED=7 makes thread
+// and block order random; LINA_EMULATOR_CAPABILITY=80, LINA_EMULATOR_MULTIPROCESSORS=4, LINA_EMULATOR_MEMORY_MIB=8192 describe the device;
+// LINA_EMULATOR_KEEP=1 keeps sources and preprocessed sources of kernels in the folder that LINA_EMULATOR_CACHE names.
+//
+// In kernels: `extern __shared__ alignas(1024) u8 name[];` (any type and alignment up to 64 KiB) works on both sides. Inline assembly does
+// not: give it a name in common.cuh, as mma_bf16 has, with its emulation in kernel.h.
+
+import type { ModuleSource } from "../../tensor/cuda/context.ts";
+import type { CudaDevice } from "../../tensor/cuda/device.ts";
+import { buildEmulator } from "./build.ts";
+
+/** Whether {@linkcode testDevice} gave the emulator: then tests keep their sizes small. */
+export let emulated = false;
+
+let loaded: Promise<boolean> | undefined;
+
+/**
+ * The CUDA device of the tests.
+ *
+ * @param modules Modules that kernels.ts does not list (yet): then a device of its own, whose `context` has their kernels.
+ * @returns A GPU, else the emulator; null, with a message, if there is neither a GPU nor clang.
+ * @throws {Error} If there is neither and `LINA_CI` is set.
+ */
+export async function testDevice(
+  modules: readonly ModuleSource[] = [],
+): Promise<CudaDevice | null> {
+  if (!await (loaded ??= loadCuda())) return null;
+  const { cudaDevice } = await import("../../tensor/cuda/device.ts");
+  return await cudaDevice({ modules });
+}
+
+/**
+ * Loads the CUDA libraries of this process, real or emulated, for tests of what lies below a device.
+ *
+ * @returns False, with a message, if there are none.
+ * @throws {Error} If there are none and `LINA_CI` is set.
+ */
+export async function loadCuda(): Promise<boolean> {
+  const wish = Deno.env.get("LINA_EMULATOR");
+  if (wish !== "1" && await hasDriver()) {
+    const { findCuda } = await import("../../tensor/cuda/device.ts");
+    const found = findCuda();
+    if (found.ok) return true;
+    if (wish !== "0") {
+      throw new Error(`Cannot test on the GPU (LINA_EMULATOR=1 emulates one): ${found.reason}`);
+    }
+  }
+  const library = wish === "0" ? null : await buildEmulator();
+  if (library === null) {
+    const message = "Cannot test CUDA as there must be an NVIDIA GPU, or clang for its emulator";
+    if (Deno.env.get("LINA_CI")) throw new Error(message);
+    console.warn(`skipped: ${message}`);
+    return false;
+  }
+  await loadEmulator(library);
+  emulated = true;
+  return true;
+}
+
+/** Whether an NVIDIA driver is at work; nothing is loaded, as that could not be undone. */
+async function hasDriver(): Promise<boolean> {
+  for (const path of ["/dev/nvidiactl", "/dev/dxg"]) {
+    try {
+      await Deno.stat(path);
+      return true;
+    } catch {
+      // Not this one.
+    }
+  }
+  return false;
+}
+
+/** Lets ffi/ open the emulator; afterwards the environment, which child processes and other test files see, is as it was. */
+async function loadEmulator(library: string): Promise<void> {
+  const names = ["LINA_CUDART", "LINA_CUDA", "LINA_NVRTC", "LINA_CUBLAS"];
+  const before = names.map((name) => Deno.env.get(name));
+  for (const name of names) Deno.env.set(name, library);
+  try {
+    const { cudart } = await import("../../ffi/cudart.ts");
+    const { cuda } = await import("../../ffi/cuda.ts");
+    const { nvrtc } = await import("../../ffi/nvrtc.ts");
+    const { cublas } = await import("../../ffi/cublas.ts");
+    for (const { path } of [cudart(), cuda(), nvrtc(), cublas()]) {
+      if (path !== library) {
+        throw new Error(
+          `Cannot emulate CUDA as its libraries must not be loaded yet: current value is ${path}`,
+        );
+      }
+    }
+  } finally {
+    names.forEach((name, i) => {
+      const value = before[i];
+      if (value === undefined) Deno.env.delete(name);
+      else Deno.env.set(name, value);
+    });
+  }
+}
