@@ -254,6 +254,9 @@ DEVICE void add_columns(const float* partial, T* d_gain, int rows, int D) {
 extern "C" __global__ void add_columns_f32(const float* partial, float* d_gain, int rows, int D) { add_columns(partial, d_gain, rows, D); }
 extern "C" __global__ void add_columns_bf16(const float* partial, bf16* d_gain, int rows, int D) { add_columns(partial, d_gain, rows, D); }
 
+struct alignas(8) Angle {
+  float cosine, sine;
+};
 // Turns the pair (i, i + C/2) of a head by positions[row] turns[i] whole turns (times direction), for heads between a fused matrix
 // [N, (H + 2 G) C] and q, k, v: SPLIT reads the fused one, else it is written. Heads of v are copied. With G = 0 and fused = q this is rope
 // in place. A block has `rows` rows; their cosines and sines are made once, in shared memory. Angles are reduced in f64, so a position far
@@ -261,15 +264,15 @@ extern "C" __global__ void add_columns_bf16(const float* partial, bf16* d_gain, 
 template <typename T, int E, bool SPLIT>
 DEVICE void rotate(T* fused, T* q, T* k, T* v, const int* positions, const double* turns, i64 N, int H, int G, int C, int rows,
                    float direction) {
-  extern __shared__ Pack<float, 2> angles[];  // cosine, sine
+  extern __shared__ Angle angles[];
   int half = C / 2, heads = H + 2 * G, packs = half / E;
   i64 first = (i64)blockIdx.x * rows;
   if (rows > N - first) rows = (int)(N - first);
   for (int i = threadIdx.x; i < rows * half; i += blockDim.x) {
     double turn = positions[first + i / half] * turns[i % half];
     float angle = (float)(turn - rint(turn)) * 6.283185307f;
-    angles[i].at[0] = cosf(angle);
-    angles[i].at[1] = direction * sinf(angle);
+    angles[i].cosine = cosf(angle);
+    angles[i].sine = direction * sinf(angle);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < rows * heads * packs; i += blockDim.x) {
@@ -281,10 +284,10 @@ DEVICE void rotate(T* fused, T* q, T* k, T* v, const int* positions, const doubl
     T *from = SPLIT ? one : apart, *to = SPLIT ? apart : one;
     Pack<T, E> a = *(Pack<T, E>*)from, b = *(Pack<T, E>*)(from + half);
     if (head < H + G) {
-      const Pack<float, 2>* angle = angles + r * half + pack * E;
+      const Angle* angle = angles + r * half + pack * E;
 #pragma unroll
       for (int e = 0; e < E; e++) {
-        float low = to_f32(a.at[e]), high = to_f32(b.at[e]), cosine = angle[e].at[0], sine = angle[e].at[1];
+        float low = to_f32(a.at[e]), high = to_f32(b.at[e]), cosine = angle[e].cosine, sine = angle[e].sine;
         a.at[e] = from_f32<T>(low * cosine - high * sine);
         b.at[e] = from_f32<T>(high * cosine + low * sine);
       }
