@@ -63,9 +63,7 @@ export async function compileModule(
 ): Promise<{ readonly code: Uint8Array<ArrayBuffer>; readonly compiled: boolean }> {
   const compiler = nvrtc(), options = compileOptions(module, capability);
   const source = `#line 1 "common.cuh"\n${common}\n#line 1 "${module.name}.cu"\n${module.source}`;
-  // A library that was named by hand may call itself any version.
-  const identity = Deno.env.get("LINA_NVRTC") ?? "";
-  const key = await cacheKey([source, ...options, compiler.version, identity]);
+  const key = await cacheKey([source, ...options, compiler.version]);
   const cached = folder === null ? null : await readCached(folder, key);
   if (cached !== null) return { code: cached, compiled: false };
   const code = await compiler.compile(source, `${module.name}.cu`, options);
