@@ -63,7 +63,7 @@ export interface Watched {
  * @returns The error.
  */
 export async function timeoutError(
-  transport: Transport,
+  transport: Pick<Transport, "missing">,
   watched: Watched,
 ): Promise<CollectiveTimeoutError> {
   const { operation, sequence, peer, communicator, rank, timeout_ms } = watched;

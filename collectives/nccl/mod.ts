@@ -1,0 +1,387 @@
+// The NCCL backend: a transport between GPUs. Each transport has a communicator and a stream of its own; an operation is ordered after
+// the compute stream (or an event), enqueued, and ends with an event. The host never waits for the device, except to bound how far it
+// runs ahead. A second communicator, the trunk, is used for nothing but to be split, so that groups can be made while operations run.
+
+import {
+  abortComm,
+  destroyComm,
+  type Nccl,
+  nccl,
+  type NcclComm,
+  splitComm,
+} from "../../ffi/nccl.ts";
+import { libc } from "../../ffi/libc.ts";
+import type { CudaDevice } from "../../tensor/cuda/device.ts";
+import type { CudaStream } from "../../tensor/cuda/streams.ts";
+import { now, recorder } from "../../trace/mod.ts";
+import type {
+  BootContext,
+  CollectiveRequest,
+  Completion,
+  Region,
+  Transport,
+} from "../transport.ts";
+import { connect, meet, prepareEnvironment } from "./connect.ts";
+import { DeviceFlight, HostFlight, type Tower } from "./flight.ts";
+import { enqueue, enqueueMessages, type Message, type Place } from "./operations.ts";
+import { type Staged, Staging } from "./staging.ts";
+import { Watch } from "./watch.ts";
+
+/** Operations in flight per transport; CUDA's own queue holds about 1024 commands and blocks beyond. */
+const MOST_IN_FLIGHT = 128;
+/** Longest time that a call waits for the oldest of them, in ms. */
+const HOLD_MS = 40;
+/** How long a transport that closes waits for operations that others may never join, in ms. */
+const CLOSE_MS = 1000;
+/** Priority of a stream whose kernels go first; CUDA takes the nearest that the device has. */
+const URGENT = -5;
+/** How long an anchor of the device's clock is good for, in µs: the clocks drift 4 to 10 µs per second apart. */
+const ANCHOR_US = 1e6;
+/** How long the orderly end of a communicator may take, in ms. */
+const DESTROY_MS = 10_000;
+
+/** What all transports of this process share. */
+interface Job {
+  readonly nccl: Nccl;
+  readonly device: CudaDevice;
+  readonly context: BootContext;
+  /** When the device's clock was last tied to the host's, in µs. */
+  anchored_us: number;
+}
+
+/** Which ranks a transport connects. */
+interface Membership {
+  /** Ranks of the job, in the order of this transport. */
+  readonly members: readonly number[];
+  /** Name that all members agree on. */
+  readonly id: string;
+  /** This rank, in this transport. */
+  readonly rank: number;
+}
+
+/**
+ * Connects the ranks of a job through NCCL.
+ *
+ * @param context This rank and its GPU; each rank needs one of its own, or NCCL_HOSTID must differ between those that share one.
+ * @returns The transport of all ranks.
+ * @throws {LibraryNotFoundError} If there is no NCCL.
+ * @throws {CudaError} If it cannot connect the ranks.
+ */
+export async function openNccl(context: BootContext): Promise<Transport> {
+  const { device, rank, size } = context;
+  if (device?.kind !== "cuda") {
+    throw new TypeError(
+      `Cannot connect through NCCL as the rank must have a GPU: current value is ${
+        device?.name ?? "none"
+      }`,
+    );
+  }
+  prepareEnvironment();
+  const job = { nccl: nccl(), device: device as CudaDevice, context, anchored_us: -Infinity };
+  const trunk = await meet(context);
+  const comm = await splitComm(trunk, 0, rank);
+  const members = Array.from({ length: size }, (_, r) => r);
+  // The world carries what the model waits for, dispatch and combine: its kernels go first.
+  return await NcclTransport.open(
+    job,
+    { trunk, comm: comm! },
+    { members, id: "world", rank },
+    true,
+  );
+}
+
+/** The communicators of a transport. */
+interface Communicators {
+  /** Is split, and nothing else. */
+  readonly trunk: NcclComm;
+  /** Carries the operations. */
+  readonly comm: NcclComm;
+}
+
+class NcclTransport implements Transport, Tower {
+  readonly backend = "nccl";
+  readonly #job: Job;
+  readonly #communicators: Communicators;
+  readonly #place: Place;
+  readonly #stream: CudaStream;
+  readonly #staging: Staging;
+  readonly #watch: Watch;
+  readonly #scratch: number;
+  readonly #inFlight: HostFlight[] = [];
+  #waiting: HostFlight[] = []; // messages that are not enqueued yet
+  #begun = 0;
+  #failure: Error | undefined;
+  #aborting: Promise<void> | undefined;
+  #closed = false;
+
+  /** Connects the ranks of fresh communicators. */
+  static async open(
+    job: Job,
+    communicators: Communicators,
+    membership: Membership,
+    urgent: boolean,
+  ): Promise<NcclTransport> {
+    const stream = job.device.createStream(membership.id, { priority: urgent ? URGENT : 0 });
+    const scratch = job.device.allocate(8 * membership.members.length);
+    stream.wait(job.device.stream.record()); // the memory is in the order of that stream
+    const { rank, members: { length: size } } = membership;
+    const { comm } = communicators;
+    await connect({ nccl: job.nccl, comm, rank, size, stream }, BigInt(scratch));
+    return new NcclTransport(job, communicators, membership, stream, scratch);
+  }
+
+  private constructor(
+    job: Job,
+    communicators: Communicators,
+    { members, id, rank }: Membership,
+    stream: CudaStream,
+    scratch: number,
+  ) {
+    this.#job = job;
+    this.#communicators = communicators;
+    this.#stream = stream;
+    this.#scratch = scratch;
+    this.#staging = new Staging(job.device, stream);
+    const { comm } = communicators;
+    const size = members.length;
+    this.#place = { nccl: job.nccl, comm, rank, size, stream, scratch: BigInt(scratch) };
+    this.#watch = new Watch(
+      { context: job.context, members, id, rank, comm },
+      { flights: this.#inFlight, begun: () => this.#begun, fail: (error) => this.#fail(error) },
+    );
+  }
+
+  start(request: CollectiveRequest): Completion {
+    if (this.#failure) throw this.#failure;
+    this.#holdBack();
+    const { operation, send, recv } = request;
+    const region = send ?? recv;
+    const onHost = region !== null && region.array !== null;
+    const paired = operation === "send" || operation === "recv";
+    const index = paired ? -1 : this.#begun++;
+    const flight = onHost
+      ? new HostFlight(request, index, this)
+      : new DeviceFlight(request, index, this);
+    if (paired) {
+      // A send and a receive that are started one after the other must run side by side, or all ranks could wait in their sends.
+      if (this.#waiting.push(flight) === 1) queueMicrotask(() => this.#flushLate());
+      return flight;
+    }
+    this.flush();
+    this.#enqueue(flight);
+    return flight;
+  }
+
+  #enqueue(flight: HostFlight): void {
+    const { request } = flight;
+    const { send, recv } = request;
+    try {
+      this.#order(flight);
+      if (!(flight instanceof DeviceFlight)) return this.#enqueueStaged(flight);
+      this.#begin(flight);
+      enqueue(this.#place, request, addressOf(send), addressOf(recv));
+      this.#end(flight);
+    } catch (error) {
+      throw this.#failure = error as Error;
+    }
+  }
+
+  /** Host arrays go to the device and back on the same stream. */
+  #enqueueStaged(flight: HostFlight): void {
+    const { send, recv, operation, peer } = flight.request;
+    const inPlace = send === recv;
+    const filled = operation !== "broadcast" || peer === this.#place.rank;
+    const from = send && this.#staging.stage(send, filled);
+    const to = recv && (inPlace ? from : this.#staging.stage(recv, false));
+    this.#begin(flight);
+    enqueue(this.#place, flight.request, from?.address ?? 0n, to?.address ?? 0n);
+    // An in-place reduction on a rank that is not its root leaves the array as it is.
+    const written = to ? [to] : [];
+    for (const staged of written) this.#staging.fetch(staged);
+    flight.staged = { read: from && !inPlace ? [from] : [], written };
+    this.#end(flight);
+  }
+
+  /** Orders the stream after what the data comes from: an event, or all that the device's stream holds. The host's data needs nothing. */
+  #order(flight: HostFlight): void {
+    if (!(flight instanceof DeviceFlight)) return;
+    const { after } = flight.request;
+    this.#stream.wait(after ?? this.#job.device.stream.record());
+  }
+
+  #begin(flight: HostFlight): void {
+    if (!recorder.capturing) return;
+    if (now() - this.#job.anchored_us > ANCHOR_US) {
+      this.#job.device.anchor();
+      this.#job.anchored_us = now();
+    }
+    flight.begin = this.#stream.recordTimed();
+  }
+
+  #end(...flights: HostFlight[]): void {
+    const timed = flights[0].begin !== undefined; // a timed record costs three times as much
+    const end = timed ? this.#stream.recordTimed() : this.#stream.record();
+    for (const flight of flights) {
+      flight.end = end;
+      this.#inFlight.push(flight);
+    }
+  }
+
+  /** Enqueues the messages that have been started, as one group. */
+  flush(): void {
+    if (this.#waiting.length === 0) return;
+    const flights = this.#waiting;
+    this.#waiting = [];
+    try {
+      for (const flight of flights) this.#order(flight);
+      const staged = flights.map((flight) => this.#stageMessage(flight));
+      this.#begin(flights[0]);
+      for (const flight of flights) flight.begin = flights[0].begin;
+      const messages = flights.map((flight, i) => messageOf(flight, staged[i]));
+      enqueueMessages(this.#place, messages);
+      flights.forEach((flight, i) => {
+        const one = staged[i];
+        if (one === null) return;
+        const received = flight.request.operation === "recv";
+        if (received) this.#staging.fetch(one);
+        flight.staged = { read: received ? [] : [one], written: received ? [one] : [] };
+      });
+      this.#end(...flights);
+    } catch (error) {
+      throw this.#failure = error as Error;
+    }
+  }
+
+  #stageMessage(flight: HostFlight): Staged | null {
+    if (flight instanceof DeviceFlight) return null;
+    const { send, recv } = flight.request;
+    return this.#staging.stage((send ?? recv)!, send !== null);
+  }
+
+  /** The same where nobody can catch: whoever polls the messages gets the error. */
+  #flushLate(): void {
+    try {
+      this.flush();
+    } catch (error) {
+      this.#watch.tellLater(error as Error);
+    }
+  }
+
+  look(): void {
+    this.#retire();
+    if (!this.#failure) return;
+    this.#watch.told = true;
+    throw this.#failure;
+  }
+
+  inspect(): void {
+    this.#watch.inspect();
+  }
+
+  /** Operations end in order, so only the oldest is asked for. */
+  #retire(): void {
+    const flights = this.#inFlight;
+    while (flights.length > 0 && !this.#failure && flights[0].end!.done()) {
+      this.#land(flights.shift()!);
+    }
+  }
+
+  #land(flight: HostFlight): void {
+    flight.landed = true;
+    const { staged } = flight;
+    if (staged === undefined) return;
+    for (const one of staged.read) this.#staging.finish(one, false);
+    for (const one of staged.written) this.#staging.finish(one, true);
+    flight.staged = undefined;
+  }
+
+  /** Bounds how far the host runs ahead of the device. */
+  #holdBack(): void {
+    this.#retire();
+    if (this.#inFlight.length < MOST_IN_FLIGHT) return;
+    const end_ms = performance.now() + HOLD_MS;
+    while (this.#inFlight.length >= MOST_IN_FLIGHT && performance.now() < end_ms) {
+      libc().sched_yield();
+      this.#retire();
+    }
+  }
+
+  /** Nothing can complete any more: what runs on the device is stopped, or its streams would never move again. */
+  #fail(error: Error): void {
+    if (this.#failure) return;
+    this.#failure = error;
+    void this.#stop();
+  }
+
+  #stop(): Promise<void> {
+    const { trunk, comm } = this.#communicators;
+    return this.#aborting ??= Promise.all([abortComm(comm), abortComm(trunk)]).then(
+      () => {},
+      () => {}, // it ends with the process
+    );
+  }
+
+  missing(sequence: number): Promise<readonly number[]> {
+    return this.#watch.missing(sequence);
+  }
+
+  async split(members: readonly number[], id: string): Promise<Transport> {
+    const rank = members.indexOf(this.#place.rank);
+    const color = Math.min(...members); // one for all members, another for every other group
+    const trunk = await this.#split(color, rank);
+    const comm = await splitComm(trunk!, 0, rank);
+    const ranks = members.map((r) => this.#watch.members[r]);
+    const communicators = { trunk: trunk!, comm: comm! };
+    return await NcclTransport.open(this.#job, communicators, { members: ranks, id, rank }, false);
+  }
+
+  async abstain(): Promise<void> {
+    await this.#split(-1, 0);
+  }
+
+  async #split(color: number, key: number): Promise<NcclComm | null> {
+    if (this.#failure) throw this.#failure;
+    return await splitComm(this.#communicators.trunk, color, key);
+  }
+
+  abort(why: string): void {
+    this.#fail(new Error(why));
+  }
+
+  async close(): Promise<void> {
+    if (this.#closed) return;
+    this.#closed = true;
+    const end_ms = performance.now() + CLOSE_MS;
+    try {
+      this.flush();
+      while (this.#inFlight.length > 0 && !this.#failure && performance.now() < end_ms) {
+        this.#retire();
+        await new Promise((resolve) => setTimeout(resolve, 1));
+      }
+    } catch (error) {
+      this.#failure ??= error as Error;
+    }
+    this.#watch.close();
+    if (this.#failure || this.#inFlight.length > 0) return await this.#stop();
+    const limit = Promise.withResolvers<"late">();
+    const timer = setTimeout(() => limit.resolve("late"), DESTROY_MS);
+    const { trunk, comm } = this.#communicators;
+    const destroyed = destroyComm(comm).then(() => destroyComm(trunk));
+    const late = await Promise.race([destroyed, limit.promise]);
+    clearTimeout(timer);
+    if (late) return await this.#stop(); // another rank has not closed it
+    this.#staging.close();
+    this.#job.device.free(this.#scratch);
+  }
+}
+
+function addressOf(region: Region | null): bigint {
+  return region === null ? 0n : BigInt(region.address);
+}
+
+function messageOf(flight: HostFlight, staged: Staged | null): Message {
+  const { operation, peer, send, recv } = flight.request;
+  const { dtype, length, address } = (send ?? recv)!;
+  const receive = operation === "recv";
+  return { receive, peer, dtype, length, address: staged?.address ?? BigInt(address) };
+}
