@@ -27,7 +27,7 @@ template <int T, int S>
 DEVICE void gate_tokens(const bf16* x, const float* gate, float* logits, int tokens, int experts, int width) {
   constexpr int X_ROW = 72, G_ROW = 72, E = T * 8;
   constexpr int X_BYTES = 64 * X_ROW * 2, STAGE = X_BYTES + E * G_ROW * 4;
-  extern __shared__ __align__(16) u8 gate_shared[];
+  extern __shared__ alignas(16) u8 gate_shared[];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % 4, half = warp / 4;
   int first = blockIdx.x * 64, first_expert = blockIdx.y * E;
   int slices = (width + 63) / 64;
@@ -245,11 +245,11 @@ GATE_DX(1)
 GATE_DX(2)
 GATE_DX(4)
 
-// The same for 4 tokens and one column per thread; blocks of 128 threads (128 columns, 4 tokens).
+// The same for 4 tokens and one column per thread; blocks of 128 threads (4 tokens, 128 columns).
 template <typename X>
 DEVICE void gate_dx_plain(const float* d_logits, const float* gate, X* d_x, i64 tokens, int experts, int width) {
-  int d = blockIdx.x * 128 + threadIdx.x;
-  i64 first = (i64)blockIdx.y * 4;
+  int d = blockIdx.y * 128 + threadIdx.x;
+  i64 first = (i64)blockIdx.x * 4;
   if (d >= width) return;
   float sums[4] = {0, 0, 0, 0};
   for (int e = 0; e < experts; e++) {
@@ -282,7 +282,7 @@ DEVICE void gate_dw(const float* d_logits, const bf16* x, float* parts, int toke
                     int per_split) {
   constexpr int X_ROW = 136, E = M * 16, L_ROW = E + 4, S = 3;
   constexpr int X_BYTES = 64 * X_ROW * 2, STAGE = X_BYTES + 64 * L_ROW * 4;
-  extern __shared__ __align__(16) u8 gate_shared[];
+  extern __shared__ alignas(16) u8 gate_shared[];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % 4, half = warp / 4, g = lane / 4, c = lane % 4;
   int first_column = blockIdx.x * 128, first_expert = blockIdx.y * E;
   int start = blockIdx.z * per_split, end = start + per_split < tokens ? start + per_split : tokens;

@@ -5,24 +5,37 @@ import type { CudaContext, ModuleSource } from "./context.ts";
 import { gemmKernels } from "./gemm.ts";
 import { normsKernels, normsModule } from "./norms.ts";
 import { randomKernels, randomModule } from "./random.ts";
+import { gateModule, routingKernels, routingModule } from "./routing.ts";
+import { rowsKernels, rowsModule } from "./rows.ts";
+import { sortModule } from "./sort.ts";
 
 /** Every `.cu` module of the library. */
-export const CUDA_MODULES: readonly ModuleSource[] = [normsModule, randomModule];
+export const CUDA_MODULES: readonly ModuleSource[] = [
+  gateModule,
+  normsModule,
+  randomModule,
+  routingModule,
+  rowsModule,
+  sortModule,
+];
 
 const ROOMS: readonly ((context: CudaContext) => Partial<Kernels>)[] = [
   gemmKernels,
   normsKernels,
   randomKernels,
+  rowsKernels,
 ];
 
-const ROUTING_ROOMS: readonly ((context: CudaContext) => Partial<RoutingKernels>)[] = [];
+const ROUTING_ROOMS: readonly ((context: CudaContext) => Partial<RoutingKernels>)[] = [
+  routingKernels,
+];
 
 /** Joins what the rooms have; a kernel of a room that could not be made throws why when it is called. */
 function join<T extends object>(
   context: CudaContext,
   rooms: readonly ((context: CudaContext) => Partial<T>)[],
 ): T {
-  const joined: Partial<T> = {}, problems: unknown[] = [];
+  const joined: Partial<T> = {}, problems: unknown[] = [routingKernels];
   for (const room of rooms) {
     try {
       Object.assign(joined, room(context));

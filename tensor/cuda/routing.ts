@@ -1,0 +1,236 @@
+// Launches of gate.cu and routing.cu: the router of a MoE layer on the device. Which kernel a shape gets, and how work is split into blocks, is
+// decided here, by shapes alone, so that equal inputs give equal bits.
+
+import type { RouteOptions, RoutingKernels } from "../device.ts";
+import type { Tensor } from "../tensor.ts";
+import type { CudaContext, ModuleSource, ParameterType } from "./context.ts";
+import gateSource from "./gate.cu" with { type: "text" };
+import routingSource from "./routing.cu" with { type: "text" };
+import { Sorter } from "./sort.ts";
+
+const GATE: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32"];
+const GATE_PLAIN: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i64", "i32", "i32"];
+const GATE_DX: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32", "i32", "i32"];
+const GATE_DW: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32", "i32"];
+
+/** Tiles of 8 experts in a block of the gate and the slices it has in flight; steps of 16 experts in those of its gradients. */
+const GATE_TILES = [[1, 4], [2, 4], [4, 3], [8, 3]], GRADIENT_TILES = [1, 2, 4];
+
+/** The kernels of gate.cu. */
+export const gateModule: ModuleSource = {
+  name: "gate",
+  source: gateSource,
+  kernels: Object.fromEntries([
+    ...GATE_TILES.map(([tiles]) => [`gate_${tiles}`, GATE] as const),
+    ...GRADIENT_TILES.flatMap((tiles) => [
+      [`gate_dx_${tiles}`, GATE_DX] as const,
+      [`gate_dw_${tiles}`, GATE_DW] as const,
+    ]),
+    ...["f32", "bf16"].flatMap((dtype) => [
+      [`gate_plain_${dtype}`, GATE_PLAIN] as const,
+      [`gate_dx_plain_${dtype}`, GATE_PLAIN] as const,
+      [`gate_dw_plain_${dtype}`, GATE_DW] as const,
+    ]),
+    ["gate_dw_sum", ["ptr", "ptr", "i64", "i32"] as const],
+  ]),
+};
+
+/** Bytes of the struct `Route` of routing.cu. */
+const ROUTE_BYTES = 56;
+const ROUTE: ParameterType = { bytes: ROUTE_BYTES };
+/** Experts per lane that the kernels are made for. */
+const PER_LANE = [1, 2, 4, 8, 32];
+/** Most experts and choices of a token. */
+const MOST_EXPERTS = 1024, MOST_CHOICES = 16;
+
+/** The kernels of routing.cu. */
+export const routingModule: ModuleSource = {
+  name: "routing",
+  source: routingSource,
+  kernels: Object.fromEntries([
+    ...PER_LANE.flatMap((n): [string, readonly ParameterType[]][] => [
+      [`route_${n}`, ["ptr", "ptr", ROUTE, "ptr", "ptr", "ptr", "ptr", "ptr"]],
+      [`route_backward_${n}`, ["ptr", "ptr", "ptr", "ptr", "ptr", ROUTE, "ptr"]],
+    ]),
+    ["route_record", ["ptr", "ptr", "i32", "i32", "i64", "ptr"]] as const,
+    ["major_orders", ["ptr", "i32", "i32", "i64", "ptr", "ptr"]] as const,
+  ]),
+};
+
+/** Blocks of the routing kernels, tokens permitting: a block adds up its tokens' scores, so their number is in the bits of the sums. */
+const ROUTE_BLOCKS = 256;
+/** Blocks that the gate's gradient is split into. */
+const GRADIENT_BLOCKS = 264;
+
+/**
+ * The routing kernels.
+ *
+ * @param context The GPU.
+ * @returns The kernels; tokens in f32 and bf16.
+ */
+export function routingKernels(context: CudaContext): RoutingKernels {
+  const ofGate = (name: string) => context.kernel(gateModule, name);
+  const ofRouting = (name: string) => context.kernel(routingModule, name);
+  const gates = GATE_TILES.map(([tiles]) => ofGate(`gate_${tiles}`));
+  const gateDx = GRADIENT_TILES.map((tiles) => ofGate(`gate_dx_${tiles}`));
+  const gateDw = GRADIENT_TILES.map((tiles) => ofGate(`gate_dw_${tiles}`));
+  const plain = (dtype: string) => ({
+    gate: ofGate(`gate_plain_${dtype}`),
+    dx: ofGate(`gate_dx_plain_${dtype}`),
+    dw: ofGate(`gate_dw_plain_${dtype}`),
+  });
+  const f32 = plain("f32"), bf16 = plain("bf16");
+  const gateDwSum = ofGate("gate_dw_sum");
+  const routes = PER_LANE.map((n) => ofRouting(`route_${n}`));
+  const backwards = PER_LANE.map((n) => ofRouting(`route_backward_${n}`));
+  const routeRecord = ofRouting("route_record"), majorOrders = ofRouting("major_orders");
+  const sorter = new Sorter(context);
+  const struct = new Uint8Array(ROUTE_BYTES), view = new DataView(struct.buffer);
+
+  function plainOf(op: string, x: Tensor): typeof f32 {
+    if (x.dtype === "bf16") return bf16;
+    if (x.dtype === "f32") return f32;
+    throw new TypeError(
+      `Cannot ${op} as the dtype of the tokens must be f32 or bf16: current value is ${x.dtype}`,
+    );
+  }
+
+  /** Writes the struct `Route`; returns the index of the kernel for that many experts. */
+  function describe(
+    tokens: number,
+    o: RouteOptions,
+    losses?: { readonly auxLoss: number; readonly zLoss: number; readonly ranks: number },
+  ): { readonly way: number; readonly shift: number } {
+    if (o.experts > MOST_EXPERTS || o.choices > MOST_CHOICES) {
+      throw new RangeError(
+        `Cannot route on the GPU as there must be at most ${MOST_EXPERTS} experts and ${MOST_CHOICES} of a token: current value is ${o.experts} and ${o.choices}`,
+      );
+    }
+    const shift = Math.min(5, o.experts <= 1 ? 0 : 32 - Math.clz32(o.experts - 1));
+    const perLane = Math.ceil(o.experts / 2 ** shift);
+    view.setBigInt64(0, BigInt(tokens), true);
+    view.setInt32(8, o.experts, true);
+    view.setInt32(12, o.choices, true);
+    view.setInt32(16, o.scores === "sigmoid" ? 1 : 0, true);
+    view.setInt32(20, o.renormalise ? 1 : 0, true);
+    view.setFloat32(24, o.scale, true);
+    view.setInt32(28, o.groups, true);
+    view.setInt32(32, o.groupLimit, true);
+    view.setInt32(36, o.firstOnly ? 1 : 0, true);
+    view.setInt32(40, shift, true);
+    view.setFloat32(44, losses?.auxLoss ?? 0, true);
+    view.setFloat32(48, losses?.zLoss ?? 0, true);
+    view.setInt32(52, losses?.ranks ?? 1, true);
+    return { way: PER_LANE.findIndex((n) => n >= perLane), shift };
+  }
+
+  /** Whether the kernels that use tensor cores take these: 16 bits, and every row begins at a multiple of 16 bytes. */
+  function fits(x: Tensor, gate: Tensor): boolean {
+    return x.dtype === "bf16" && x.shape[1] % 8 === 0 && (x.address | gate.address) % 16 === 0 &&
+      x.shape[0] < 2 ** 31;
+  }
+
+  return {
+    gate(x, gate, logits) {
+      const kernels = plainOf("compute the gate", x), [N, D] = x.shape, E = gate.shape[0];
+      if (logits.size === 0) return;
+      if (fits(x, gate)) {
+        const found = GATE_TILES.findIndex(([tiles]) => tiles * 8 >= E);
+        const way = found < 0 ? GATE_TILES.length - 1 : found;
+        const [tiles, stages] = GATE_TILES[way], experts = tiles * 8;
+        const shared = Math.max(stages * (64 * 72 * 2 + experts * 72 * 4), 4 * 64 * experts * 4);
+        // deno-fmt-ignore
+        gates[way].launch(Math.ceil(N / 64), Math.ceil(E / experts), 1, 256, shared, x.address, gate.address, logits.address, N, E, D);
+        return;
+      }
+      // deno-fmt-ignore
+      kernels.gate.launch(Math.ceil(N / 32), Math.ceil(E / 4), 1, 256, 0, x.address, gate.address, logits.address, N, E, D);
+    },
+    gateBackward(dLogits, x, gate, dX, dGate) {
+      const kernels = plainOf("take the gate's gradient", x), [N, D] = x.shape, E = gate.shape[0];
+      if (x.size === 0) return;
+      const wide = fits(x, gate);
+      if (wide && dX.address % 16 === 0) {
+        const perBlock = Math.max(32, Math.ceil(N * Math.ceil(D / 128) / 1024 / 32) * 32);
+        for (let first = 0; first < E; first += 64) {
+          const way = E - first <= 16 ? 0 : E - first <= 32 ? 1 : 2;
+          // deno-fmt-ignore
+          gateDx[way].launch(Math.ceil(D / 128), Math.ceil(N / perBlock), 1, 128, 0,
+            dLogits.address, gate.address, dX.address, N, E, first, D, perBlock);
+        }
+      } else {
+        // deno-fmt-ignore
+        kernels.dx.launch(Math.ceil(N / 4), Math.ceil(D / 128), 1, 128, 0, dLogits.address, gate.address, dX.address, N, E, D);
+      }
+      const tensorCores = wide && E % 4 === 0 && dLogits.address % 16 === 0;
+      const way = E <= 16 ? 0 : E <= 32 ? 1 : 2, experts = tensorCores ? [16, 32, 64][way] : 8;
+      const columns = Math.ceil(D / 128), parts = Math.ceil(E / experts);
+      const wanted = Math.max(1, Math.floor(GRADIENT_BLOCKS / (columns * parts)));
+      const perSplit = Math.ceil(N / wanted / 64) * 64, splits = Math.ceil(N / perSplit);
+      const sums = context.allocate(4 * splits * E * D);
+      if (tensorCores) {
+        const stage = 64 * 136 * 2 + 64 * (experts + 4) * 4;
+        // deno-fmt-ignore
+        gateDw[way].launch(columns, parts, splits, 256, 3 * stage, dLogits.address, x.address, sums, N, E, D, perSplit);
+      } else {
+        // deno-fmt-ignore
+        kernels.dw.launch(columns, parts, splits, 128, 0, dLogits.address, x.address, sums, N, E, D, perSplit);
+      }
+      // deno-fmt-ignore
+      gateDwSum.launch(Math.ceil(E * D / 256), 1, 1, 256, 0, sums, dGate.address, E * D, splits);
+      context.free(sums);
+    },
+    route(logits, bias, options, out) {
+      const [N, E] = logits.shape, { way, shift } = describe(N, options);
+      const perPass = 256 >> shift;
+      const blocks = Math.max(1, Math.min(ROUTE_BLOCKS, Math.ceil(N / perPass)));
+      const counts = context.allocate(4 * 2 * E * blocks),
+        sums = context.allocate(8 * (E + 1) * blocks);
+      const limits = options.groupLimit < options.groups ? perPass * (E + options.groups) * 4 : 0;
+      // deno-fmt-ignore
+      routes[way].launch(blocks, 1, 1, 256, 8 * 8 * (E + 1) + 8 * E + limits, logits.address, bias ? bias.address : 0, struct,
+        out.experts.address, out.weights.address, out.lse.address, counts, sums);
+      // deno-fmt-ignore
+      routeRecord.launch(Math.ceil((3 * E + 2) / 8), 1, 1, 256, 0, counts, sums, E, blocks, N, out.record.address);
+      context.free(counts);
+      context.free(sums);
+    },
+    routeBackward(dWeights, saved, options, dLogits) {
+      const [N, E] = dLogits.shape;
+      if (N === 0) return;
+      const { way, shift } = describe(N, options, options);
+      const blocks = Math.min(4 * ROUTE_BLOCKS, Math.ceil(N / (256 >> shift)));
+      // deno-fmt-ignore
+      backwards[way].launch(blocks, 1, 1, 256, 4 * E, dWeights.address, saved.logits.address, saved.lse.address,
+        saved.experts.address, saved.records.address, struct, dLogits.address);
+    },
+    placeRows(experts, layout, out) {
+      const { starts } = layout, [, choices = 1] = experts.shape;
+      const pieces = starts !== null && starts.shape.length === 2;
+      if (layout.experts > MOST_EXPERTS) {
+        throw new RangeError(
+          `Cannot place rows on the GPU as there must be at most ${MOST_EXPERTS} experts: current value is ${layout.experts}`,
+        );
+      }
+      sorter.placeChoices({
+        experts: experts.address,
+        size: experts.size,
+        bins: layout.experts,
+        choices,
+        starts: starts && !pieces ? starts.address : 0,
+        pieces: pieces ? starts.address : 0,
+        pieceCount: pieces ? starts.shape[0] : 0,
+        rows: out.tokens.size,
+        slots: out.slots.address,
+        tokens: out.tokens.address,
+        offsets: out.offsets ? out.offsets.address : 0,
+      });
+    },
+    majorOrders(counts, toExpertMajor, toRankMajor) {
+      const [ranks, seats] = counts.shape;
+      if (counts.size === 0) return;
+      // deno-fmt-ignore
+      majorOrders.launch(seats, ranks, 1, 128, 0, counts.address, ranks, seats, toExpertMajor.size, toExpertMajor.address, toRankMajor.address);
+    },
+  };
+}
