@@ -98,13 +98,6 @@ export function regionOf(caller: Caller, data: Data, what: string, into: HostReg
       argumentError(caller, `${what} must be a typed array or a tensor`, describe(data)).message,
     );
   }
-  if (caller.device?.kind === "cuda") {
-    throw argumentError(
-      caller,
-      `${what} must be a tensor of ${caller.device.name}`,
-      "a host array",
-    );
-  }
   return into.set(dtypeOf(data), data.length, linearOffset(data), data);
 }
 

@@ -90,6 +90,8 @@ export interface Transport {
    * `id` is a name that all members agree on and that nobody else uses.
    */
   split(members: readonly number[], id: string): Promise<Transport>;
+  /** Called instead of `split` by ranks that join none of the groups, where making groups takes all ranks. */
+  abstain?(): Promise<void>;
   /** Ranks (of this transport) that have not begun operation `sequence`, as far as can be known; for the watchdog. */
   missing(sequence: number): Promise<readonly number[]> | readonly number[];
   /** Tells the other ranks, where that is possible without their help, that the job ends; their operations then fail with `why`. */
