@@ -1,7 +1,7 @@
 // What every kernel file begins with: element types, conversions, warp and block sums, and the instructions that kernels use by name, so
 // that one source compiles with NVRTC for a GPU and, with LINA_EMULATE defined, for the CPU emulator of the tests. No header is included.
 // Kernel files use these names and CUDA C++ itself (threadIdx, __shared__, __syncthreads, __shfl_xor_sync, atomicAdd, ...), no other intrinsic.
-// Dynamic shared memory is `extern __shared__ alignas(1024) u8 name[];`, of any type and alignment.
+// Dynamic shared memory is `extern __shared__ __align__(16) u8 name[];`, of any type and alignment (NVRTC refuses alignas there).
 
 typedef unsigned char u8;
 typedef unsigned short u16;

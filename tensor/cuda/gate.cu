@@ -27,7 +27,7 @@ template <int T, int S>
 DEVICE void gate_tokens(const bf16* x, const float* gate, float* logits, int tokens, int experts, int width) {
   constexpr int X_ROW = 72, G_ROW = 72, E = T * 8;
   constexpr int X_BYTES = 64 * X_ROW * 2, STAGE = X_BYTES + E * G_ROW * 4;
-  extern __shared__ alignas(16) u8 gate_shared[];
+  extern __shared__ __align__(16) u8 gate_shared[];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % 4, half = warp / 4;
   int first = blockIdx.x * 64, first_expert = blockIdx.y * E;
   int slices = (width + 63) / 64;
@@ -282,7 +282,7 @@ DEVICE void gate_dw(const float* d_logits, const bf16* x, float* parts, int toke
                     int per_split) {
   constexpr int X_ROW = 136, E = M * 16, L_ROW = E + 4, S = 3;
   constexpr int X_BYTES = 64 * X_ROW * 2, STAGE = X_BYTES + 64 * L_ROW * 4;
-  extern __shared__ alignas(16) u8 gate_shared[];
+  extern __shared__ __align__(16) u8 gate_shared[];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % 4, half = warp / 4, g = lane / 4, c = lane % 4;
   int first_column = blockIdx.x * 128, first_expert = blockIdx.y * E;
   int start = blockIdx.z * per_split, end = start + per_split < tokens ? start + per_split : tokens;

@@ -84,7 +84,7 @@ DEVICE void limit_groups(float value[P], const Route& route, int lane, int lanes
 template <int P>
 DEVICE void route_tokens(const float* logits, const float* bias, Route route, int* experts_out, float* weights,
                          float* lse_out, int* counts_part, double* sums_part) {
-  extern __shared__ alignas(16) double route_shared[];
+  extern __shared__ __align__(16) double route_shared[];
   int experts = route.experts, choices = route.choices, lanes = 1 << route.shift, per_warp = 32 >> route.shift;
   int warp = threadIdx.x / 32, lane = threadIdx.x & (lanes - 1), sub = (threadIdx.x % 32) >> route.shift;
   double* warp_sums = route_shared;                                  // [8][experts + 1]
@@ -229,7 +229,7 @@ extern "C" __global__ void route_record(const int* counts_part, const double* su
 template <int P>
 DEVICE void route_backward(const float* d_weights, const float* logits, const float* lse_in, const int* chosen_in,
                            const double* records, Route route, float* d_logits) {
-  extern __shared__ alignas(16) float slope[];
+  extern __shared__ __align__(16) float slope[];
   __shared__ double totals[8];
   __shared__ float z_factor;
   int experts = route.experts, choices = route.choices, length = 3 * experts + 2;
