@@ -1,6 +1,12 @@
 // Puts the kernels of the rooms together: which modules are compiled when a device is made, and which room has which kernel.
 
 import type { Kernels, RoutingKernels } from "../device.ts";
+import {
+  attentionBackwardModule,
+  attentionGeneralModule,
+  attentionKernels,
+  attentionModule,
+} from "./attention.ts";
 import type { CudaContext, ModuleSource } from "./context.ts";
 import { gemmKernels } from "./gemm.ts";
 import { normsKernels, normsModule } from "./norms.ts";
@@ -11,6 +17,9 @@ import { sortModule } from "./sort.ts";
 
 /** Every `.cu` module of the library. */
 export const CUDA_MODULES: readonly ModuleSource[] = [
+  attentionModule,
+  attentionBackwardModule,
+  attentionGeneralModule,
   gateModule,
   normsModule,
   randomModule,
@@ -20,6 +29,7 @@ export const CUDA_MODULES: readonly ModuleSource[] = [
 ];
 
 const ROOMS: readonly ((context: CudaContext) => Partial<Kernels>)[] = [
+  attentionKernels,
   gemmKernels,
   normsKernels,
   randomKernels,
