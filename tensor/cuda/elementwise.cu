@@ -1,0 +1,310 @@
+// Element-wise kernels: fill, copy with conversion, sums of two arrays, activations and their gradients. All are bound by memory: a thread
+// moves UNROLL packs of 16 bytes, a block's width apart, and all its loads are under way before the first store. Addresses that are not
+// aligned to their packs take a loop over single elements, and so do the last elements. Not here: rows (loss.cu) and optimizer (optimizer.cu).
+
+constexpr int UNROLL = 2;
+constexpr float LOG2E = 1.4426950408889634f;
+
+#ifndef LINA_EMULATE
+DEVICE float reciprocal_fast(float x) {
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+#else
+DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
+#endif
+
+template <int BYTES>
+DEVICE bool aligned(const void* address) { return ((u64)address & (BYTES - 1)) == 0; }
+
+// Stores results, which are in f32 where the elements are bf16.
+template <typename T, int N>
+DEVICE void put(T* to, const T (&from)[N]) {
+  Pack<T, N> pack;
+  for (int i = 0; i < N; i++) pack.at[i] = from[i];
+  *(Pack<T, N>*)to = pack;
+}
+template <int N>
+DEVICE void put(bf16* to, const float (&from)[N]) {
+  Pack<u32, N / 2> pack;
+  for (int i = 0; i < N / 2; i++) pack.at[i] = pack_bf16(from[2 * i], from[2 * i + 1]);
+  *(Pack<u32, N / 2>*)to = pack;
+}
+template <typename T>
+DEVICE void put_one(T* to, T from) { *to = from; }
+DEVICE void put_one(bf16* to, float from) { *to = to_bf16(from); }
+
+// What a kernel computes with for elements of a type that it stores.
+template <typename T>
+struct Wide { using type = T; };
+template <>
+struct Wide<bf16> { using type = float; };
+
+// out[i] = f(x[i]), N elements at a time. A block has the elements from blockIdx.x · share on.
+template <int N, typename A, typename B, typename F>
+DEVICE void map(const A* x, B* out, i64 size, F f) {
+  i64 share = (i64)blockDim.x * (UNROLL * N), first = blockIdx.x * share;
+  if (aligned<sizeof(A) * N>(x) && aligned<sizeof(B) * N>(out)) {
+    Pack<A, N> in[UNROLL];
+    i64 at = first + threadIdx.x * N, step = blockDim.x * N;
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      if (at + u * step + N <= size) in[u] = *(const Pack<A, N>*)(x + at + u * step);
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      typename Wide<B>::type results[N];
+#pragma unroll
+      for (int i = 0; i < N; i++) results[i] = f(in[u].at[i]);
+      if (at + u * step + N <= size) put(out + at + u * step, results);
+    }
+    i64 last = size / N * N + threadIdx.x;
+    if (blockIdx.x == gridDim.x - 1 && last < size) put_one(out + last, f(x[last]));
+  } else {
+    i64 end = first + share < size ? first + share : size;
+    for (i64 i = first + threadIdx.x; i < end; i += blockDim.x) put_one(out + i, f(x[i]));
+  }
+}
+
+// out[i] = f(x[i], y[i]) in f32.
+template <typename T, typename F>
+DEVICE void map2(const T* x, const T* y, T* out, i64 size, F f) {
+  constexpr int N = 16 / sizeof(T);
+  i64 share = (i64)blockDim.x * (UNROLL * N), first = blockIdx.x * share;
+  if (aligned<16>(x) && aligned<16>(y) && aligned<16>(out)) {
+    Pack<T, N> left[UNROLL], right[UNROLL];
+    i64 at = first + threadIdx.x * N, step = blockDim.x * N;
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      if (at + u * step + N <= size) {
+        left[u] = *(const Pack<T, N>*)(x + at + u * step);
+        right[u] = *(const Pack<T, N>*)(y + at + u * step);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      float results[N];
+#pragma unroll
+      for (int i = 0; i < N; i++) results[i] = f(to_f32(left[u].at[i]), to_f32(right[u].at[i]));
+      if (at + u * step + N <= size) put(out + at + u * step, results);
+    }
+    i64 last = size / N * N + threadIdx.x;
+    if (blockIdx.x == gridDim.x - 1 && last < size) put_one(out + last, f(to_f32(x[last]), to_f32(y[last])));
+  } else {
+    i64 end = first + share < size ? first + share : size;
+    for (i64 i = first + threadIdx.x; i < end; i += blockDim.x) put_one(out + i, f(to_f32(x[i]), to_f32(y[i])));
+  }
+}
+
+// Bytes of a repeated pattern of 8; `low` and `high` are its halves. The pattern of an element of 2 or 4 bytes is that element repeated, so
+// a byte's place in the pattern is its address modulo 8.
+extern "C" __global__ void fill_pattern(u8* x, i64 bytes, u32 low, u32 high) {
+  i64 head = (i64)((16 - ((u64)x & 15)) & 15);
+  if (head > bytes) head = bytes;
+  i64 packs = (bytes - head) / 16, last = head + packs * 16;
+  Pack<u32, 4> pack = {{low, high, low, high}};
+  i64 at = (i64)blockIdx.x * blockDim.x * UNROLL + threadIdx.x;
+#pragma unroll
+  for (int u = 0; u < UNROLL; u++) {
+    i64 i = at + u * (i64)blockDim.x;
+    if (i < packs) *(Pack<u32, 4>*)(x + head + i * 16) = pack;
+  }
+  if (blockIdx.x == 0 && threadIdx.x < 32) {
+    i64 edge = threadIdx.x < 16 ? threadIdx.x : last + threadIdx.x - 16;
+    if (threadIdx.x < 16 ? edge < head : edge < bytes) {
+      u32 place = (u32)((u64)(x + edge) & 7);
+      x[edge] = (u8)((place < 4 ? low : high) >> (8 * (place & 3)));
+    }
+  }
+}
+
+// Copies as units of 16 bytes, or of the largest power of two that divides both addresses and the size.
+template <typename T>
+DEVICE void copy_units(const u8* x, u8* out, i64 bytes) {
+  map<1>((const T*)x, (T*)out, bytes / (i64)sizeof(T), [](T unit) { return unit; });
+}
+extern "C" __global__ void copy_bytes(const u8* x, u8* out, i64 bytes) {
+  using Unit = Pack<u32, 4>;
+  u64 both = (u64)x | (u64)out;
+  if (both % 16 == 0) {
+    i64 whole = bytes / 16 * 16;
+    copy_units<Unit>(x, out, whole);
+    if (blockIdx.x == 0 && threadIdx.x < bytes - whole) out[whole + threadIdx.x] = x[whole + threadIdx.x];
+    return;
+  }
+  i64 share = (i64)blockDim.x * (UNROLL * 16), first = blockIdx.x * share;
+  i64 end = first + share < bytes ? first + share : bytes;
+  if ((both | (u64)bytes) % 4 == 0) {
+    for (i64 i = first + threadIdx.x * 4; i < end; i += blockDim.x * 4) *(u32*)(out + i) = *(const u32*)(x + i);
+  } else if ((both | (u64)bytes) % 2 == 0) {
+    for (i64 i = first + threadIdx.x * 2; i < end; i += blockDim.x * 2) *(u16*)(out + i) = *(const u16*)(x + i);
+  } else {
+    for (i64 i = first + threadIdx.x; i < end; i += blockDim.x) out[i] = x[i];
+  }
+}
+
+// Conversions: through f32 to bf16, to nearest, ties to even; to integers toward zero.
+template <typename T>
+DEVICE T plain(T x) { return x; }
+DEVICE float plain(bf16 x) { return to_f32(x); }
+
+#define CONVERT(FROM, TO)                                                                                     \
+  extern "C" __global__ void copy_##FROM##_##TO(const FROM* x, TO* out, i64 size) {                           \
+    constexpr int N = 16 / (sizeof(FROM) < sizeof(TO) ? sizeof(FROM) : sizeof(TO));                           \
+    map<N>(x, out, size, [](FROM value) { return (typename Wide<TO>::type)plain(value); });                   \
+  }
+typedef float f32;
+typedef double f64;
+typedef int i32;
+CONVERT(f32, bf16)
+CONVERT(f32, f64)
+CONVERT(f32, i32)
+CONVERT(bf16, f32)
+CONVERT(bf16, f64)
+CONVERT(bf16, i32)
+CONVERT(f64, f32)
+CONVERT(f64, bf16)
+CONVERT(f64, i32)
+CONVERT(i32, f32)
+CONVERT(i32, bf16)
+CONVERT(i32, f64)
+
+#define ARITHMETIC(T)                                                                          \
+  extern "C" __global__ void add_##T(const T* x, const T* y, T* out, i64 size) {               \
+    map2(x, y, out, size, [](float a, float b) { return a + b; });                             \
+  }                                                                                            \
+  extern "C" __global__ void axpy_##T(float alpha, const T* x, T* y, i64 size) {               \
+    map2(x, y, y, size, [=](float a, float b) { return fmaf(alpha, a, b); });                  \
+  }                                                                                            \
+  extern "C" __global__ void scale_##T(T* x, float alpha, i64 size) {                          \
+    map<16 / sizeof(T)>(x, x, size, [=](T a) { return to_f32(a) * alpha; });                   \
+  }
+ARITHMETIC(f32)
+ARITHMETIC(bf16)
+
+// 1 / (1 + e^−x): 0 where e^−x is infinite.
+DEVICE float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-LOG2E * x)); }
+
+// gelu(x) = x · s with s = sigmoid(2u), u = √(2/π) (x + 0.044715 x³), since (1 + tanh u) / 2 = sigmoid(2u).
+constexpr float GELU_SCALE = 1.5957691216057308f, GELU_CUBE = 0.044715f;
+struct Gelu {
+  static DEVICE float value(float x) { return x * sigmoid(GELU_SCALE * x * fmaf(GELU_CUBE * x, x, 1.0f)); }
+  static DEVICE float gradient(float d, float x) {
+    float s = sigmoid(GELU_SCALE * x * fmaf(GELU_CUBE * x, x, 1.0f));
+    float slope = x * s * (1.0f - s) * GELU_SCALE * fmaf(3.0f * GELU_CUBE * x, x, 1.0f);
+    return d * (s + (s == 0.0f || s == 1.0f ? 0.0f : slope));  // 0 · ∞ for large x
+  }
+};
+struct Relu {
+  static DEVICE float value(float x) { return x < 0.0f ? 0.0f : x; }
+  static DEVICE float gradient(float d, float x) { return x > 0.0f ? d : 0.0f; }
+};
+
+// i / by in 32 bits where that is enough, which it nearly always is.
+DEVICE i64 divide(i64 i, i64 by) {
+  return ((u64)(i | by) >> 32) == 0 ? (i64)((u32)i / (u32)by) : i / by;
+}
+
+// out[n, f] = silu(x[n, f]) · x[n, F + f]. A block has UNROLL packs of `out` per thread.
+template <typename T>
+DEVICE void swiglu(const T* x, T* out, i64 rows, i64 F) {
+  constexpr int N = 16 / sizeof(T);
+  auto formula = [](float gate, float up) { return gate * sigmoid(gate) * up; };
+  i64 share = (i64)blockDim.x * UNROLL, first = blockIdx.x * share;
+  if (F % N == 0 && aligned<16>(x) && aligned<16>(out)) {
+    i64 width = F / N, packs = rows * width;
+    Pack<T, N> gate[UNROLL], up[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      i64 i = first + threadIdx.x + u * blockDim.x;
+      if (i < packs) {
+        const T* from = x + (i + divide(i, width) * width) * N;
+        gate[u] = *(const Pack<T, N>*)from;
+        up[u] = *(const Pack<T, N>*)(from + F);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      i64 i = first + threadIdx.x + u * blockDim.x;
+      float results[N];
+#pragma unroll
+      for (int j = 0; j < N; j++) results[j] = formula(to_f32(gate[u].at[j]), to_f32(up[u].at[j]));
+      if (i < packs) put(out + i * N, results);
+    }
+  } else {
+    i64 end = (first + share) * N < rows * F ? (first + share) * N : rows * F;
+    for (i64 i = first * N + threadIdx.x; i < end; i += blockDim.x) {
+      const T* from = x + i + divide(i, F) * F;
+      put_one(out + i, formula(to_f32(from[0]), to_f32(from[F])));
+    }
+  }
+}
+
+// With s = sigmoid(gate): dGate = d · up · s (1 + gate (1 − s)), dUp = d · gate · s.
+DEVICE void swiglu_gradient(float d, float gate, float up, float& d_gate, float& d_up) {
+  float s = sigmoid(gate), silu = gate * s;
+  d_gate = d * up * fmaf(silu, 1.0f - s, s);
+  d_up = d * silu;
+}
+template <typename T>
+DEVICE void swiglu_backward(const T* d_out, const T* x, T* d_x, i64 rows, i64 F) {
+  constexpr int N = 16 / sizeof(T);
+  i64 share = (i64)blockDim.x * UNROLL, first = blockIdx.x * share;
+  if (F % N == 0 && aligned<16>(x) && aligned<16>(d_out) && aligned<16>(d_x)) {
+    i64 width = F / N, packs = rows * width;
+    Pack<T, N> gate[UNROLL], up[UNROLL], d[UNROLL];
+    i64 place[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      i64 i = first + threadIdx.x + u * blockDim.x;
+      place[u] = (i + divide(i, width) * width) * N;
+      if (i < packs) {
+        d[u] = *(const Pack<T, N>*)(d_out + i * N);
+        gate[u] = *(const Pack<T, N>*)(x + place[u]);
+        up[u] = *(const Pack<T, N>*)(x + place[u] + F);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      float d_gate[N], d_up[N];
+#pragma unroll
+      for (int j = 0; j < N; j++) {
+        swiglu_gradient(to_f32(d[u].at[j]), to_f32(gate[u].at[j]), to_f32(up[u].at[j]), d_gate[j], d_up[j]);
+      }
+      if (first + threadIdx.x + u * blockDim.x < packs) {
+        put(d_x + place[u], d_gate);
+        put(d_x + place[u] + F, d_up);
+      }
+    }
+  } else {
+    i64 end = (first + share) * N < rows * F ? (first + share) * N : rows * F;
+    for (i64 i = first * N + threadIdx.x; i < end; i += blockDim.x) {
+      i64 at = i + divide(i, F) * F;
+      float d_gate, d_up;
+      swiglu_gradient(to_f32(d_out[i]), to_f32(x[at]), to_f32(x[at + F]), d_gate, d_up);
+      put_one(d_x + at, d_gate);
+      put_one(d_x + at + F, d_up);
+    }
+  }
+}
+
+#define ACTIVATIONS(T)                                                                                           \
+  extern "C" __global__ void relu_##T(const T* x, T* out, i64 size) {                                            \
+    map<16 / sizeof(T)>(x, out, size, [](T a) { return Relu::value(to_f32(a)); });                               \
+  }                                                                                                              \
+  extern "C" __global__ void gelu_##T(const T* x, T* out, i64 size) {                                            \
+    map<16 / sizeof(T)>(x, out, size, [](T a) { return Gelu::value(to_f32(a)); });                               \
+  }                                                                                                              \
+  extern "C" __global__ void relu_backward_##T(const T* d_out, const T* x, T* d_x, i64 size) {                   \
+    map2(d_out, x, d_x, size, [](float d, float a) { return Relu::gradient(d, a); });                            \
+  }                                                                                                              \
+  extern "C" __global__ void gelu_backward_##T(const T* d_out, const T* x, T* d_x, i64 size) {                   \
+    map2(d_out, x, d_x, size, [](float d, float a) { return Gelu::gradient(d, a); });                            \
+  }                                                                                                              \
+  extern "C" __global__ void swiglu_##T(const T* x, T* out, i64 rows, i64 F) { swiglu(x, out, rows, F); }        \
+  extern "C" __global__ void swiglu_backward_##T(const T* d_out, const T* x, T* d_x, i64 rows, i64 F) {          \
+    swiglu_backward(d_out, x, d_x, rows, F);                                                                     \
+  }
+ACTIVATIONS(f32)
+ACTIVATIONS(bf16)
