@@ -78,7 +78,8 @@ export { type ModelConfig, modelConfig, type ModelOptions } from "./moe/config.t
 export {
   type Batch,
   type PassOptions,
-  type PassResult,
+  type PassSummary,
+  summaryOf,
   Transformer,
   type TransformerOptions,
 } from "./moe/transformer.ts";

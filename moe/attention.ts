@@ -7,7 +7,12 @@ import * as ops from "../tensor/ops.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
 import type { ModelConfig } from "./config.ts";
 import { linear, linearBackward } from "./linear.ts";
-import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
+import {
+  createFusedParameters,
+  createParameter,
+  freeParameter,
+  type Parameter,
+} from "./parameter.ts";
 import type { Step } from "./step.ts";
 
 /** Where the rows of a batch belong: lengths of its sequences and the position of each row in its own. */
@@ -36,13 +41,13 @@ export interface AttentionSaved {
 
 /** The attention of one layer. */
 export class Attention implements Disposable {
-  /** The four projections, in the order in which their gradients become ready: o, v, k, q. */
+  /** The four projections, in the order in which their gradients become ready: o, then q, k and v at once. */
   readonly parameters: readonly Parameter[];
   readonly #config: ModelConfig;
   readonly #o: Parameter;
-  readonly #v: Parameter;
-  readonly #k: Parameter;
-  readonly #q: Parameter;
+  /** Queries, keys and values as one matrix. */
+  readonly #qkv: Parameter;
+  readonly #qkvNames: readonly string[];
 
   /**
    * Makes the projections.
@@ -54,19 +59,27 @@ export class Attention implements Disposable {
    */
   constructor(device: Device, layer: number, config: ModelConfig, seed: number) {
     const { width, heads, kvHeads, headDim, layers, initStd: std, dtype } = config;
-    const make = (name: string, rows: number, columns: number, std: number) =>
-      createParameter(device, `model.layers.${layer}.self_attn.${name}.weight`, {
-        shape: [rows, columns],
-        dtype,
-        init: { std, seed },
-      });
+    const nameOf = (part: string) => `model.layers.${layer}.self_attn.${part}_proj.weight`;
     this.#config = config;
-    // What adds to the residual stream starts smaller, so that its variance does not grow with depth (GPT-2).
-    this.#o = make("o_proj", width, heads * headDim, std / Math.sqrt(2 * layers));
-    this.#v = make("v_proj", kvHeads * headDim, width, std);
-    this.#k = make("k_proj", kvHeads * headDim, width, std);
-    this.#q = make("q_proj", heads * headDim, width, std);
-    this.parameters = [this.#o, this.#v, this.#k, this.#q];
+    this.#o = createParameter(device, nameOf("o"), {
+      shape: [width, heads * headDim],
+      dtype,
+      // What adds to the residual stream starts smaller, so that its variance does not grow with depth (GPT-2).
+      init: { std: std / Math.sqrt(2 * layers), seed },
+      overwrites: true,
+    });
+    const { whole, parts } = createFusedParameters(
+      device,
+      [
+        { name: nameOf("q"), rows: heads * headDim },
+        { name: nameOf("k"), rows: kvHeads * headDim },
+        { name: nameOf("v"), rows: kvHeads * headDim },
+      ],
+      { columns: width, dtype, init: { std, seed }, overwrites: true },
+    );
+    this.#qkv = whole;
+    this.#qkvNames = parts.map(({ name }) => name);
+    this.parameters = [this.#o, ...parts];
   }
 
   /**
@@ -78,19 +91,22 @@ export class Attention implements Disposable {
    */
   forward(x_ND: Tensor, rows: Rows): { out_ND: Tensor; saved: AttentionSaved } {
     const { headDim, heads, kvHeads, ropeTheta: theta } = this.#config;
-    const q = linear(x_ND, this.#q.value);
-    const k = linear(x_ND, this.#k.value);
-    const v = linear(x_ND, this.#v.value);
-    ops.rope(q, rows.positions, { headDim, theta });
-    ops.rope(k, rows.positions, { headDim, theta });
-    const mixed = empty(x_ND.device, q.shape, q.dtype);
-    const lse = empty(x_ND.device, [x_ND.shape[0], heads], q.dtype === "f64" ? "f64" : "f32");
+    const { device, dtype } = x_ND, N = x_ND.shape[0];
+    const q = empty(device, [N, heads * headDim], dtype);
+    const k = empty(device, [N, kvHeads * headDim], dtype);
+    const v = empty(device, k.shape, dtype);
+    {
+      using qkv = linear(x_ND, this.#qkv.value);
+      ops.splitQkv(qkv, rows.positions, { headDim, theta }, q, k, v);
+    }
+    const mixed = empty(device, q.shape, dtype);
+    const lse = empty(device, [N, heads], dtype === "f64" ? "f64" : "f32");
     ops.attention(q, k, v, mixed, lse, { offsets: rows.offsets, heads, kvHeads, headDim });
     return { out_ND: linear(mixed, this.#o.value), saved: { x_ND, q, k, v, mixed, lse } };
   }
 
   /**
-   * Gradient of {@linkcode Attention.forward}; adds to the parameters' gradients and frees what was saved.
+   * Gradient of {@linkcode Attention.forward}; adds to the parameters' gradients, or overwrites them, and frees what was saved.
    *
    * @param dOut_ND Gradient of the output.
    * @param saved From the forward pass.
@@ -101,21 +117,19 @@ export class Attention implements Disposable {
   backward(dOut_ND: Tensor, saved: AttentionSaved, rows: Rows, step: Step): Tensor {
     const { headDim, heads, kvHeads, ropeTheta: theta } = this.#config;
     const { x_ND, q, k, v, mixed, lse } = saved;
-    using dMixed = linearBackward(dOut_ND, mixed, this.#o);
+    using dMixed = linearBackward(dOut_ND, mixed, this.#o, { step });
     step.gradientReady(this.#o.name);
-    using dQ = empty(q.device, q.shape, q.dtype);
-    using dK = empty(k.device, k.shape, k.dtype);
-    using dV = empty(v.device, v.shape, v.dtype);
-    const shape = { offsets: rows.offsets, heads, kvHeads, headDim };
-    ops.attentionBackward(dMixed, q, k, v, mixed, lse, shape, dQ, dK, dV);
-    const dX_ND = linearBackward(dV, x_ND, this.#v);
-    step.gradientReady(this.#v.name);
-    ops.rope(dK, rows.positions, { headDim, theta, inverse: true });
-    linearBackward(dK, x_ND, this.#k, dX_ND);
-    step.gradientReady(this.#k.name);
-    ops.rope(dQ, rows.positions, { headDim, theta, inverse: true });
-    linearBackward(dQ, x_ND, this.#q, dX_ND);
-    step.gradientReady(this.#q.name);
+    using dQkv = empty(q.device, [q.shape[0], q.shape[1] + 2 * k.shape[1]], q.dtype);
+    {
+      using dQ = empty(q.device, q.shape, q.dtype);
+      using dK = empty(k.device, k.shape, k.dtype);
+      using dV = empty(v.device, v.shape, v.dtype);
+      const shape = { offsets: rows.offsets, heads, kvHeads, headDim };
+      ops.attentionBackward(dMixed, q, k, v, mixed, lse, shape, dQ, dK, dV);
+      ops.joinQkv(dQ, dK, dV, rows.positions, { headDim, theta }, dQkv);
+    }
+    const dX_ND = linearBackward(dQkv, x_ND, this.#qkv, { step });
+    for (const name of this.#qkvNames) step.gradientReady(name);
     this.release(saved);
     return dX_ND;
   }
@@ -133,6 +147,7 @@ export class Attention implements Disposable {
 
   /** Frees the weights. */
   [Symbol.dispose](): void {
-    this.parameters.forEach(freeParameter);
+    freeParameter(this.#o);
+    freeParameter(this.#qkv);
   }
 }

@@ -2,7 +2,6 @@
 // experts or a dense network. Shapes: N rows, D model width.
 
 import type { Device } from "../tensor/device.ts";
-import * as ops from "../tensor/ops.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { Attention, type AttentionSaved, type Rows } from "./attention.ts";
 import type { ModelConfig } from "./config.ts";
@@ -12,7 +11,7 @@ import type { Step } from "./step.ts";
 
 /** What a feed-forward part returns; a MoE layer has more to tell. */
 export interface FeedForwardOutput {
-  /** Output [N, D], a new tensor. */
+  /** Output [N, D], a new tensor; the residual stream is in it. */
   readonly out_ND: Tensor;
   /** What its backward pass needs. */
   readonly saved: unknown;
@@ -22,9 +21,13 @@ export interface FeedForwardOutput {
 export interface FeedForwardPart extends Disposable {
   /** The rank's parameters. */
   readonly parameters: readonly Parameter[];
-  /** Output for an input that lives until the backward pass. */
-  forward(x_ND: Tensor, step: Step): FeedForwardOutput | Promise<FeedForwardOutput>;
-  /** Gradient of the input; adds to the parameters' gradients and frees what was saved. */
+  /** `residual + f(x)` for an input that lives until the backward pass; the residual stays the caller's. */
+  forward(
+    x_ND: Tensor,
+    step: Step,
+    residual_ND: Tensor,
+  ): FeedForwardOutput | Promise<FeedForwardOutput>;
+  /** Gradient of the input by way of f; adds to the parameters' gradients and frees what was saved. */
   backward(dOut_ND: Tensor, saved: unknown, step: Step): Tensor | Promise<Tensor>;
   /** Frees what a forward pass saved. */
   release(saved: unknown): void;
@@ -99,11 +102,9 @@ export class Block implements Disposable {
   ): Promise<{ out_ND: Tensor; saved: BlockSaved | null; output: FeedForwardOutput }> {
     const norm1 = this.norms[0].forward(x_ND);
     const { out_ND: x1_ND, saved: attention } = this.attention.forward(norm1.out_ND, rows);
-    ops.add(x_ND, x1_ND, x1_ND);
-    const norm2 = this.norms[1].forward(x1_ND);
-    const output = await this.feedForward.forward(norm2.out_ND, step);
+    const norm2 = this.norms[1].addForward(x_ND, x1_ND);
+    const output = await this.feedForward.forward(norm2.out_ND, step, x1_ND);
     const { out_ND } = output;
-    ops.add(x1_ND, out_ND, out_ND);
     const saved = { x_ND, norm1, attention, x1_ND, norm2, feedForward: output.saved };
     if (step.training) return { out_ND, saved, output };
     this.release(saved);
@@ -113,11 +114,11 @@ export class Block implements Disposable {
   /**
    * Gradient of {@linkcode Block.forward}; adds to the parameters' gradients and frees what was saved.
    *
-   * @param dOut_ND Gradient of the output, which the block frees.
+   * @param dOut_ND Gradient of the output; becomes that of the input, as the residual stream's gradient is one tensor all the way.
    * @param saved From the forward pass.
    * @param rows Sequences and positions.
    * @param step Told of boundaries and gradients.
-   * @returns Gradient of the input.
+   * @returns `dOut_ND`, now the gradient of the input.
    */
   async backward(
     dOut_ND: Tensor,
@@ -126,15 +127,15 @@ export class Block implements Disposable {
     step: Step,
   ): Promise<Tensor> {
     const [first, second] = this.norms;
-    using dOut = dOut_ND;
-    using dNorm2 = await this.feedForward.backward(dOut, saved.feedForward, step);
-    using dX1 = second.backward(dNorm2, saved.x1_ND, saved.norm2.invRms_N, step);
-    ops.add(dX1, dOut, dX1);
-    using dNorm1 = this.attention.backward(dX1, saved.attention, rows, step);
-    const dX = first.backward(dNorm1, saved.x_ND, saved.norm1.invRms_N, step);
-    ops.add(dX, dX1, dX);
+    const residual = { step, residual_ND: dOut_ND };
+    {
+      using dNorm2 = await this.feedForward.backward(dOut_ND, saved.feedForward, step);
+      second.backward(dNorm2, saved.x1_ND, saved.norm2.invRms_N, residual);
+    }
+    using dNorm1 = this.attention.backward(dOut_ND, saved.attention, rows, step);
+    first.backward(dNorm1, saved.x_ND, saved.norm1.invRms_N, residual);
     this.#releaseRows(saved);
-    return dX;
+    return dOut_ND;
   }
 
   /**

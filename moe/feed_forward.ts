@@ -49,12 +49,13 @@ export class FeedForward implements Disposable {
       shape: [width, hidden],
       dtype,
       init: { std: std / Math.sqrt(2 * layers), seed },
+      overwrites: true,
     });
     const names = activation === "swiglu" ? ["gate_proj", "up_proj"] : ["up_proj"];
     const { whole, parts } = createFusedParameters(
       device,
       names.map((name) => ({ name: `${prefix}${name}.weight`, rows: hidden })),
-      { columns: width, dtype, init: { std, seed } },
+      { columns: width, dtype, init: { std, seed }, overwrites: true },
     );
     this.#in = whole;
     this.parameters = [this.#down, ...parts];
@@ -64,13 +65,21 @@ export class FeedForward implements Disposable {
    * `out = (silu(x Wgateᵀ) ⊙ x Wupᵀ) Wdownᵀ`, or `act(x Wupᵀ) Wdownᵀ`
    *
    * @param x_ND Input; it must live until the backward pass.
+   * @param _step The step; of no interest here.
+   * @param residual_ND What the output is added to; stays the caller's. @default {zeros}
    * @returns The output, and what the backward pass needs.
    */
-  forward(x_ND: Tensor): { out_ND: Tensor; saved: FeedForwardSaved } {
+  forward(
+    x_ND: Tensor,
+    _step: Step,
+    residual_ND?: Tensor,
+  ): { out_ND: Tensor; saved: FeedForwardSaved } {
     const hidden = linear(x_ND, this.#in.value);
     const active_NF = empty(x_ND.device, [x_ND.shape[0], this.#config.hidden], x_ND.dtype);
     ops.activation(this.#config.activation, hidden, active_NF);
-    return { out_ND: linear(active_NF, this.#down.value), saved: { x_ND, hidden, active_NF } };
+    const out_ND = linear(active_NF, this.#down.value);
+    if (residual_ND) ops.add(residual_ND, out_ND, out_ND);
+    return { out_ND, saved: { x_ND, hidden, active_NF } };
   }
 
   /**
@@ -83,11 +92,11 @@ export class FeedForward implements Disposable {
    */
   backward(dOut_ND: Tensor, saved: FeedForwardSaved, step: Step): Tensor {
     const { x_ND, hidden, active_NF } = saved;
-    using dActive_NF = linearBackward(dOut_ND, active_NF, this.#down);
+    using dActive_NF = linearBackward(dOut_ND, active_NF, this.#down, { step });
     step.gradientReady(this.#down.name);
     using dHidden = empty(hidden.device, hidden.shape, hidden.dtype);
     ops.activationBackward(this.#config.activation, dActive_NF, hidden, dHidden);
-    const dX_ND = linearBackward(dHidden, x_ND, this.#in);
+    const dX_ND = linearBackward(dHidden, x_ND, this.#in, { step });
     for (const { name } of this.parameters.slice(1)) step.gradientReady(name);
     this.release(saved);
     return dX_ND;

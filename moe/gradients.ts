@@ -72,6 +72,16 @@ export class GradientReducer {
         this.#flat.set(node.id, grad.reshape(grad.size));
       }
     }
+    for (const { parts } of this.schedule.microOps) {
+      const dtypes = new Set(parts.map(({ gradient }) => this.#flat.get(gradient)!.dtype));
+      if (dtypes.size > 1) {
+        throw new RangeError(
+          `Cannot reduce gradients together as their dtype must be the same: current value is ${
+            [...dtypes].join(" and ")
+          }`,
+        );
+      }
+    }
   }
 
   /**

@@ -3,6 +3,7 @@
 import * as ops from "../tensor/ops.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
 import type { Parameter } from "./parameter.ts";
+import { gradientBeta, type Step } from "./step.ts";
 
 /**
  * `out = x wᵀ`
@@ -22,18 +23,20 @@ export function linear(x_NI: Tensor, weight: Tensor): Tensor {
  *
  * @param dOut_NO Gradient of the output.
  * @param x_NI The input.
- * @param weight The weights, whose gradient is added to.
- * @param dX_NI Where the input's gradient is added; a new tensor without it.
- * @returns The input's gradient [N, I].
+ * @param weight The weights, whose gradient is added to, or overwritten if step and parameter say so.
+ * @param options The step, and where the input's gradient is added.
+ * @returns The input's gradient [N, I]: a new tensor, unless `dX_NI` is given.
  */
 export function linearBackward(
   dOut_NO: Tensor,
   x_NI: Tensor,
-  weight: Pick<Parameter, "value" | "grad">,
-  dX_NI?: Tensor,
+  weight: Pick<Parameter, "value" | "grad" | "overwrites">,
+  options: { readonly step?: Step; readonly dX_NI?: Tensor } = {},
 ): Tensor {
+  const { step, dX_NI } = options;
   const out = dX_NI ?? empty(x_NI.device, x_NI.shape, x_NI.dtype);
   ops.gemm(dOut_NO, weight.value, out, { beta: dX_NI ? 1 : 0 });
-  ops.gemm(dOut_NO, x_NI, weight.grad, { transposeA: true, beta: 1 });
+  const beta = gradientBeta(weight, step);
+  ops.gemm(dOut_NO, x_NI, weight.grad, { transposeA: true, beta });
   return out;
 }

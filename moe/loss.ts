@@ -5,6 +5,7 @@ import * as ops from "../tensor/ops.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
 import { linear, linearBackward } from "./linear.ts";
 import type { Parameter } from "./parameter.ts";
+import type { Step } from "./step.ts";
 
 /** What {@linkcode headLoss} may do besides the loss. */
 export interface HeadLossOptions {
@@ -14,14 +15,16 @@ export interface HeadLossOptions {
   readonly lossSum: Tensor;
   /** Factor of the gradient: 1 / tokens of the global batch. Absent: no gradient. */
   readonly gradScale?: number;
+  /** The step. */
+  readonly step: Step;
 }
 
 /**
  * `Σ −log softmax(x Wᵀ)[target]` and, when asked for, the gradients of `gradScale` times it.
  *
  * @param x_ND Output of the last norm.
- * @param weight The head [V, D], whose gradient is added to.
- * @param options Targets, where the loss goes, gradient's factor.
+ * @param weight The head [V, D], whose gradient is added to, or overwritten.
+ * @param options Targets, where the loss goes, gradient's factor, step.
  * @returns Gradient of the input [N, D], or null.
  */
 export function headLoss(
@@ -29,10 +32,10 @@ export function headLoss(
   weight: Parameter,
   options: HeadLossOptions,
 ): Tensor | null {
-  const { targets, lossSum, gradScale } = options;
+  const { targets, lossSum, gradScale, step } = options;
   using logits = linear(x_ND, weight.value);
   using losses = empty(x_ND.device, [x_ND.shape[0]], x_ND.dtype === "f64" ? "f64" : "f32");
   ops.crossEntropy(logits, targets, losses, gradScale ?? 0);
   ops.sum(losses, lossSum);
-  return gradScale === undefined ? null : linearBackward(logits, x_ND, weight);
+  return gradScale === undefined ? null : linearBackward(logits, x_ND, weight, { step });
 }

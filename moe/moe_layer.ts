@@ -113,10 +113,11 @@ export class MoeLayer implements Disposable {
    *
    * @param x_ND Input; it must live until the backward pass.
    * @param step The step.
+   * @param residual_ND What the output is added to; stays the caller's. @default {zeros}
    * @returns Output, auxiliary loss and statistics. In inference, what was saved is freed already.
    * @throws {RangeError} If the input does not fit, or a logit is not finite.
    */
-  async forward(x_ND: Tensor, step: Step): Promise<MoeResult> {
+  async forward(x_ND: Tensor, step: Step, residual_ND?: Tensor): Promise<MoeResult> {
     const { device, comm } = this.#options;
     this.#checkInput(x_ND);
     const global = await this.#route(x_ND, step);
@@ -150,7 +151,7 @@ export class MoeLayer implements Disposable {
       this.#transfer(step, "forward", "combine"),
     );
     const out_ND = empty(device, x_ND.shape, x_ND.dtype);
-    ops.combineRows(y_SD, placed.slots_NK, weights_NK, out_ND);
+    ops.combineRows(y_SD, placed.slots_NK, weights_NK, out_ND, residual_ND);
     if (shared) {
       using y_ND = shared.y_MD;
       ops.add(out_ND, y_ND, out_ND);
@@ -275,6 +276,7 @@ export class MoeLayer implements Disposable {
       seeds: { seed, step: step.number, layer },
       replay: tap?.replay ? (first, tokens) => tap.replay!(layer, first, tokens) : null,
     }, new Float64Array(await logits_NE.toArray() as Float32Array));
+    if (step.repeated) return global;
     tap?.record?.(layer, global.routing);
     if (step.training) {
       for (let e = 0; e < this.#counts.length; e++) this.#counts[e] += global.chosen_E[e];
@@ -288,11 +290,11 @@ export class MoeLayer implements Disposable {
     using dLogits = this.#toDevice(dLogits_NE, shape, this.gate.value.dtype);
     using x = this.#widened(x_ND);
     if (x.tensor === x_ND) {
-      linearBackward(dLogits, x_ND, this.gate, dX_ND);
+      linearBackward(dLogits, x_ND, this.gate, { dX_NI: dX_ND });
       return;
     }
     using dX = this.#widened(dX_ND);
-    linearBackward(dLogits, x.tensor, this.gate, dX.tensor);
+    linearBackward(dLogits, x.tensor, this.gate, { dX_NI: dX.tensor });
     ops.copy(dX.tensor, dX_ND);
   }
 

@@ -44,10 +44,22 @@ export class Norm implements Disposable {
    * @returns New tensors.
    */
   forward(x_ND: Tensor): Normed {
-    const out_ND = empty(x_ND.device, x_ND.shape, x_ND.dtype);
-    const invRms_N = empty(x_ND.device, [x_ND.shape[0]], x_ND.dtype === "f64" ? "f64" : "f32");
-    ops.rmsNorm(x_ND, this.gain.value, out_ND, invRms_N, this.#eps);
-    return { out_ND, invRms_N };
+    const normed = this.#room(x_ND);
+    ops.rmsNorm(x_ND, this.gain.value, normed.out_ND, normed.invRms_N, this.#eps);
+    return normed;
+  }
+
+  /**
+   * Adds a branch to the residual stream and norms each row: `y += x`, `out = rmsNorm(y)`.
+   *
+   * @param x_ND The stream; stays as it is.
+   * @param y_ND The branch; becomes the sum, which the backward pass asks for again.
+   * @returns New tensors.
+   */
+  addForward(x_ND: Tensor, y_ND: Tensor): Normed {
+    const normed = this.#room(x_ND);
+    ops.addRmsNorm(x_ND, y_ND, this.gain.value, y_ND, normed.out_ND, normed.invRms_N, this.#eps);
+    return normed;
   }
 
   /**
@@ -56,14 +68,29 @@ export class Norm implements Disposable {
    * @param dOut_ND Gradient of the output.
    * @param x_ND The input.
    * @param invRms_N From the forward pass.
-   * @param step Told that the gain's gradient is complete.
-   * @returns Gradient of the input.
+   * @param options The step, told that the gain's gradient is complete, and, at a residual connection, the gradient of the stream,
+   * which becomes the sum.
+   * @returns Gradient of the input: `residual_ND`, or a new tensor without it.
    */
-  backward(dOut_ND: Tensor, x_ND: Tensor, invRms_N: Tensor, step: Step): Tensor {
-    const dX_ND = empty(x_ND.device, x_ND.shape, x_ND.dtype);
-    ops.rmsNormBackward(dOut_ND, x_ND, this.gain.value, invRms_N, dX_ND, this.gain.grad);
-    step.gradientReady(this.gain.name);
+  backward(
+    dOut_ND: Tensor,
+    x_ND: Tensor,
+    invRms_N: Tensor,
+    options: { readonly step: Step; readonly residual_ND?: Tensor },
+  ): Tensor {
+    const { step, residual_ND } = options;
+    const dX_ND = residual_ND ?? empty(x_ND.device, x_ND.shape, x_ND.dtype);
+    const { value, grad, name } = this.gain;
+    ops.rmsNormBackward(dOut_ND, x_ND, value, invRms_N, dX_ND, grad, residual_ND);
+    step.gradientReady(name);
     return dX_ND;
+  }
+
+  #room({ device, shape, dtype }: Tensor): Normed {
+    return {
+      out_ND: empty(device, shape, dtype),
+      invRms_N: empty(device, [shape[0]], dtype === "f64" ? "f64" : "f32"),
+    };
   }
 
   /** Frees the gain. */

@@ -63,8 +63,13 @@ export function dropShown(all: readonly Shown[]): void {
   for (const one of all) if ("records" in one) one.release();
 }
 
-/** The elements of several f64 tensors by one copy to the host. */
-async function readTogether(tensors: readonly Tensor[]): Promise<Float64Array[]> {
+/**
+ * The elements of several f64 tensors by one copy to the host.
+ *
+ * @param tensors Tensors of one device; at least one.
+ * @returns Their elements, in the same order.
+ */
+export async function readTogether(tensors: readonly Tensor[]): Promise<Float64Array[]> {
   if (tensors.length === 1) return [await tensors[0].toArray() as Float64Array];
   const { device } = tensors[0];
   using together = empty(device, [tensors.reduce((sum, { size }) => sum + size, 0)], "f64");

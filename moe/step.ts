@@ -16,6 +16,11 @@ export interface Step {
    */
   readonly firstPass: boolean;
   /**
+   * Whether this forward pass has run before and runs again in the backward pass, as its activations were dropped: nothing is counted or
+   * recorded twice. @default {false}
+   */
+  readonly repeated?: boolean;
+  /**
    * Runs an all-to-all of a MoE layer: tells the scheduler, starts it, and orders the device after it.
    * @param where Which of the layer's all-to-alls.
    * @param start Starts it.
@@ -63,4 +68,18 @@ export function plainStep(
     layerBackwardEnds: () => {},
     gradientReady: () => {},
   };
+}
+
+/**
+ * Factor of the old contents of a parameter's gradient in a backward pass.
+ *
+ * @param parameter Whether it is overwritten.
+ * @param step The step; without one it is added to.
+ * @returns 0 or 1.
+ */
+export function gradientBeta(
+  parameter: { readonly overwrites: boolean },
+  step?: { readonly firstPass: boolean },
+): 0 | 1 {
+  return step?.firstPass && parameter.overwrites ? 0 : 1;
 }

@@ -15,7 +15,8 @@ import { buildStepGraph } from "./graph.ts";
 import type { CollectiveScheduler, Schedule } from "./hooks.ts";
 import { CheckpointError } from "./manifest.ts";
 import { mixtralConfig } from "./mixtral_config.ts";
-import type { Transformer } from "./transformer.ts";
+import { dropShown, type MoeShown, readTogether, type Shown } from "./shown.ts";
+import { summaryOf, type Transformer } from "./transformer.ts";
 import {
   AdamW,
   type AdamWSettings,
@@ -64,6 +65,8 @@ export interface StepMetrics {
   readonly tokens_per_s: number;
   /** Time of the step in ms. */
   readonly step_ms: number;
+  /** Time in ms until the host had enqueued the whole step: a GPU still works then, a CPU is done. */
+  readonly host_ms: number;
   /** Time of all-to-alls / time of the step; mean over ranks. */
   readonly a2a_share: number;
   /** Rows of the most loaded expert / mean rows; mean over layers and passes. */
@@ -178,33 +181,40 @@ export class Trainer implements AsyncDisposable {
     ops.fill(this.#sums, 0);
     const tokens = data.tokensPerStep;
     const scales = { gradScale: 1 / tokens, auxScale: 1 / accumulate };
-    let imbalance = 0, auxLoss = 0;
+    const passes: (readonly Shown[])[] = [];
     for (let i = 0; i < accumulate; i++) {
-      const pass = (number - 1) * accumulate + i;
-      const reduces = i === accumulate - 1 ? this.#reducer.begin(pass) : null;
-      const step = reduces ?? plainStep(device, { training: true, number: pass });
-      const shown = await model.pass(data.training(pass), step, { lossSum: sum(LOSS), ...scales });
+      const pass = (number - 1) * accumulate + i, firstPass = i === 0;
+      const reduces = i === accumulate - 1 ? this.#reducer.begin(pass, { firstPass }) : null;
+      const step = reduces ?? plainStep(device, { training: true, number: pass, firstPass });
+      passes.push(await model.pass(data.training(pass), step, { lossSum: sum(LOSS), ...scales }));
       await reduces?.finish();
-      imbalance += shown.imbalance / accumulate;
-      auxLoss += shown.auxLoss / accumulate;
     }
     await model.reduceReplicas();
     ops.fill(sum(ALL_TO_ALL), recorder.total("allToAll") - allToAllBefore);
     const counts = (parameter: Parameter) => model.ownerOf(parameter) === world.rank;
     addSquaredNorms(model.parameters, counts, sum(SQUARES));
-    await world.allReduce(this.#sums);
-    const sums = await this.#sums.toArray() as Float64Array;
+    await world.allReduce(this.#sums).wait(device.stream);
+    const lr = learningRate(number, this.learningRate);
+    ops.clipScale(sum(SQUARES), clip, this.#gradScale);
+    this.optimizer.update(lr, this.#gradScale);
+    const enqueued = now();
+    const { sums, read } = await this.#read(passes.flat());
     const loss = sums[LOSS] / tokens, norm = Math.sqrt(sums[SQUARES]);
     if (!Number.isFinite(loss) || !Number.isFinite(norm)) {
+      this.optimizer.steps = number - 1;
+      dropShown(passes.flat());
       throw new Error(
         `Cannot go on training as loss and gradient must be finite: current value is ${loss} and ${norm} at step ${number}`,
       );
     }
-    const lr = learningRate(number, this.learningRate);
-    ops.clipScale(sum(SQUARES), clip, this.#gradScale);
-    this.optimizer.update(lr, this.#gradScale);
+    const shown = read();
+    let imbalance = 0, auxLoss = 0;
+    for (let i = 0, each = shown.length / accumulate; i < accumulate; i++) {
+      const summary = summaryOf(shown.slice(i * each, (i + 1) * each));
+      imbalance += summary.imbalance / accumulate;
+      auxLoss += summary.auxLoss / accumulate;
+    }
     model.endStep();
-    await device.stream.synchronize();
     const step_us = now() - began;
     return {
       step: number,
@@ -213,10 +223,25 @@ export class Trainer implements AsyncDisposable {
       lr,
       tokens_per_s: tokens / step_us * 1e6,
       step_ms: step_us / 1000,
+      host_ms: (enqueued - began) / 1000,
       a2a_share: sums[ALL_TO_ALL] / world.size / step_us,
       load_imbalance: imbalance,
       grad_norm: norm,
     };
+  }
+
+  /** The step's one wait for the device: sums and what the layers have shown come to the host together. */
+  async #read(shown: readonly Shown[]): Promise<{ sums: Float64Array; read: () => MoeShown[] }> {
+    const pending = shown.filter((one) => "records" in one);
+    const [sums, ...records] = await readTogether([
+      this.#sums,
+      ...pending.map((one) => one.records),
+    ]);
+    const read = () => {
+      let next = 0;
+      return shown.map((one) => "records" in one ? one.finish(records[next++]) : one);
+    };
+    return { sums, read };
   }
 
   /**
@@ -230,11 +255,11 @@ export class Trainer implements AsyncDisposable {
     using sums = zeros(device, [2], "f64");
     let tokens = 0;
     for (const batch of data.validation(limit)) {
-      await model.pass(batch, plainStep(device), { lossSum: sums.rows(0, 1) });
+      dropShown(await model.pass(batch, plainStep(device), { lossSum: sums.rows(0, 1) }));
       for (const target of batch.targets) if (target >= 0) tokens++;
     }
     ops.fill(sums.rows(1, 2), tokens);
-    await world.allReduce(sums);
+    await world.allReduce(sums).wait(device.stream);
     const [loss, all] = await sums.toArray() as Float64Array;
     return loss / all;
   }

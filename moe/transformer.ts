@@ -20,7 +20,7 @@ import { MoeLayer, type MoeResult } from "./moe_layer.ts";
 import { Norm } from "./norm.ts";
 import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
 import { staticPlacement } from "./placement.ts";
-import { dropShown, type MoeShown, readShown, type Shown } from "./shown.ts";
+import { dropShown, type MoeShown, type Shown } from "./shown.ts";
 import type { Step } from "./step.ts";
 
 /** Rows of one rank: sequences one after another. */
@@ -57,13 +57,16 @@ export interface PassOptions {
   readonly auxScale?: number;
 }
 
-/** What the MoE layers have shown in a pass, alike on all ranks. */
-export interface PassResult {
+/** What the MoE layers have shown in a pass, alike on all ranks: see {@linkcode summaryOf}. */
+export interface PassSummary {
   /** Sum of the routers' losses, coefficients applied. */
   readonly auxLoss: number;
   /** Choices of the most loaded expert / mean choices; mean over the MoE layers, 1 without any. */
   readonly imbalance: number;
 }
+
+/** Shapes of batches whose positions are kept on the device. */
+const SHAPES = 2;
 
 /** A decoder-only language model with Mixture-of-Experts layers. */
 export class Transformer implements Disposable {
@@ -74,6 +77,7 @@ export class Transformer implements Disposable {
   /** The MoE layers among them. */
   readonly moeLayers: readonly MoeLayer[];
   readonly #device: Device;
+  readonly #rows: Rows[] = [];
   readonly #embedding: Parameter;
   readonly #norm: Norm;
   readonly #head: Parameter;
@@ -90,9 +94,16 @@ export class Transformer implements Disposable {
     const matrix = { shape: [vocab, width], dtype, init: { std: initStd, seed } };
     this.config = config;
     this.#device = device;
-    this.#embedding = createParameter(device, "model.embed_tokens.weight", matrix);
+    // The embedding's backward pass adds rows; a head's writes every element, and a tied one comes first.
+    const overwriting = { ...matrix, overwrites: true };
+    this.#embedding = createParameter(device, "model.embed_tokens.weight", {
+      ...matrix,
+      overwrites: config.tied,
+    });
     this.#norm = new Norm(device, "model.norm.weight", config);
-    this.#head = config.tied ? this.#embedding : createParameter(device, "lm_head.weight", matrix);
+    this.#head = config.tied
+      ? this.#embedding
+      : createParameter(device, "lm_head.weight", overwriting);
     this.blocks = Array.from({ length: config.layers }, (_, layer) => {
       const dense = config.experts === 0 || layer < config.denseLayers;
       const feedForward = dense
@@ -177,20 +188,21 @@ export class Transformer implements Disposable {
    * @param batch This rank's rows.
    * @param step Told of boundaries and gradients.
    * @param options Where the loss goes, and the gradient's factor.
-   * @returns What the MoE layers have shown.
+   * @returns What the MoE layers have shown, a GPU's still on the device: give it to `readShown` or to `dropShown` of shown.ts. No GPU is
+   * waited for here, but for the counts of an all-to-all.
    */
-  async pass(batch: Batch, step: Step, options: PassOptions): Promise<PassResult> {
+  async pass(batch: Batch, step: Step, options: PassOptions): Promise<readonly Shown[]> {
     using tokens = fromArray(this.#device, batch.tokens);
     using targets = fromArray(this.#device, batch.targets);
-    using rows = rowsOf(this.#device, batch.offsets);
+    const rows = this.#rowsOf(batch.offsets);
     const { x_ND, saved, shown } = await this.#forward(tokens, rows, step);
     for (const layer of this.moeLayers) layer.auxScale = options.auxScale ?? 1;
     const last = this.#norm.forward(x_ND);
-    const dLast = headLoss(last.out_ND, this.#head, { targets, ...options });
+    const dLast = headLoss(last.out_ND, this.#head, { targets, step, ...options });
     if (dLast) {
       using dOut = dLast;
       if (!this.config.tied) step.gradientReady(this.#head.name);
-      let dX = this.#norm.backward(dOut, x_ND, last.invRms_N, step);
+      let dX = this.#norm.backward(dOut, x_ND, last.invRms_N, { step });
       for (let layer = this.blocks.length - 1; layer >= 0; layer--) {
         dX = await this.blocks[layer].backward(dX, saved[layer]!, rows, step);
       }
@@ -199,7 +211,7 @@ export class Transformer implements Disposable {
       dX[Symbol.dispose]();
     } else saved.forEach((s, layer) => s && this.blocks[layer].release(s));
     for (const tensor of [x_ND, last.out_ND, last.invRms_N]) tensor[Symbol.dispose]();
-    return summary(await readShown(shown)); // the only wait of a pass: a GPU still runs it
+    return shown;
   }
 
   /**
@@ -212,7 +224,7 @@ export class Transformer implements Disposable {
    */
   async logits(tokens: Int32Array, offsets: Int32Array, step: Step): Promise<Tensor> {
     using ids = fromArray(this.#device, tokens);
-    using rows = rowsOf(this.#device, offsets);
+    const rows = this.#rowsOf(offsets);
     const { x_ND, saved, shown } = await this.#forward(ids, rows, step);
     dropShown(shown);
     saved.forEach((s, layer) => s && this.blocks[layer].release(s));
@@ -239,6 +251,16 @@ export class Transformer implements Disposable {
     for (const layer of this.moeLayers) layer.endStep();
   }
 
+  /** Positions are kept for batches of the last few shapes: those of training and of validation, as a rule. */
+  #rowsOf(offsets: Int32Array): Rows {
+    const kept = this.#rows;
+    const place = kept.findIndex((rows) => equal(rows.offsets, offsets));
+    const rows = place < 0 ? rowsOf(this.#device, offsets) : kept.splice(place, 1)[0];
+    kept.unshift(rows);
+    if (kept.length > SHAPES) kept.pop()!.positions[Symbol.dispose]();
+    return rows;
+  }
+
   async #forward(tokens: Tensor, rows: Rows, step: Step): Promise<Forward> {
     const saved: Forward["saved"] = [];
     const shown: Shown[] = [];
@@ -255,6 +277,7 @@ export class Transformer implements Disposable {
 
   /** Frees the weights. */
   [Symbol.dispose](): void {
+    for (const { positions } of this.#rows.splice(0)) positions[Symbol.dispose]();
     freeParameter(this.#embedding);
     this.#norm[Symbol.dispose]();
     if (!this.config.tied) freeParameter(this.#head);
@@ -268,7 +291,13 @@ interface Forward {
   readonly shown: readonly Shown[];
 }
 
-function summary(shown: readonly MoeShown[]): PassResult {
+/**
+ * Losses and load of a pass.
+ *
+ * @param shown What the layers have shown, read.
+ * @returns Their sum and mean.
+ */
+export function summaryOf(shown: readonly MoeShown[]): PassSummary {
   if (shown.length === 0) return { auxLoss: 0, imbalance: 1 };
   let auxLoss = 0, imbalance = 0;
   for (const layer of shown) {
@@ -309,16 +338,19 @@ function imbalanceOf(counts: Float64Array): number {
   return sum > 0 ? Math.max(...counts) * counts.length / sum : 1;
 }
 
-function outlineOf({ name, value, group }: Parameter): GradientOutline {
-  return { name, elements: value.size, elementBytes: bytesOf(value.dtype), group };
+function outlineOf({ name, grad, group }: Parameter): GradientOutline {
+  return { name, elements: grad.size, elementBytes: bytesOf(grad.dtype), group };
 }
 
 /** Positions of the rows, each counted from the start of its sequence. */
-function rowsOf(device: Device, offsets: Int32Array): Rows & Disposable {
+function rowsOf(device: Device, offsets: Int32Array): Rows {
   const positions = new Int32Array(offsets[offsets.length - 1]);
   for (let s = 0; s + 1 < offsets.length; s++) {
     for (let row = offsets[s]; row < offsets[s + 1]; row++) positions[row] = row - offsets[s];
   }
-  const tensor = fromArray(device, positions);
-  return { offsets, positions: tensor, [Symbol.dispose]: () => tensor[Symbol.dispose]() };
+  return { offsets: offsets.slice(), positions: fromArray(device, positions) };
+}
+
+function equal(a: Int32Array, b: Int32Array): boolean {
+  return a.length === b.length && a.every((x, i) => x === b[i]);
 }
