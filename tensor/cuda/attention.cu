@@ -2,10 +2,10 @@
 // running maximum and sum, so that nothing of the size of the score matrix exists. Not here: other types and widths (attention_general.cu).
 
 // M: tiles of 16 rows per warp. Scores are kept times log2(e) / sqrt(C), so that probabilities are powers of two.
-template <int C, int WARPS, int M>
+template <int C, int WARPS, int M, int KEYS>
 DEVICE void attention_forward(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* lse, const Tile* tiles, int H, int G,
                               int width, float scale) {
-  constexpr int CHUNKS = C / 8, ROWS = WARPS * 16 * M, KEYS = 64, THREADS = WARPS * 32;
+  constexpr int CHUNKS = C / 8, ROWS = WARPS * 16 * M, THREADS = WARPS * 32;
   constexpr bool RESIDENT = C * M <= 128;  // queries stay in registers
   extern __shared__ uint4 shared[];
   uint4 *q_tile = shared, *stages = shared + ROWS * CHUNKS;
@@ -157,12 +157,12 @@ DEVICE void attention_forward(const bf16* q, const bf16* k, const bf16* v, bf16*
   store_rows<M, C>(q_tile, row, sums, inverse, out + offset, q_stride, rows, width);
 }
 
-#define ATTENTION(C, WARPS, M)                                                                                                            \
-  extern "C" __global__ void __launch_bounds__(WARPS * 32, 8 / WARPS) attention_forward_##C(                                              \
+#define ATTENTION(NAME, C, WARPS, M, KEYS, BLOCKS)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_forward_##NAME(                                              \
       const bf16* q, const bf16* k, const bf16* v, bf16* out, float* lse, const Tile* tiles, int H, int G, int width, float scale) {      \
-    attention_forward<C, WARPS, M>(q, k, v, out, lse, tiles, H, G, width, scale);                                                         \
+    attention_forward<C, WARPS, M, KEYS>(q, k, v, out, lse, tiles, H, G, width, scale);                                                   \
   }
-ATTENTION(32, 4, 2)
-ATTENTION(64, 4, 2)
-ATTENTION(96, 4, 2)
-ATTENTION(128, 4, 2)
+ATTENTION(32, 32, 4, 2, 64, 2)
+ATTENTION(64, 64, 4, 2, 64, 2)
+ATTENTION(96, 96, 4, 2, 64, 2)
+ATTENTION(128, 128, 4, 2, 64, 2)
