@@ -9,6 +9,7 @@ import { openSelf } from "../collectives/self.ts";
 import { openShm } from "../collectives/shm/mod.ts";
 import type { BootContext, Store } from "../collectives/transport.ts";
 import type { Communicator } from "../collectives/types.ts";
+import type { Device } from "../tensor/device.ts";
 import { cpuDevice } from "../tensor/cpu/device.ts";
 
 /** How a rank ended. */
@@ -129,12 +130,26 @@ export async function rankMain(
   const env = (name: string) => Deno.env.get(`LINA_TEST_${name}`)!;
   const rank = Number(env("RANK")), size = Number(env("SIZE"));
   const store = fileStore(env("STORE"));
-  const boot: BootContext = { rank, size, localRank: rank, device: cpuDevice(), store };
-  const transport = size === 1 ? openSelf() : await openShm(boot);
-  const comm = createCommunicator(transport, { rank, size, name: "world", ...options });
+  const nccl = Deno.env.get("LINA_TEST_BACKEND") === "nccl";
+  const device = nccl ? await ncclDevice(rank) : cpuDevice();
+  const boot: BootContext = { rank, size, localRank: rank, device, store };
+  const transport = size === 1
+    ? openSelf()
+    : nccl
+    ? await (await import("../collectives/nccl/mod.ts")).openNccl(boot)
+    : await openShm(boot);
+  const given = nccl ? { ...options, device } : options;
+  const comm = createCommunicator(transport, { rank, size, name: "world", ...given });
   const result = await main({ ...boot, comm, args: JSON.parse(env("ARGS")) });
   await Deno.writeTextFile(`${env("STORE")}/result.${rank}`, JSON.stringify(result ?? null));
   await comm[Symbol.asyncDispose]();
+}
+
+/** The GPU that all ranks share, or its emulator: NCCL takes each rank for a host of its own. */
+async function ncclDevice(rank: number): Promise<Device> {
+  Deno.env.set("NCCL_HOSTID", `rank${rank}`);
+  const { testDevice } = await import("./emulator/device.ts");
+  return (await testDevice())!;
 }
 
 /**

@@ -36,8 +36,8 @@ export class HostFlight implements Completion {
   end: CudaEvent | undefined;
   /** Its begin, if a trace is captured. */
   begin: CudaEvent | undefined;
-  /** Host arrays that it reads, and those that it writes. */
-  staged: { readonly read: readonly Staged[]; readonly written: readonly Staged[] } | undefined;
+  /** The host array that it reads, and the one that it writes. */
+  staged: { readonly read: Staged | null; readonly written: Staged | null } | undefined;
   /** Whether the device has passed its end, and results on the host are in their arrays. */
   landed = false;
   /** Its transport. */

@@ -155,13 +155,12 @@ class NcclTransport implements Transport, Tower {
     if (this.#failure) throw this.#failure;
     this.#holdBack();
     const { operation, send, recv } = request;
-    const region = send ?? recv;
-    const onHost = region !== null && region.array !== null;
     const paired = operation === "send" || operation === "recv";
     const index = paired ? -1 : this.#begun++;
-    const flight = onHost
-      ? new HostFlight(request, index, this)
-      : new DeviceFlight(request, index, this);
+    const flight =
+      recv !== null && recv.array !== null || send !== null && paired && send.array !== null
+        ? new HostFlight(request, index, this)
+        : new DeviceFlight(request, index, this);
     if (paired) {
       // A send and a receive that are started one after the other must run side by side, or all ranks could wait in their sends.
       if (this.#waiting.push(flight) === 1) queueMicrotask(() => this.#flushLate());
@@ -174,38 +173,33 @@ class NcclTransport implements Transport, Tower {
 
   #enqueue(flight: HostFlight): void {
     const { request } = flight;
-    const { send, recv } = request;
+    const { send, recv, operation, peer } = request;
     try {
-      this.#order(flight);
-      if (!(flight instanceof DeviceFlight)) return this.#enqueueStaged(flight);
+      this.#order(request);
+      const filled = operation !== "broadcast" || peer === this.#place.rank;
+      const from = this.#stage(send, filled);
+      const to = recv === send ? from : this.#stage(recv, false);
       this.#begin(flight);
-      enqueue(this.#place, request, addressOf(send), addressOf(recv));
+      enqueue(this.#place, request, addressOf(send, from), addressOf(recv, to));
+      if (to !== null) this.#staging.fetch(to);
+      if (from !== null || to !== null) {
+        flight.staged = { read: from === to ? null : from, written: to };
+      }
       this.#end(flight);
     } catch (error) {
       throw this.#failure = error as Error;
     }
   }
 
-  /** Host arrays go to the device and back on the same stream. */
-  #enqueueStaged(flight: HostFlight): void {
-    const { send, recv, operation, peer } = flight.request;
-    const inPlace = send === recv;
-    const filled = operation !== "broadcast" || peer === this.#place.rank;
-    const from = send && this.#staging.stage(send, filled);
-    const to = recv && (inPlace ? from : this.#staging.stage(recv, false));
-    this.#begin(flight);
-    enqueue(this.#place, flight.request, from?.address ?? 0n, to?.address ?? 0n);
-    // An in-place reduction on a rank that is not its root leaves the array as it is.
-    const written = to ? [to] : [];
-    for (const staged of written) this.#staging.fetch(staged);
-    flight.staged = { read: from && !inPlace ? [from] : [], written };
-    this.#end(flight);
+  /** Host arrays go to the device, and back, on the same stream. */
+  #stage(region: Region | null, filled: boolean): Staged | null {
+    return region === null || region.array === null ? null : this.#staging.stage(region, filled);
   }
 
   /** Orders the stream after what the data comes from: an event, or all that the device's stream holds. The host's data needs nothing. */
-  #order(flight: HostFlight): void {
-    if (!(flight instanceof DeviceFlight)) return;
-    const { after } = flight.request;
+  #order({ send, recv, after }: CollectiveRequest): void {
+    const onHost = (region: Region | null) => region === null || region.array !== null;
+    if ((send !== null || recv !== null) && onHost(send) && onHost(recv)) return;
     this.#stream.wait(after ?? this.#job.device.stream.record());
   }
 
@@ -233,8 +227,10 @@ class NcclTransport implements Transport, Tower {
     const flights = this.#waiting;
     this.#waiting = [];
     try {
-      for (const flight of flights) this.#order(flight);
-      const staged = flights.map((flight) => this.#stageMessage(flight));
+      for (const flight of flights) this.#order(flight.request);
+      const staged = flights.map(({ request: { send, recv } }) =>
+        this.#stage(send ?? recv, send !== null)
+      );
       this.#begin(flights[0]);
       for (const flight of flights) flight.begin = flights[0].begin;
       const messages = flights.map((flight, i) => messageOf(flight, staged[i]));
@@ -244,18 +240,12 @@ class NcclTransport implements Transport, Tower {
         if (one === null) return;
         const received = flight.request.operation === "recv";
         if (received) this.#staging.fetch(one);
-        flight.staged = { read: received ? [] : [one], written: received ? [one] : [] };
+        flight.staged = received ? { read: null, written: one } : { read: one, written: null };
       });
       this.#end(...flights);
     } catch (error) {
       throw this.#failure = error as Error;
     }
-  }
-
-  #stageMessage(flight: HostFlight): Staged | null {
-    if (flight instanceof DeviceFlight) return null;
-    const { send, recv } = flight.request;
-    return this.#staging.stage((send ?? recv)!, send !== null);
   }
 
   /** The same where nobody can catch: whoever polls the messages gets the error. */
@@ -290,8 +280,9 @@ class NcclTransport implements Transport, Tower {
     flight.landed = true;
     const { staged } = flight;
     if (staged === undefined) return;
-    for (const one of staged.read) this.#staging.finish(one, false);
-    for (const one of staged.written) this.#staging.finish(one, true);
+    const { read, written } = staged;
+    if (read !== null) this.#staging.finish(read, false);
+    if (written !== null) this.#staging.finish(written, true);
     flight.staged = undefined;
   }
 
@@ -375,13 +366,14 @@ class NcclTransport implements Transport, Tower {
   }
 }
 
-function addressOf(region: Region | null): bigint {
-  return region === null ? 0n : BigInt(region.address);
+function addressOf(region: Region | null, staged: Staged | null): bigint {
+  return staged?.address ?? (region === null ? 0n : BigInt(region.address));
 }
 
 function messageOf(flight: HostFlight, staged: Staged | null): Message {
   const { operation, peer, send, recv } = flight.request;
-  const { dtype, length, address } = (send ?? recv)!;
+  const region = (send ?? recv)!;
+  const { dtype, length } = region;
   const receive = operation === "recv";
-  return { receive, peer, dtype, length, address: staged?.address ?? BigInt(address) };
+  return { receive, peer, dtype, length, address: addressOf(region, staged) };
 }

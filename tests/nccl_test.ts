@@ -1,0 +1,88 @@
+// The NCCL transport on processes of this machine: on the emulator of CUDA and of NCCL, so that all of it but NCCL itself runs without a
+// GPU. The same rank programs run on a GPU in gpu_ranks_test.ts.
+
+import assert from "node:assert/strict";
+import { buildEmulator } from "./emulator/build.ts";
+import { buildNccl } from "./emulator/nccl.ts";
+import { type RunOptions, runRanks } from "./_ranks.ts";
+
+const program = new URL("./_collectives_ranks.ts", import.meta.url);
+const library = await buildEmulator() && await buildNccl(false);
+const oldLibrary = library && await buildNccl(true);
+if (library === null) {
+  const message = "Cannot emulate NCCL as there must be clang on Linux";
+  if (Deno.env.get("LINA_CI")) throw new Error(message);
+  console.warn(`skipped: ${message}`);
+}
+const ignore = library === null;
+
+function run<T>(name: string, size: number, options: RunOptions & { args?: object } = {}) {
+  const env = {
+    LINA_TEST_BACKEND: "nccl",
+    LINA_EMULATOR: "1",
+    LINA_NCCL_LIB: library!,
+    LINA_EMULATOR_MEMORY_MIB: "256",
+    ...options.env,
+  };
+  return runRanks<T>(program, size, { ...options, env, args: { program: name, ...options.args } });
+}
+
+Deno.test({
+  name: "nccl: collectives give what they must, for arrays and tensors",
+  ignore,
+  fn: async () => {
+    for (
+      const { result } of await run<number>("operations", 4, { args: { lengths: [0, 1, 63] } })
+    ) {
+      assert(result! > 600, `${result} cases`);
+    }
+    const env = { LINA_NCCL_LIB: oldLibrary! };
+    await run<number>("operations", 3, { env, args: { lengths: [0, 5] } });
+  },
+});
+
+Deno.test({
+  name: "nccl: wrong arguments throw at the call",
+  ignore,
+  fn: async () => {
+    for (const { result } of await run<string[]>("errors", 2)) assert(result!.length >= 22);
+  },
+});
+
+Deno.test({
+  name: "nccl: a rank's block of the other buffer may be source or destination",
+  ignore,
+  fn: async () => void await run("inPlace", 3),
+});
+
+Deno.test({
+  name: "nccl: random operations on two communicators end and are right",
+  ignore,
+  fn: async () => void await run("random", 3, { args: { seed: 7, steps: 60 } }),
+});
+
+Deno.test({
+  name: "nccl: split and dup make independent communicators",
+  ignore,
+  fn: async () => {
+    const results = await run<{ name: string; rank: number; sum: number }>("groups", 4);
+    assert.deepEqual(results.map((r) => r.result), [
+      { name: "world/split1.0", rank: 1, sum: 2 },
+      { name: "world/split1.1", rank: 1, sum: 4 },
+      { name: "world/split1.0", rank: 0, sum: 2 },
+      { name: "world/split1.1", rank: 0, sum: 4 },
+    ]);
+  },
+});
+
+Deno.test({
+  name: "nccl: in debug mode ranks that call different operations are named",
+  ignore,
+  fn: async () => {
+    const env = { LINA_DEBUG: "1" };
+    for (const { result } of await run<{ message: string }>("order", 2, { env })) {
+      assert.match(result!.message, /operation 1 of world/);
+      assert.match(result!.message, /rank 1 called broadcast\(f32, 8 elements, root 0\)/);
+    }
+  },
+});
