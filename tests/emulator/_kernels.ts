@@ -1,27 +1,36 @@
-// Compiles and launches single kernels on the emulator for its own tests, by the calls of ffi/. Not how the project launches kernels:
-// that is tensor/cuda/device.ts.
+// Compiles and launches single kernels for the emulator's own tests, by the calls of ffi/, on the emulator or a GPU. Not how the project
+// launches kernels: that is tensor/cuda/device.ts.
 
 import { addressOf, cString } from "../../ffi/address.ts";
 import { checkCuda, cuda, type CudaFunctionHandle, type CudaModuleHandle } from "../../ffi/cuda.ts";
-import { checkCudart, cudart, type CudaStreamHandle } from "../../ffi/cudart.ts";
+import { checkCudart, CUDART, cudart, type CudaStreamHandle } from "../../ffi/cudart.ts";
 import { nvrtc } from "../../ffi/nvrtc.ts";
 
-/** A value of a kernel's parameter: a number is an i32, an f32 in a `Float32Array`, an array of device memory its address. */
-export type Value = number | Float32Array<ArrayBuffer> | DeviceArray;
+/** Elements of a device array, or the bytes of one parameter. */
+export type Elements =
+  | Float32Array<ArrayBuffer>
+  | Float64Array<ArrayBuffer>
+  | Int32Array<ArrayBuffer>
+  | Uint32Array<ArrayBuffer>
+  | Uint16Array<ArrayBuffer>
+  | Uint8Array<ArrayBuffer>
+  | BigUint64Array<ArrayBuffer>
+  | BigInt64Array<ArrayBuffer>;
+
+/** A kernel's parameter: a number is an i32, elements are its bytes, an array of device memory its address. */
+export type Value = number | Elements | DeviceArray<Elements>;
 
 /** Keeps what C reads alive up to here. */
 function kept(..._values: readonly unknown[]): void {}
 
-type Host = Float32Array<ArrayBuffer> | Int32Array<ArrayBuffer> | Uint16Array<ArrayBuffer>;
-
 /** An array in device memory. */
-export class DeviceArray {
-  readonly #host: Host;
+export class DeviceArray<T extends Elements> {
+  readonly #host: T;
   /** Its address. */
   readonly address: bigint;
 
-  /** @param host Contents, or null elements to begin with. */
-  constructor(host: Host) {
+  /** @param host Contents to begin with; {@linkcode read} brings them back up to date. */
+  constructor(host: T) {
     this.#host = host;
     const out = new BigUint64Array(new ArrayBuffer(8));
     const { calls } = cudart();
@@ -31,7 +40,7 @@ export class DeviceArray {
   }
 
   /** The contents. */
-  read(): Host {
+  read(): T {
     this.#copy(2);
     return this.#host;
   }
@@ -68,7 +77,19 @@ export async function compile(source: string): Promise<Kernels> {
   const common = await Deno.readTextFile(
     new URL("../../tensor/cuda/common.cuh", import.meta.url),
   );
-  const image = await nvrtc().compile(common + source, "test.cu", ["--gpu-architecture=sm_80"]);
+  const out32 = new Int32Array(new ArrayBuffer(4));
+  const attribute = (which: number) => {
+    const code = cudart().calls.cudaDeviceGetAttribute(addressOf(out32.buffer), which, 0);
+    checkCudart(code, "cudaDeviceGetAttribute");
+    return out32[0];
+  };
+  const level = attribute(CUDART.attributeMajor) * 10 + attribute(CUDART.attributeMinor);
+  checkCudart(cudart().calls.cudaSetDevice(0), "cudaSetDevice");
+  const image = await nvrtc().compile(common + source, "test.cu", [
+    `--gpu-architecture=sm_${level}`,
+    "--std=c++17",
+    "-default-device",
+  ]);
   const { calls } = cuda();
   const out = new BigUint64Array(new ArrayBuffer(8));
   checkCuda(
@@ -89,18 +110,23 @@ export async function compile(source: string): Promise<Kernels> {
       if (shared_bytes > 48 * 1024) {
         checkCuda(calls.cuFuncSetAttribute(kernel, 8, shared_bytes), "cuFuncSetAttribute");
       }
-      const slots = values.map((value) => {
+      const slots = values.map((value): Elements => {
         if (value instanceof DeviceArray) return BigUint64Array.of(value.address);
         return typeof value === "number" ? Int32Array.of(value) : value;
       });
-      const table = BigUint64Array.from(slots, (slot) => addressOf(slot.buffer as ArrayBuffer));
+      const table = BigUint64Array.from(slots, ({ buffer }) => addressOf(buffer));
       const stream = 0n as CudaStreamHandle;
       const at = addressOf(table.buffer);
       // deno-fmt-ignore
       const code = calls.cuLaunchKernel(kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, at, 0n);
       kept(slots, table, title);
       checkCuda(code, "cuLaunchKernel");
-      checkCudart(cudart().calls.cudaStreamQuery(stream), "cudaStreamQuery");
+      for (;;) {
+        const state = cudart().calls.cudaStreamQuery(stream);
+        if (state === CUDART.errorNotReady) continue;
+        checkCudart(state, "cudaStreamQuery");
+        break;
+      }
     },
   };
 }

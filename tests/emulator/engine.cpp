@@ -462,7 +462,9 @@ void run_vote(Warp& warp, uint32_t lanes, int kind) {
     }
     first = false;
   }
-  for (int i = 0; i < 32; i++) warp.out[i] = all;
+  for (int i = 0; i < 32; i++) {
+    if (lanes >> i & 1) warp.out[i] = all; // the other lanes may not have read the result of a meeting of their own
+  }
 }
 
 // All lanes have arrived: computes, and lets those that wait go on.
@@ -471,7 +473,9 @@ void complete(Warp& warp, unsigned base, Meeting& meeting) {
   if (meeting.kind >= MMA && lanes != ~0u) abandon(lina::LAUNCH_FAILED, "%s needs all 32 lanes: only 0x%08x of the warp are there", meeting.name, lanes);
   if (meeting.kind == SHUFFLE) {
     // A lane that is not there has no value to give: all ones, a NaN, so that using it shows.
-    for (int i = 0; i < 32; i++) warp.out[i] = lanes >> i & 1 ? warp.in[i] : ~0ull;
+    for (int i = 0; i < 32; i++) {
+      if (meeting.mask >> i & 1) warp.out[i] = lanes >> i & 1 ? warp.in[i] : ~0ull;
+    }
   } else if (meeting.kind == MMA) {
     run_mma(warp);
   } else if (meeting.kind == MATRICES || meeting.kind == MATRICES_TRANSPOSED) {
@@ -785,11 +789,10 @@ void run_block() {
 
 int lina::launch(const Module& module, const Kernel& which, Dim grid, Dim block, size_t shared, void** values) {
   std::lock_guard<std::mutex> lock(launching);
-  static bool asked = false;
-  if (!asked) {
-    asked = true;
-    const char* text = getenv("LINA_EMULATOR_SEED");
-    seed = text ? strtoull(text, nullptr, 10) : 0;
+  const char* text = getenv("LINA_EMULATOR_SEED");
+  uint64_t wish = text ? strtoull(text, nullptr, 10) : 0;
+  if (wish != seed) {
+    seed = wish;
     random_state = seed * 0x9e3779b97f4a7c15ull + 1;
   }
   kernel = &which;

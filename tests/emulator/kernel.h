@@ -15,7 +15,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 // Static shared memory lies in one section, which is poisoned before each block. (nvrtc.cpp rewrites `extern __shared__ T name[];`.)
-#define __shared__ __attribute__((section("lina_shared"))) static
+#define __shared__ __attribute__((section("lina_static"))) static
 #define DEVICE inline
 
 typedef __SIZE_TYPE__ size_t;

@@ -132,6 +132,18 @@ std::string rewrite(const std::string& source) {
         }
       }
     }
+    if (word && source.compare(at, 10, "__shared__") == 0) {
+      size_t next = at + 10;
+      skip_space(source, next);
+      if (source.compare(next, 7, "alignas") == 0) {
+        // C++ wants the alignment before `static`, which __shared__ becomes.
+        size_t open = source.find('(', next), stop = open;
+        skip_group(source, stop);
+        out += "__attribute__((aligned" + source.substr(open, stop - open) + ")) __shared__";
+        at = stop;
+        continue;
+      }
+    }
     out += source[at++];
   }
   return out;
@@ -223,7 +235,7 @@ int compile(Program& program, const std::vector<std::string>& options) {
       text += "inline float to_f32(bf16 x) { return __uint_as_float((unsigned)x.bits << 16); }\n";
       text += "inline bf16 to_bf16(float x) { return {(unsigned short)lina_round_bf16(x)}; }\n";
     }
-    text += "extern \"C\" __attribute__((weak, visibility(\"hidden\"))) unsigned char __start_lina_shared[], __stop_lina_shared[];\n";
+    text += "extern \"C\" __attribute__((weak, visibility(\"hidden\"))) unsigned char __start_lina_static[], __stop_lina_static[];\n";
     text += "static const LinaKernel lina_kernels[] = {\n";
     std::vector<std::string> names = kernels_of(text);
     for (const std::string& name : names) {
@@ -232,7 +244,7 @@ int compile(Program& program, const std::vector<std::string>& options) {
     text += "{nullptr, nullptr, 0, nullptr}};\n";
     text += "struct LinaModule { const LinaKernel* kernels; int count; unsigned char *begin, *end; };\n";
     text += "extern \"C\" __attribute__((visibility(\"default\"))) const LinaModule lina_module = {lina_kernels, " + std::to_string(names.size()) +
-            ", __start_lina_shared, __stop_lina_shared};\n";
+            ", __start_lina_static, __stop_lina_static};\n";
     write_file(whole, text);
     std::vector<std::string> second = common;
     second.insert(second.end(), {"-x", "c++-cpp-output", whole, "-shared", "-lm", "-o", library});
