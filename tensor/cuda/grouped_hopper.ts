@@ -1,0 +1,88 @@
+// Launches of grouped_hopper.cu: a grid that fills the GPU once, tensor maps of the operands, and tables of the groups' matrices.
+
+import type { Tensor } from "../tensor.ts";
+import type { CudaContext, ModuleSource, ParameterType } from "./context.ts";
+import source from "./grouped_hopper.cu" with { type: "text" };
+import { type Box, type GroupTables, MAP_BYTES } from "./grouped_tables.ts";
+import walk from "./grouped_walk.cuh" with { type: "text" };
+
+/** A grouped product by Hopper's kernel; false if the call is not for it. See grouped_walk.cuh for the modes and letters. */
+export type HopperGrouped = (
+  mode: 0 | 1 | 2,
+  a: Tensor,
+  b: Tensor | null,
+  matrices: readonly Tensor[],
+  offsets: Tensor,
+  out: Tensor | null,
+  m: number,
+  n: number,
+  k: number,
+  beta: number,
+) => boolean;
+
+const MAP: ParameterType = { bytes: MAP_BYTES };
+// deno-fmt-ignore
+const PARAMETERS: readonly ParameterType[] = [MAP, MAP, MAP, "ptr", "ptr", "ptr", "i32", "ptr", "ptr", "i32", "i32", "i32", "f32"];
+
+/** The kernels of grouped_hopper.cu. */
+export const hopperModule: ModuleSource = {
+  name: "grouped_hopper",
+  source: `${walk}\n#line 1 "grouped_hopper.cu"\n${source}`,
+  kernels: {
+    grouped_0: PARAMETERS,
+    grouped_1: PARAMETERS,
+    grouped_2: PARAMETERS,
+    grouped_2_f32: PARAMETERS,
+  },
+  from: 90,
+  exact: true,
+};
+
+/** As in grouped_hopper.cu: a tile, blocks of a cluster, stages, elements of the reduction in one. */
+const TILE_M = 128, TILE_N = 256, CLUSTER = 2, STAGES = 4, DEPTH = 64;
+const THREADS = 384;
+/** Stages, two buffers of results per consumer, and room to begin at a multiple of 1024. */
+const SHARED = STAGES * (TILE_M + TILE_N) * DEPTH * 2 + 4 * 8192 + 1024;
+
+/** Rows of modes 0 and 1, and a cluster block's share of a weight of mode 0. */
+const ROWS: Box = { columns: DEPTH, rows: TILE_M };
+const WEIGHT: Box = { columns: DEPTH, rows: TILE_N / CLUSTER };
+/** Everything else: 64 by 64 elements. */
+const SQUARE: Box = { columns: 64, rows: 64 };
+const NO_MAP = new Uint8Array(MAP_BYTES);
+
+/**
+ * The grouped product on Hopper, for bf16 whose rows all begin at multiples of 16 bytes.
+ *
+ * @param context The GPU.
+ * @param tables Where matrices and their tensor maps are found.
+ * @returns The product; null if the GPU is not a Hopper.
+ */
+export function hopperGrouped(context: CudaContext, tables: GroupTables): HopperGrouped | null {
+  if (!context.has(hopperModule)) return null;
+  const kernels = [0, 1, 2].map((mode) => context.kernel(hopperModule, `grouped_${mode}`));
+  const wide = context.kernel(hopperModule, "grouped_2_f32");
+  const { multiprocessors } = context.properties;
+  const most = Math.max(CLUSTER, multiprocessors - multiprocessors % CLUSTER);
+  // Tiles drawn and blocks finished; every launch leaves zeros.
+  const counter = context.allocate(8);
+  context.clear(counter, 8);
+
+  return (mode, a, b, matrices, offsets, out, m, n, k, beta) => {
+    const inner = mode === 2 ? m : k, f32 = mode === 2 && matrices[0].dtype === "f32";
+    if (inner % 8 !== 0 || n % 8 !== 0 || a.address % 16 !== 0) return false;
+    if ((b ?? out!).address % 16 !== 0) return false;
+    const table = tables.table(matrices, f32 ? null : mode === 0 ? WEIGHT : SQUARE);
+    if (!table.aligned) return false;
+    const aMap = tables.map(a, mode === 2 ? SQUARE : ROWS);
+    const bMap = mode === 2 ? tables.map(b!, SQUARE) : NO_MAP;
+    const outMap = mode === 2 ? NO_MAP : tables.map(out!, SQUARE);
+    const units = Math.ceil(m / (TILE_M * CLUSTER)) * (mode === 2 ? matrices.length : 1) +
+      (mode === 2 ? 0 : matrices.length);
+    const blocks = Math.min(most, units * Math.ceil(n / TILE_N) * CLUSTER);
+    // deno-fmt-ignore
+    (f32 ? wide : kernels[mode]).launch(blocks, 1, 1, THREADS, SHARED, aMap, bMap, outMap, table.maps, counter,
+      offsets.address, matrices.length, out?.address ?? 0, table.addresses, m, n, k, beta);
+    return true;
+  };
+}
