@@ -83,7 +83,14 @@ export {
   Transformer,
   type TransformerOptions,
 } from "./moe/transformer.ts";
-export type { Block, BlockSaved, FeedForwardOutput, FeedForwardPart } from "./moe/block.ts";
+export type {
+  Block,
+  BlockInner,
+  BlockSaved,
+  FeedForwardOutput,
+  FeedForwardPart,
+  Recompute,
+} from "./moe/block.ts";
 export type { Attention, AttentionSaved, Rows } from "./moe/attention.ts";
 export type { Norm, Normed } from "./moe/norm.ts";
 export { type StepMetrics, Trainer, type TrainerOptions } from "./moe/trainer.ts";

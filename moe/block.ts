@@ -7,7 +7,8 @@ import { Attention, type AttentionSaved, type Rows } from "./attention.ts";
 import type { ModelConfig } from "./config.ts";
 import { Norm, type Normed } from "./norm.ts";
 import type { Parameter } from "./parameter.ts";
-import type { Step } from "./step.ts";
+import { dropShown, type Shown } from "./shown.ts";
+import { repeatedStep, type Step } from "./step.ts";
 
 /** What a feed-forward part returns; a MoE layer has more to tell. */
 export interface FeedForwardOutput {
@@ -15,6 +16,8 @@ export interface FeedForwardOutput {
   readonly out_ND: Tensor;
   /** What its backward pass needs. */
   readonly saved: unknown;
+  /** What a MoE layer has shown. */
+  readonly shown?: Shown;
 }
 
 /** What a block asks of its feed-forward part. */
@@ -33,10 +36,22 @@ export interface FeedForwardPart extends Disposable {
   release(saved: unknown): void;
 }
 
+/**
+ * What is not kept for the backward pass but computed again there, to save memory: nothing; the outputs of activations, which are cheap; or
+ * whole blocks, of which only the input stays, at the price of a second forward pass.
+ */
+export type Recompute = "none" | "activation" | "block";
+
 /** What the backward pass of a block needs; all of it is owned. */
 export interface BlockSaved {
   /** The input. */
   readonly x_ND: Tensor;
+  /** The rest; null where the block runs again. */
+  readonly inner: BlockInner | null;
+}
+
+/** What a block computes on the way. */
+export interface BlockInner {
   /** The input, normed. */
   readonly norm1: Normed;
   /** From attention. */
@@ -57,6 +72,7 @@ export class Block implements Disposable {
   readonly attention: Attention;
   /** The norm before attention, and the one before the feed-forward part. */
   readonly norms: readonly [Norm, Norm];
+  readonly #runsAgain: boolean;
 
   /**
    * Makes attention and norms around a feed-forward part.
@@ -64,16 +80,22 @@ export class Block implements Disposable {
    * @param device Where the weights live.
    * @param layer Number of the layer.
    * @param config Sizes of the model.
-   * @param options The feed-forward part, which the block then owns, and the seed of the weights.
+   * @param options The feed-forward part, which the block then owns, the seed of the weights, and whether the block runs again in the
+   * backward pass.
    */
   constructor(
     device: Device,
     layer: number,
     config: ModelConfig,
-    options: { readonly feedForward: FeedForwardPart; readonly seed: number },
+    options: {
+      readonly feedForward: FeedForwardPart;
+      readonly seed: number;
+      readonly runsAgain?: boolean;
+    },
   ) {
     const prefix = `model.layers.${layer}.`;
     this.feedForward = options.feedForward;
+    this.#runsAgain = options.runsAgain ?? false;
     this.attention = new Attention(device, layer, config, options.seed);
     this.norms = [
       new Norm(device, `${prefix}input_layernorm.weight`, config),
@@ -100,15 +122,36 @@ export class Block implements Disposable {
     rows: Rows,
     step: Step,
   ): Promise<{ out_ND: Tensor; saved: BlockSaved | null; output: FeedForwardOutput }> {
+    const { inner, output } = await this.#run(x_ND, rows, step);
+    const { out_ND } = output;
+    const saved = { x_ND, inner };
+    if (!step.training) {
+      this.release(saved);
+      return { out_ND, saved: null, output };
+    }
+    if (!this.#runsAgain) return { out_ND, saved, output };
+    this.#releaseInner(inner);
+    return { out_ND, saved: { x_ND, inner: null }, output };
+  }
+
+  async #run(
+    x_ND: Tensor,
+    rows: Rows,
+    step: Step,
+  ): Promise<{ inner: BlockInner; output: FeedForwardOutput }> {
     const norm1 = this.norms[0].forward(x_ND);
     const { out_ND: x1_ND, saved: attention } = this.attention.forward(norm1.out_ND, rows);
     const norm2 = this.norms[1].addForward(x_ND, x1_ND);
     const output = await this.feedForward.forward(norm2.out_ND, step, x1_ND);
-    const { out_ND } = output;
-    const saved = { x_ND, norm1, attention, x1_ND, norm2, feedForward: output.saved };
-    if (step.training) return { out_ND, saved, output };
-    this.release(saved);
-    return { out_ND, saved: null, output };
+    return { inner: { norm1, attention, x1_ND, norm2, feedForward: output.saved }, output };
+  }
+
+  /** The forward pass again: the same kernels on the same numbers, so the same bits and the same routing. */
+  async #again(x_ND: Tensor, rows: Rows, step: Step): Promise<BlockInner> {
+    const { inner, output } = await this.#run(x_ND, rows, repeatedStep(step));
+    output.out_ND[Symbol.dispose]();
+    if (output.shown) dropShown([output.shown]);
+    return inner;
   }
 
   /**
@@ -126,15 +169,18 @@ export class Block implements Disposable {
     rows: Rows,
     step: Step,
   ): Promise<Tensor> {
-    const [first, second] = this.norms;
+    const [first, second] = this.norms, { x_ND } = saved;
+    const inner = saved.inner ?? await this.#again(x_ND, rows, step);
+    const { x1_ND, norm1, norm2 } = inner;
     const residual = { step, residual_ND: dOut_ND };
     {
-      using dNorm2 = await this.feedForward.backward(dOut_ND, saved.feedForward, step);
-      second.backward(dNorm2, saved.x1_ND, saved.norm2.invRms_N, residual);
+      using dNorm2 = await this.feedForward.backward(dOut_ND, inner.feedForward, step);
+      second.backward(dNorm2, x1_ND, norm2.invRms_N, residual);
     }
-    using dNorm1 = this.attention.backward(dOut_ND, saved.attention, rows, step);
-    first.backward(dNorm1, saved.x_ND, saved.norm1.invRms_N, residual);
-    this.#releaseRows(saved);
+    using dNorm1 = this.attention.backward(dOut_ND, inner.attention, rows, step);
+    first.backward(dNorm1, x_ND, norm1.invRms_N, residual);
+    this.#releaseRows(inner);
+    x_ND[Symbol.dispose]();
     return dOut_ND;
   }
 
@@ -143,14 +189,19 @@ export class Block implements Disposable {
    *
    * @param saved From the forward pass.
    */
-  release(saved: BlockSaved): void {
-    this.feedForward.release(saved.feedForward);
-    this.attention.release(saved.attention);
-    this.#releaseRows(saved);
+  release({ x_ND, inner }: BlockSaved): void {
+    x_ND[Symbol.dispose]();
+    if (inner) this.#releaseInner(inner);
   }
 
-  #releaseRows({ x_ND, x1_ND, norm1, norm2 }: BlockSaved): void {
-    for (const tensor of [x_ND, x1_ND, ...Object.values(norm1), ...Object.values(norm2)]) {
+  #releaseInner(inner: BlockInner): void {
+    this.feedForward.release(inner.feedForward);
+    this.attention.release(inner.attention);
+    this.#releaseRows(inner);
+  }
+
+  #releaseRows({ x1_ND, norm1, norm2 }: BlockInner): void {
+    for (const tensor of [x1_ND, ...Object.values(norm1), ...Object.values(norm2)]) {
       tensor[Symbol.dispose]();
     }
   }

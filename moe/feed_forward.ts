@@ -20,8 +20,8 @@ export interface FeedForwardSaved {
   readonly x_ND: Tensor;
   /** Before the activation, [N, F], or [N, 2F] for SwiGLU: gate, then up. */
   readonly hidden: Tensor;
-  /** After the activation. */
-  readonly active_NF: Tensor;
+  /** After the activation; null where it is computed again. */
+  readonly active_NF: Tensor | null;
 }
 
 /** The dense feed-forward network of one layer. */
@@ -29,6 +29,7 @@ export class FeedForward implements Disposable {
   /** The projections, in the order in which their gradients become ready. */
   readonly parameters: readonly Parameter[];
   readonly #config: ModelConfig;
+  readonly #recompute: boolean;
   /** Gate and up, or up alone. */
   readonly #in: Parameter;
   readonly #down: Parameter;
@@ -39,12 +40,19 @@ export class FeedForward implements Disposable {
    * @param device Where the weights live.
    * @param layer Number of the layer.
    * @param config Sizes of the model.
-   * @param seed Seed of the weights.
+   * @param options Seed of the weights, and whether the activation is computed again in the backward pass. @default {{recompute: false}}
    */
-  constructor(device: Device, layer: number, config: ModelConfig, seed: number) {
+  constructor(
+    device: Device,
+    layer: number,
+    config: ModelConfig,
+    options: { readonly seed: number; readonly recompute?: boolean },
+  ) {
+    const { seed } = options;
     const { width, hidden, activation, layers, initStd: std, dtype } = config;
     const prefix = `model.layers.${layer}.mlp.`;
     this.#config = config;
+    this.#recompute = options.recompute ?? false;
     this.#down = createParameter(device, `${prefix}down_proj.weight`, {
       shape: [width, hidden],
       dtype,
@@ -75,11 +83,19 @@ export class FeedForward implements Disposable {
     residual_ND?: Tensor,
   ): { out_ND: Tensor; saved: FeedForwardSaved } {
     const hidden = linear(x_ND, this.#in.value);
-    const active_NF = empty(x_ND.device, [x_ND.shape[0], this.#config.hidden], x_ND.dtype);
-    ops.activation(this.#config.activation, hidden, active_NF);
+    const active_NF = this.#activate(hidden);
     const out_ND = linear(active_NF, this.#down.value);
     if (residual_ND) ops.add(residual_ND, out_ND, out_ND);
-    return { out_ND, saved: { x_ND, hidden, active_NF } };
+    if (!this.#recompute) return { out_ND, saved: { x_ND, hidden, active_NF } };
+    active_NF[Symbol.dispose]();
+    return { out_ND, saved: { x_ND, hidden, active_NF: null } };
+  }
+
+  #activate(hidden: Tensor): Tensor {
+    const { activation, hidden: F } = this.#config;
+    const active_NF = empty(hidden.device, [hidden.shape[0], F], hidden.dtype);
+    ops.activation(activation, hidden, active_NF);
+    return active_NF;
   }
 
   /**
@@ -91,7 +107,8 @@ export class FeedForward implements Disposable {
    * @returns Gradient of the input.
    */
   backward(dOut_ND: Tensor, saved: FeedForwardSaved, step: Step): Tensor {
-    const { x_ND, hidden, active_NF } = saved;
+    const { x_ND, hidden } = saved;
+    using active_NF = saved.active_NF ?? this.#activate(hidden);
     using dActive_NF = linearBackward(dOut_ND, active_NF, this.#down, { step });
     step.gradientReady(this.#down.name);
     using dHidden = empty(hidden.device, hidden.shape, hidden.dtype);
@@ -109,7 +126,7 @@ export class FeedForward implements Disposable {
    */
   release(saved: FeedForwardSaved): void {
     saved.hidden[Symbol.dispose]();
-    saved.active_NF[Symbol.dispose]();
+    saved.active_NF?.[Symbol.dispose]();
   }
 
   /** Frees the weights. */

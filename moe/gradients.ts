@@ -1,6 +1,7 @@
 // Reduces gradients over the ranks while the backward pass runs: launches the micro-ops that a scheduler lets go, on a communicator of
 // its own. Which goes when is the scheduler's decision (`hooks.ts`) and the bookkeeping `schedule.ts`'s; here bytes move.
 
+import { COMPLETED } from "../collectives/progress.ts";
 import type { Communicator, Work } from "../collectives/types.ts";
 import type { Device } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
@@ -217,6 +218,10 @@ class Reduction implements ReducingStep {
   }
 
   #launch(microOp: MicroOp): void {
+    if (this.#options.comm.size === 1) {
+      this.#launched.push({ microOp, work: COMPLETED, bucket: null, ended: false });
+      return;
+    }
     const bucket = microOp.parts.length > 1 ? this.#pack(microOp) : null;
     const work = this.#options.comm.allReduce(bucket ?? this.#part(microOp.parts[0]));
     this.#launched.push({ microOp, work, bucket, ended: false });

@@ -83,3 +83,22 @@ export function gradientBeta(
 ): 0 | 1 {
   return step?.firstPass && parameter.overwrites ? 0 : 1;
 }
+
+/**
+ * A step for a forward pass that runs again in the backward pass.
+ *
+ * @param step The step that it is a part of.
+ * @returns The same step, but for {@linkcode Step.repeated}.
+ */
+export function repeatedStep(step: Step): Step {
+  return {
+    training: step.training,
+    number: step.number,
+    firstPass: step.firstPass,
+    repeated: true,
+    allToAll: (where, start) => step.allToAll(where, start),
+    combineBackwardStarts: (layer) => step.combineBackwardStarts(layer),
+    layerBackwardEnds: (layer) => step.layerBackwardEnds(layer),
+    gradientReady: (name) => step.gradientReady(name),
+  };
+}

@@ -8,7 +8,7 @@ import { bytesOf } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
 import type { Rows } from "./attention.ts";
-import { Block, type BlockSaved, type FeedForwardOutput } from "./block.ts";
+import { Block, type BlockSaved, type Recompute } from "./block.ts";
 import type { CheckpointTensor } from "./checkpoint.ts";
 import { type ModelConfig, modelDescription } from "./config.ts";
 import { FeedForward } from "./feed_forward.ts";
@@ -16,7 +16,7 @@ import type { GradientOutline, StepOutline } from "./graph.ts";
 import type { ExpertPlacement } from "./hooks.ts";
 import { linear } from "./linear.ts";
 import { headLoss } from "./loss.ts";
-import { MoeLayer, type MoeResult } from "./moe_layer.ts";
+import { MoeLayer } from "./moe_layer.ts";
 import { Norm } from "./norm.ts";
 import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
 import { staticPlacement } from "./placement.ts";
@@ -45,6 +45,8 @@ export interface TransformerOptions {
   readonly seed: number;
   /** Where experts sit. @default {staticPlacement()} */
   readonly placement?: ExpertPlacement;
+  /** What is not kept for the backward pass but computed again. @default {"none"} */
+  readonly recompute?: Recompute;
 }
 
 /** What a pass may do besides the forward half. */
@@ -64,6 +66,8 @@ export interface PassSummary {
   /** Choices of the most loaded expert / mean choices; mean over the MoE layers, 1 without any. */
   readonly imbalance: number;
 }
+
+const RECOMPUTES: readonly Recompute[] = ["none", "activation", "block"];
 
 /** Shapes of batches whose positions are kept on the device. */
 const SHAPES = 2;
@@ -89,7 +93,14 @@ export class Transformer implements Disposable {
    * @throws {RangeError} If experts do not fit on the ranks.
    */
   constructor(options: TransformerOptions) {
-    const { device, config, seed } = options;
+    const { device, config, seed, recompute = "none" } = options;
+    if (!RECOMPUTES.includes(recompute)) {
+      throw new RangeError(
+        `Cannot make a model as "recompute" must be ${
+          RECOMPUTES.join(", ")
+        }: current value is ${recompute}`,
+      );
+    }
     const { vocab, width, dtype, initStd } = config;
     const matrix = { shape: [vocab, width], dtype, init: { std: initStd, seed } };
     this.config = config;
@@ -107,9 +118,10 @@ export class Transformer implements Disposable {
     this.blocks = Array.from({ length: config.layers }, (_, layer) => {
       const dense = config.experts === 0 || layer < config.denseLayers;
       const feedForward = dense
-        ? new FeedForward(device, layer, config, seed)
+        ? new FeedForward(device, layer, config, { seed, recompute: recompute === "activation" })
         : mixture(options, layer);
-      return new Block(device, layer, config, { feedForward, seed });
+      const runsAgain = recompute === "block";
+      return new Block(device, layer, config, { feedForward, seed, runsAgain });
     });
     this.moeLayers = this.blocks.map(({ feedForward }) => feedForward)
       .filter((part) => part instanceof MoeLayer);
@@ -270,7 +282,7 @@ export class Transformer implements Disposable {
       const { out_ND, saved: kept, output } = await block.forward(x_ND, rows, step);
       saved.push(kept);
       x_ND = out_ND;
-      if (isMoeResult(output)) shown.push(output.shown);
+      if (output.shown) shown.push(output.shown);
     }
     return { x_ND, saved, shown };
   }
@@ -326,10 +338,6 @@ function mixture(options: TransformerOptions, layer: number): MoeLayer {
     downStd: initStd / Math.sqrt(2 * config.layers),
     dtype,
   });
-}
-
-function isMoeResult(output: FeedForwardOutput): output is MoeResult {
-  return "shown" in output;
 }
 
 /** The largest count / the mean. */

@@ -7,7 +7,8 @@ import { zeros } from "../tensor/tensor.ts";
 import { checkGradients } from "../tests/lib/finite_difference.ts";
 import { modelConfig, type ModelOptions } from "./config.ts";
 import { random } from "./init.ts";
-import { readShown } from "./shown.ts";
+import type { Recompute } from "./block.ts";
+import { dropShown, readShown } from "./shown.ts";
 import { plainStep } from "./step.ts";
 import { type Batch, summaryOf, Transformer } from "./transformer.ts";
 
@@ -95,4 +96,58 @@ Deno.test("model: logits of the last rows are those of the whole pass", async ()
   const last = await alone.toArray() as Float64Array;
   assert.equal(all.length, 3 * 11);
   last.forEach((x, i) => assert.ok(Math.abs(x - all[22 + i]) < 1e-12));
+});
+
+for (
+  const change of [CHANGES[1], { ...CHANGES[4], experts: 4, router: { kind: "gshard" } as const }]
+) {
+  Deno.test(`model: what is computed again has the same bits ${JSON.stringify(change)}`, async () => {
+    const config = modelConfig({ ...SMALL, layers: 4, ...change });
+    const run = async (recompute: Recompute) => {
+      const options = { device, config, seed: 3, comm: worldOfOne(), recompute };
+      using model = new Transformer(options), sum = zeros(device, [1], "f64");
+      const batch = batchOf(config.vocab, [5, 100, 4]);
+      device.resetPeak();
+      const before = device.memory().used_bytes;
+      for (const firstPass of [true, false]) {
+        const step = plainStep(device, { training: true, number: 7, firstPass });
+        dropShown(await model.pass(batch, step, { lossSum: sum, gradScale: 1 / 100 }));
+      }
+      const peak = device.memory().peak_bytes - before;
+      model.endStep();
+      const biases = model.moeLayers.map(({ bias }) => [...bias]);
+      const arrays = await Promise.all(
+        [sum, ...model.parameters.map((p) => p.grad)].map((x) => x.toArray()),
+      );
+      return { peak, biases, arrays };
+    };
+    const kept = await run("none");
+    for (const recompute of ["activation", "block"] as const) {
+      const again = await run(recompute);
+      assert.deepEqual(again.arrays, kept.arrays, recompute);
+      assert.deepEqual(again.biases, kept.biases);
+      assert.ok(again.peak < kept.peak, `${again.peak} bytes, ${kept.peak} kept`);
+    }
+  });
+}
+
+Deno.test("model: the first pass of a step overwrites what gradients held before", async () => {
+  for (const change of [CHANGES[1], CHANGES[3]]) {
+    const config = modelConfig({ ...SMALL, ...change });
+    using model = new Transformer({ device, config, seed: 3, comm: worldOfOne() });
+    using sum = zeros(device, [1], "f64");
+    const run = async (stale: number) => {
+      for (const { grad, overwrites } of model.parameters) {
+        device.kernels.fill(grad, overwrites ? stale : 0);
+      }
+      for (const firstPass of [true, false]) {
+        const step = plainStep(device, { training: true, firstPass });
+        const batch = batchOf(config.vocab, [5, 1, 4]);
+        dropShown(await model.pass(batch, step, { lossSum: sum, gradScale: 1 / 10 }));
+      }
+      return await Promise.all(model.parameters.map(({ grad }) => grad.toArray()));
+    };
+    assert.ok(model.parameters.filter(({ overwrites }) => overwrites).length >= 6);
+    assert.deepEqual(await run(NaN), await run(0));
+  }
 });
