@@ -15,6 +15,8 @@ const DEPARTED_MS = 1000;
 const NAME_MS = 3000;
 /** From this age on an operation counts as overdue: the others are told how far this rank has come. */
 const OVERDUE_MS = 1000;
+/** How much later than the watchdog of those who await this one is, in ms. */
+const GRACE_MS = 1000;
 /** How long an error may wait for somebody who polls, in ms. */
 const UNTOLD_MS = 1000;
 
@@ -66,7 +68,7 @@ export class Watch {
     this.members = watched.members;
     this.#watched = watched;
     this.#hooks = hooks;
-    this.#timeout_ms = timeoutOf(watched.context.timeout_ms);
+    this.#timeout_ms = timeoutOf(undefined);
     this.#timer = setInterval(() => this.#look(), INTERVAL_MS);
     Deno.unrefTimer(this.#timer);
   }
@@ -118,7 +120,7 @@ export class Watch {
 
   /** An operation that nobody awaits may hang, too, and the device with it. */
   #checkAge({ request, index }: HostFlight, now_ms: number): void {
-    if (now_ms - this.#oldest_ms < this.#timeout_ms) return;
+    if (now_ms - this.#oldest_ms < this.#timeout_ms + GRACE_MS) return;
     this.#failed = true;
     const { id, rank } = this.#watched;
     const { operation, sequence, peer } = request;
@@ -163,6 +165,7 @@ export class Watch {
 
   /** Ranks that have not begun an operation, as far as can be known. @param sequence Its number on its communicator. @returns Them. */
   async missing(sequence: number): Promise<readonly number[]> {
+    this.told = true; // whoever asks reports it
     const flight = this.#hooks.flights.find(({ index, request }) =>
       index >= 0 && request.sequence === sequence
     );

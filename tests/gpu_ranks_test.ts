@@ -1,0 +1,142 @@
+// The NCCL transport on a GPU that four ranks share (MPS gives each a part of it; NCCL takes them for four hosts and connects them by
+// sockets). Not run where there is no GPU; the same programs run on the emulator in nccl_test.ts.
+
+import assert from "node:assert/strict";
+import { type RunOptions, runRanks } from "./_ranks.ts";
+
+const program = new URL("./_collectives_ranks.ts", import.meta.url);
+const ignore = !await hasGpu();
+if (ignore) console.warn("skipped: Cannot test NCCL on a GPU as there must be one");
+
+async function hasGpu(): Promise<boolean> {
+  try {
+    await Deno.stat("/dev/nvidiactl");
+    return Deno.env.get("LINA_EMULATOR") !== "1";
+  } catch {
+    return false;
+  }
+}
+
+/** A daemon by which the ranks run on the GPU at the same time; without it they take turns, slowly. */
+class Mps implements AsyncDisposable {
+  readonly env: Record<string, string> = {};
+  #folder = "";
+
+  static async start(): Promise<Mps> {
+    const mps = new Mps();
+    if (Deno.env.get("CUDA_MPS_PIPE_DIRECTORY")) return mps; // whoever has set it runs one
+    mps.#folder = await Deno.makeTempDir({ prefix: "lina-mps-" });
+    const env = {
+      CUDA_MPS_PIPE_DIRECTORY: mps.#folder,
+      CUDA_MPS_LOG_DIRECTORY: mps.#folder,
+      CUDA_DEVICE_MAX_CONNECTIONS: "8", // the default lets streams wait for each other falsely
+    };
+    try {
+      await new Deno.Command("nvidia-cuda-mps-control", { args: ["-d"], env }).output();
+      Object.assign(mps.env, env);
+    } catch (error) {
+      if (!(error instanceof Deno.errors.NotFound)) throw error;
+    }
+    return mps;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    if (this.#folder === "") return;
+    if (this.env.CUDA_MPS_PIPE_DIRECTORY) {
+      const { env } = this;
+      const child = new Deno.Command("nvidia-cuda-mps-control", { env, stdin: "piped" }).spawn();
+      const writer = child.stdin.getWriter();
+      await writer.write(new TextEncoder().encode("quit\n"));
+      await writer.close();
+      await child.status;
+    }
+    await Deno.remove(this.#folder, { recursive: true });
+  }
+}
+
+async function run<T>(name: string, size: number, options: RunOptions & { args?: object } = {}) {
+  await using mps = await Mps.start();
+  const env = {
+    LINA_TEST_BACKEND: "nccl",
+    NCCL_SOCKET_IFNAME: "lo",
+    NCCL_DEBUG: "WARN",
+    ...mps.env,
+    ...options.env,
+  };
+  return await runRanks<T>(program, size, {
+    ...options,
+    env,
+    args: { program: name, ...options.args },
+  });
+}
+
+Deno.test({
+  name: "gpu: collectives give what they must on four ranks, for arrays and tensors",
+  ignore,
+  fn: async () => {
+    const args = { lengths: [0, 1, 63, 4097, 65_537] };
+    for (const { result } of await run<number>("operations", 4, { args })) {
+      assert(result! > 600, `${result} cases`);
+    }
+  },
+});
+
+Deno.test({
+  name: "gpu: wrong arguments throw at the call",
+  ignore,
+  fn: async () => {
+    for (const { result } of await run<string[]>("errors", 4)) assert(result!.length >= 22);
+  },
+});
+
+Deno.test({
+  name: "gpu: a rank's block of the other buffer may be source or destination",
+  ignore,
+  fn: async () => void await run("inPlace", 4),
+});
+
+Deno.test({
+  name: "gpu: random operations on two communicators with random delays end and are right",
+  ignore,
+  fn: async () => {
+    for (const seed of [1, 2]) await run("random", 4, { args: { seed, steps: 150 } });
+  },
+});
+
+Deno.test({
+  name: "gpu: split and dup make independent communicators",
+  ignore,
+  fn: async () => {
+    const results = await run<{ name: string; rank: number; sum: number }>("groups", 4);
+    assert.deepEqual(results.map((r) => r.result), [
+      { name: "world/split1.0", rank: 1, sum: 2 },
+      { name: "world/split1.1", rank: 1, sum: 4 },
+      { name: "world/split1.0", rank: 0, sum: 2 },
+      { name: "world/split1.1", rank: 0, sum: 4 },
+    ]);
+  },
+});
+
+Deno.test({
+  name: "gpu: in debug mode ranks that call different operations are named",
+  ignore,
+  fn: async () => {
+    const env = { LINA_DEBUG: "1" };
+    for (const { result } of await run<{ message: string }>("order", 4, { env })) {
+      assert.match(result!.message, /rank 1 called broadcast\(f32, 8 elements, root 0\)/);
+    }
+  },
+});
+
+Deno.test({
+  name: "gpu: the watchdog names the operation and the ranks that have not arrived",
+  ignore,
+  fn: async () => {
+    const env = { LINA_TIMEOUT_MS: "3000" };
+    const results = await run<{ message: string; ms: number; ticks: number }>("hang", 4, { env });
+    for (const { result } of results.slice(0, 3)) {
+      assert.match(result!.message, /allReduce 1 of world on rank \d.*not arrived: rank 3$/);
+      assert(result!.ms < 8000 && result!.ticks > 10, `${result!.ms} ms, ${result!.ticks} ticks`);
+    }
+  },
+});
