@@ -18,6 +18,8 @@ import type { Stream, StreamEvent } from "../device.ts";
 const SPIN_US = 30;
 /** Then lets the event loop turn between polls for so long, then sleeps between them. */
 const TURNS_US = 250_000;
+/** An anchor is made anew when it is older: the f32 milliseconds that CUDA gives are exact to 0.1 µs until then. */
+const STALE_US = 1_000_000;
 /** Events that a stream keeps before it looks for passed ones. */
 const KEPT = 64;
 
@@ -111,7 +113,7 @@ export class EventPool {
    * @returns Time on the host's clock, in µs.
    */
   time(handle: CudaEventHandle): number {
-    if (this.#anchor === undefined) this.anchor();
+    if (this.#anchor === undefined || now() - this.#anchor_us > STALE_US) this.anchor();
     const code = this.#calls.cudaEventElapsedTime(
       addressOf(this.#elapsed.buffer),
       this.#anchor!,

@@ -1,0 +1,54 @@
+// Every `.cu` module compiles with NVRTC for every GPU that it declares, and has the kernels that it declares. Needs NVRTC, no GPU.
+
+import assert from "node:assert/strict";
+import { nvrtc } from "../../ffi/nvrtc.ts";
+import { LibraryNotFoundError } from "../../ffi/search.ts";
+import { CUDA_MODULES } from "./kernels.ts";
+import { compileModule, isFor } from "./launch.ts";
+
+/** Ampere and Hopper; what runs on the former runs on those between. */
+const TARGETS = [80, 90] as const;
+
+function compilerIsThere(): boolean {
+  try {
+    nvrtc();
+    return true;
+  } catch (error) {
+    if (!(error instanceof LibraryNotFoundError) || Deno.env.get("LINA_CI")) throw error;
+    console.warn("skipped: Cannot compile kernels as NVRTC must be installed (LINA_NVRTC)");
+    return false;
+  }
+}
+
+const ignore = !compilerIsThere();
+
+Deno.test({
+  name: "every module compiles for every target that it declares",
+  ignore,
+  async fn() {
+    const jobs = CUDA_MODULES.flatMap((module) =>
+      TARGETS.filter((target) => isFor(module, target)).map((target) => ({ module, target }))
+    );
+    assert.ok(CUDA_MODULES.every((module) => jobs.some((job) => job.module === module)));
+    const next = jobs.values();
+    const work = async () => {
+      for (const { module, target } of next) {
+        const { code, compiled } = await compileModule(module, target, null);
+        assert.ok(compiled);
+        const text = new TextDecoder("latin1").decode(code);
+        for (const name of Object.keys(module.kernels)) {
+          assert.ok(
+            text.includes(`.text.${name}\0`),
+            `${module.name}.cu for sm_${target} has no kernel ${name}`,
+          );
+        }
+      }
+    };
+    await Promise.all(Array.from({ length: navigator.hardwareConcurrency }, work));
+  },
+});
+
+Deno.test("modules have names of their own", () => {
+  const names = CUDA_MODULES.map((module) => module.name);
+  assert.equal(new Set(names).size, names.length);
+});
