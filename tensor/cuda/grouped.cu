@@ -56,7 +56,7 @@ template <int MODE, bool ALIGNED, typename OUT>
 DEVICE void grouped_mma(const bf16* a, const bf16* b, const u64* weights, const int* offsets, int groups, OUT* out,
                         const u64* outs, int m_size, int n_size, int k_size, float beta) {
   constexpr bool A_ALONG = MODE != 2, B_ALONG = MODE == 0;
-  extern __shared__ alignas(128) u8 ring[];
+  extern __shared__ __align__(128) u8 ring[];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_m = warp / 4 * 64, warp_n = warp % 4 * 32;
   Walk<MODE, SIDE, SIDE> walk(offsets, nullptr, groups, m_size, n_size);
   Tile tile;

@@ -249,7 +249,7 @@ DEVICE void grouped_tiles(const TensorMap* a_map, const TensorMap* b_maps, const
                           const u64* outs, int m_size, int n_size, int k_size, float beta) {
   constexpr int TILE_M = 64 * ROWS64 * (PING ? 1 : 2), A_BLOCKS = TILE_M / 64, B_BLOCKS = TILE_N / 64;
   constexpr int STAGE_BYTES = (A_BLOCKS + B_BLOCKS) * BLOCK_BYTES, SHARE = B_BLOCKS / CLUSTER;
-  extern __shared__ alignas(1024) u8 memory[];
+  extern __shared__ __align__(1024) u8 memory[];
   __shared__ u64 full[STAGES], empty[STAGES], drawn_full[DRAWS], drawn_empty[DRAWS];
   __shared__ int drawn[DRAWS];
   __shared__ u16 order[MODE == 2 ? SORTED_GROUPS : 1];

@@ -9,6 +9,8 @@ import {
 } from "./attention.ts";
 import type { CudaContext, ModuleSource } from "./context.ts";
 import { gemmKernels } from "./gemm.ts";
+import { groupedKernels, groupedModule } from "./grouped.ts";
+import { hopperModule } from "./grouped_hopper.ts";
 import { normsKernels, normsModule } from "./norms.ts";
 import { randomKernels, randomModule } from "./random.ts";
 import { gateModule, routingKernels, routingModule } from "./routing.ts";
@@ -21,6 +23,8 @@ export const CUDA_MODULES: readonly ModuleSource[] = [
   attentionBackwardModule,
   attentionGeneralModule,
   gateModule,
+  groupedModule,
+  hopperModule,
   normsModule,
   randomModule,
   routingModule,
@@ -31,6 +35,7 @@ export const CUDA_MODULES: readonly ModuleSource[] = [
 const ROOMS: readonly ((context: CudaContext) => Partial<Kernels>)[] = [
   attentionKernels,
   gemmKernels,
+  groupedKernels,
   normsKernels,
   randomKernels,
   rowsKernels,
