@@ -142,15 +142,21 @@ export function exactNumbers(tensor: Tensor): Float64Array {
  *
  * @param actual Results.
  * @param expected What they are in f64.
- * @param options The dtype they were stored in; their name; the error that computing in f32 may make, relative to the largest.
+ * @param options The dtype they were stored in; their name; the error that computing in f32 may make,
+ * relative to the largest, or to `scale` where that is larger.
  */
 export function assertNear(
   actual: ArrayLike<number>,
   expected: ArrayLike<number>,
-  options: { readonly dtype: DType; readonly what: string; readonly tolerance?: number },
+  options: {
+    readonly dtype: DType;
+    readonly what: string;
+    readonly tolerance?: number;
+    readonly scale?: number;
+  },
 ): void {
-  const { dtype, what, tolerance = 2e-6 } = options;
-  let largest = 0;
+  const { dtype, what, tolerance = 2e-6, scale = 0 } = options;
+  let largest = scale;
   for (let i = 0; i < expected.length; i++) {
     if (Number.isFinite(expected[i])) largest = Math.max(largest, Math.abs(expected[i]));
   }

@@ -8,10 +8,13 @@ import {
   attentionModule,
 } from "./attention.ts";
 import type { CudaContext, ModuleSource } from "./context.ts";
+import { elementwiseKernels, elementwiseModule } from "./elementwise.ts";
 import { gemmKernels } from "./gemm.ts";
+import { lossKernels, lossModule } from "./loss.ts";
 import { groupedKernels, groupedModule } from "./grouped.ts";
 import { hopperModule } from "./grouped_hopper.ts";
 import { normsKernels, normsModule } from "./norms.ts";
+import { optimizerKernels, optimizerModule } from "./optimizer.ts";
 import { randomKernels, randomModule } from "./random.ts";
 import { gateModule, routingKernels, routingModule } from "./routing.ts";
 import { rowsKernels, rowsModule } from "./rows.ts";
@@ -19,6 +22,9 @@ import { sortModule } from "./sort.ts";
 
 /** Every `.cu` module of the library. */
 export const CUDA_MODULES: readonly ModuleSource[] = [
+  elementwiseModule,
+  lossModule,
+  optimizerModule,
   attentionModule,
   attentionBackwardModule,
   attentionGeneralModule,
@@ -34,7 +40,10 @@ export const CUDA_MODULES: readonly ModuleSource[] = [
 
 const ROOMS: readonly ((context: CudaContext) => Partial<Kernels>)[] = [
   attentionKernels,
+  elementwiseKernels,
   gemmKernels,
+  lossKernels,
+  optimizerKernels,
   groupedKernels,
   normsKernels,
   randomKernels,
