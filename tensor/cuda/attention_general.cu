@@ -67,12 +67,13 @@ DEVICE void forward(const T* q, const T* k, const T* v, T* out, float* lse, cons
     total = total * factor + sum;
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < COLUMNS; i++) {
-      int c = l + 4 * i;
-      if (c < width) {
-        float value = sums[i] * factor;
-        for (int j = 0; j < KEYS; j++) value += p[j] * v_rows[j * pitch + c];
-        sums[i] = value;
+    for (int i = 0; i < COLUMNS; i++) sums[i] *= factor;
+#pragma unroll 1  // unrolled twice over, the kernels of this file took 45 s to compile
+    for (int j = 0; j < KEYS; j++) {
+#pragma unroll
+      for (int i = 0; i < COLUMNS; i++) {
+        int c = l + 4 * i;
+        if (c < width) sums[i] += p[j] * v_rows[j * pitch + c];
       }
     }
   }
@@ -123,11 +124,12 @@ DEVICE void queries(const T* d_out, const T* q, const T* k, const T* v, const T*
       ds[j] = p * (dot_rows(d_rows + r * pitch, v_rows + j * pitch, width) - delta);
     }
     __syncwarp();
+#pragma unroll 1
+    for (int j = 0; j < QUERIES; j++) {
 #pragma unroll
-    for (int i = 0; i < COLUMNS; i++) {
-      int c = l + 4 * i;
-      if (c < width) {
-        for (int j = 0; j < QUERIES; j++) sums[i] += ds[j] * k_rows[j * pitch + c];
+      for (int i = 0; i < COLUMNS; i++) {
+        int c = l + 4 * i;
+        if (c < width) sums[i] += ds[j] * k_rows[j * pitch + c];
       }
     }
   }
@@ -173,11 +175,12 @@ DEVICE void keys(const T* d_out, const T* q, const T* k, const T* v, T* dk, T* d
         }
       }
       __syncwarp();
+#pragma unroll 1
+      for (int j = 0; j < QUERIES; j++) {
 #pragma unroll
-      for (int i = 0; i < COLUMNS; i++) {
-        int c = l + 4 * i;
-        if (c < width) {
-          for (int j = 0; j < QUERIES; j++) {
+        for (int i = 0; i < COLUMNS; i++) {
+          int c = l + 4 * i;
+          if (c < width) {
             dk_sums[i] += ds[j] * q_rows[j * pitch + c];
             dv_sums[i] += p[j] * d_rows[j * pitch + c];
           }
