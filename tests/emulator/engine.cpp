@@ -708,6 +708,8 @@ void on_fault(int signal, siginfo_t* info, void* context) {
     if (check == 3) abandon(lina::LAUNCH_FAILED, "integer division overflow");
     abandon(lina::ILLEGAL_INSTRUCTION, "a trap (check %d): unreachable code, or undefined behaviour that clang saw", check);
   }
+  // x86 tells no address when a 16-byte vector access is misaligned.
+  if (info->si_code == SI_KERNEL && at == nullptr) abandon(lina::MISALIGNED_ADDRESS, "misaligned address of a 16-byte load or store");
   auto* p = static_cast<uint8_t*>(at);
   if (p >= lina_shared && p < lina_shared + SHARED_SPACE) {
     abandon(lina::ILLEGAL_ADDRESS, "byte %td of dynamic shared memory, of which the launch gave %zu", p - lina_shared, shared_bytes);

@@ -14,8 +14,9 @@
 #define __noinline__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-// Static shared memory lies in one section, which is poisoned before each block. (nvrtc.cpp rewrites `extern __shared__ T name[];`.)
-#define __shared__ __attribute__((section("lina_static"))) static
+// Static shared memory lies in one section, which is poisoned before each block; `used` keeps clang from believing that it holds zeros at
+// first. (nvrtc.cpp rewrites `extern __shared__ T name[];`.)
+#define __shared__ __attribute__((section("lina_static"), used)) static
 #define DEVICE inline
 
 typedef __SIZE_TYPE__ size_t;
