@@ -59,7 +59,7 @@ function join<T extends object>(
   context: CudaContext,
   rooms: readonly ((context: CudaContext) => Partial<T>)[],
 ): T {
-  const joined: Partial<T> = {}, problems: unknown[] = [routingKernels];
+  const joined: Partial<T> = {}, problems: unknown[] = [];
   for (const room of rooms) {
     try {
       Object.assign(joined, room(context));
