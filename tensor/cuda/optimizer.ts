@@ -60,13 +60,19 @@ interface Layout {
   write(to: DataView, offset: number, key: Float64Array, at: number, first: number): void;
 }
 
+/** Writes an integer of 64 bits, without a BigInt. */
+function setInteger(to: DataView, offset: number, value: number): void {
+  to.setUint32(offset, value >>> 0, true);
+  to.setUint32(offset + 4, Math.floor(value / 2 ** 32), true);
+}
+
 const SUMMANDS: Layout = {
   fields: 3,
   entry_bytes: 24,
   chunk: () => SUM_CHUNK,
   write(to, offset, key, at, first) {
-    to.setBigInt64(offset, BigInt(key[at + 1]), true);
-    to.setBigInt64(offset + 8, BigInt(key[at]), true);
+    setInteger(to, offset, key[at + 1]);
+    setInteger(to, offset + 8, key[at]);
     to.setInt32(offset + 16, first, true);
     to.setInt32(offset + 20, key[at + 2], true);
   },
@@ -81,8 +87,8 @@ const PARAMETERS: Layout = {
     return chunk;
   },
   write(to, offset, key, at, first) {
-    for (let i = 0; i < 5; i++) to.setBigInt64(offset + 8 * i, BigInt(key[at + 1 + i]), true);
-    to.setBigInt64(offset + 40, BigInt(key[at]), true);
+    for (let i = 0; i < 5; i++) setInteger(to, offset + 8 * i, key[at + 1 + i]);
+    setInteger(to, offset + 40, key[at]);
     to.setInt32(offset + 48, first, true);
     to.setInt32(offset + 52, key[at + 6], true);
     to.setFloat32(offset + 56, key[at + 7], true);
