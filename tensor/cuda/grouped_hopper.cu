@@ -213,12 +213,13 @@ DEVICE void store_sums(float (&c)[TILE_N / 2], float* out, int row, int row_end,
 // Writes the same sums, whole 64 rows, by the copy engine, which goes on while the next tile is multiplied: 64 columns at a time through two
 // buffers of a block each. Rows and columns beyond the map's matrix are left out.
 template <int TILE_N>
-DEVICE void store_boxes(float (&c)[TILE_N / 2], const TensorMap* map, u32 buffers, int row, int column, int n_size, int consumer) {
+DEVICE void store_boxes(float (&c)[TILE_N / 2], const TensorMap* map, u32 buffers, int row, int column, int n_size, int consumer, int& buffer_turn) {
   int thread = threadIdx.x % 128, lane = thread % 32, in_row = thread / 32 * 16 + lane % 16;
 #pragma unroll
   for (int chunk = 0; chunk < TILE_N / 64; chunk++) {
     if (column + 64 * chunk >= n_size) break;
-    u32 buffer = buffers + chunk % 2 * BLOCK_BYTES;
+    u32 buffer = buffers + buffer_turn * BLOCK_BYTES;
+    buffer_turn ^= 1;
     if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
     asm volatile("bar.sync %0, 128;" ::"r"(4 + consumer) : "memory");
 #pragma unroll
@@ -240,7 +241,7 @@ DEVICE void store_boxes(float (&c)[TILE_N / 2], const TensorMap* map, u32 buffer
   }
 }
 template <int TILE_N>
-DEVICE void store_boxes(float (&)[TILE_N / 2], const TensorMap*, u32, int, int, int, int, float) {}
+DEVICE void store_boxes(float (&)[TILE_N / 2], const TensorMap*, u32, int, int, int, int, int&) {}
 
 // A tile has 64 ROWS64 x TILE_N sums per warpgroup. With PING each warpgroup has tiles of its own and stores one while the other multiplies; else
 // the two share a tile. A cluster of CLUSTER blocks has tiles next to each other in m and shares the loads of the second operand.
@@ -351,7 +352,7 @@ DEVICE void grouped_tiles(const TensorMap* a_map, const TensorMap* b_maps, const
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     Walk<MODE, TILE_M * CLUSTER, TILE_N> walk(offsets, MODE == 2 && DRAW && groups <= SORTED_GROUPS ? order : nullptr, groups, m_size, n_size);
     Tile tile;
-    int stage = 0, phase = 0, turn = 0, acquired = -1;
+    int stage = 0, phase = 0, turn = 0, acquired = -1, buffer_turn = 0;
     int consumer = warpgroup - 1, thread = threadIdx.x % 128;
     int draw = 0, draw_phase = 0;
     auto next = [&](int unit) {
@@ -433,7 +434,7 @@ DEVICE void grouped_tiles(const TensorMap* a_map, const TensorMap* b_maps, const
           acquired = tile.group;
           if (row < row_end)
             store_boxes<TILE_N>(sums[r], map, ring + STAGES * STAGE_BYTES + consumer * 2 * BLOCK_BYTES,
-                                row + (MODE == 2 ? 0 : tile.first_row), tile.n * TILE_N, n_size, consumer);
+                                row + (MODE == 2 ? 0 : tile.first_row), tile.n * TILE_N, n_size, consumer, buffer_turn);
         } else if (MODE == 2) store_sums<TILE_N>(sums[r], (OUT*)outs[tile.group], row, m_size, tile.n * TILE_N, n_size, beta);
         else
           store_sums<TILE_N>(sums[r], out, tile.first_row + row, tile.first_row + tile.rows, tile.n * TILE_N, n_size, beta);
