@@ -78,7 +78,9 @@ function find(): CudaFinding {
     let best = 0;
     for (let device = 0; device < devices; device++) best = Math.max(best, capability(device));
     if (best < LOWEST_CAPABILITY) {
-      return no(`the GPU's compute capability is ${best / 10}, 8.0 is the lowest supported`);
+      return no(
+        `the GPU's compute capability is ${(best / 10).toFixed(1)}, 8.0 is the lowest supported`,
+      );
     }
     cuda();
     return { ok: true, devices, runtime, driver };
@@ -292,7 +294,7 @@ async function make(index: number, extra: readonly ModuleSource[]): Promise<Cuda
   if (level < LOWEST_CAPABILITY) {
     throw new RangeError(
       `Cannot use GPU ${index} as its compute capability must be 8.0 or more: current value is ${
-        level / 10
+        (level / 10).toFixed(1)
       }`,
     );
   }
