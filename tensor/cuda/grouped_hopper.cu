@@ -240,8 +240,6 @@ DEVICE void store_boxes(float (&c)[TILE_N / 2], const TensorMap* map, u32 buffer
     }
   }
 }
-template <int TILE_N>
-DEVICE void store_boxes(float (&)[TILE_N / 2], const TensorMap*, u32, int, int, int, int, int&) {}
 
 // A tile has 64 ROWS64 x TILE_N sums per warpgroup. With PING each warpgroup has tiles of its own and stores one while the other multiplies; else
 // the two share a tile. A cluster of CLUSTER blocks has tiles next to each other in m and shares the loads of the second operand.
