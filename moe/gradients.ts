@@ -16,6 +16,7 @@ import type {
 } from "./hooks.ts";
 import type { Parameter } from "./parameter.ts";
 import { checkSchedule, ScheduleRun } from "./schedule.ts";
+import { elementsOf, pieceElements, pieceOf } from "./shards.ts";
 import type { Step } from "./step.ts";
 
 /** What {@linkcode GradientReducer} works with. */
@@ -30,11 +31,13 @@ export interface GradientReducerOptions {
   readonly device: Device;
   /** The parameters of the graph's gradients. */
   readonly parameters: readonly Parameter[];
+  /** Whether each rank gets the sums of its pieces only, as shards.ts has them; the rest of the gradients is then of no use. @default {false} */
+  readonly scatter?: boolean;
 }
 
 /** A step whose gradients are being reduced. */
 export interface ReducingStep extends Step {
-  /** Launches what is left and waits: after it every gradient of group `world` is the sum over all ranks. */
+  /** Launches what is left and waits: after it every gradient of group `world`, or this rank's pieces, is the sum over all ranks. */
   finish(): Promise<void>;
 }
 
@@ -222,8 +225,15 @@ class Reduction implements ReducingStep {
       this.#launched.push({ microOp, work: COMPLETED, bucket: null, ended: false });
       return;
     }
-    const bucket = microOp.parts.length > 1 ? this.#pack(microOp) : null;
-    const work = this.#options.comm.allReduce(bucket ?? this.#part(microOp.parts[0]));
+    const { comm, scatter } = this.#options;
+    const piece = scatter ? pieceElements(microOp, comm.size) : 0;
+    const size = elementsOf(microOp.parts);
+    const packs = microOp.parts.length > 1 || (scatter && size !== piece * comm.size);
+    const bucket = packs ? this.#pack(microOp, scatter ? piece * comm.size : size) : null;
+    const data = bucket ?? this.#part(microOp.parts[0]);
+    const work = scatter
+      ? comm.reduceScatter(data, data.rows(comm.rank * piece, (comm.rank + 1) * piece))
+      : comm.allReduce(data);
     this.#launched.push({ microOp, work, bucket, ended: false });
   }
 
@@ -231,25 +241,24 @@ class Reduction implements ReducingStep {
     return this.#tables.flat.get(gradient)!.rows(start, end);
   }
 
-  #pack(microOp: MicroOp): Tensor {
-    const size = microOp.parts.reduce((sum, { start, end }) => sum + end - start, 0);
-    const dtype = this.#tables.flat.get(microOp.parts[0].gradient)!.dtype;
-    const bucket = empty(this.#options.device, [size], dtype);
+  /** The parts one after another; what the bucket has beyond them is zero. */
+  #pack(microOp: MicroOp, elements: number): Tensor {
+    const { dtype } = this.#tables.flat.get(microOp.parts[0].gradient)!;
+    const bucket = empty(this.#options.device, [elements], dtype);
     let at = 0;
     for (const part of microOp.parts) {
-      const end = at + part.end - part.start;
-      ops.copy(this.#part(part), bucket.rows(at, end));
-      at = end;
+      ops.copy(this.#part(part), bucket.rows(at, at += part.end - part.start));
     }
+    if (at < elements) ops.fill(bucket.rows(at, elements), 0);
     return bucket;
   }
 
   #unpack(microOp: MicroOp, bucket: Tensor): void {
-    let at = 0;
-    for (const part of microOp.parts) {
-      const end = at + part.end - part.start;
-      ops.copy(bucket.rows(at, end), this.#part(part));
-      at = end;
+    const { comm, scatter } = this.#options;
+    const parts = scatter ? pieceOf(microOp, comm.rank, comm.size) : microOp.parts;
+    let at = scatter ? comm.rank * pieceElements(microOp, comm.size) : 0;
+    for (const part of parts) {
+      ops.copy(bucket.rows(at, at += part.end - part.start), this.#part(part));
     }
     bucket[Symbol.dispose]();
   }

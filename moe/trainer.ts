@@ -25,6 +25,7 @@ import {
   type LearningRateOptions,
 } from "./optimizer.ts";
 import type { Parameter } from "./parameter.ts";
+import { OptimizerShards } from "./shards.ts";
 import { plainStep } from "./step.ts";
 import type { TrainingData } from "./training_data.ts";
 import { namedTensor, parameterTensors } from "./weights.ts";
@@ -49,6 +50,11 @@ export interface TrainerOptions {
   readonly clip?: number;
   /** Decides when gradients are reduced. @default {new Fifo()} */
   readonly scheduler?: CollectiveScheduler;
+  /**
+   * Whether each rank keeps the optimizer's tensors of a part of the replicated parameters only (ZeRO, stage 1): gradients are then
+   * reduce-scattered and weights all-gathered. Losses are the same, and so are checkpoints. @default {false}
+   */
+  readonly shardOptimizer?: boolean;
 }
 
 /** What a step has shown, alike on all ranks but for the times, which are this rank's. */
@@ -87,6 +93,7 @@ export class Trainer implements AsyncDisposable {
   readonly #options: Required<TrainerOptions>;
   readonly #gradients: Communicator;
   readonly #reducer: GradientReducer;
+  readonly #shards: OptimizerShards | null;
   readonly #sums: Tensor;
   /** Factor of the gradients in the update. */
   readonly #gradScale: Tensor;
@@ -106,6 +113,7 @@ export class Trainer implements AsyncDisposable {
       accumulate: 1,
       clip: 1,
       scheduler: new Fifo(),
+      shardOptimizer: false,
       ...options,
     };
     if (!(Number.isSafeInteger(full.accumulate) && full.accumulate >= 1)) {
@@ -122,7 +130,6 @@ export class Trainer implements AsyncDisposable {
     this.#gradients = gradients;
     this.learningRate = options.learningRate;
     for (const layer of model.moeLayers) layer.store.holdMoments(true);
-    this.optimizer = new AdamW(() => model.parameters, adamW);
     // The mean, not this rank's own rows: the graph must be alike on all ranks.
     const rows = data.tokensPerStep / (options.accumulate * world.size);
     const graph = buildStepGraph(model.outline(rows, world.size));
@@ -132,9 +139,27 @@ export class Trainer implements AsyncDisposable {
       comm: gradients,
       device,
       parameters: model.parameters,
+      scatter: options.shardOptimizer && world.size > 1,
     });
+    this.#shards = options.shardOptimizer && world.size > 1
+      ? new OptimizerShards({
+        graph,
+        schedule: this.#reducer.schedule,
+        comm: world,
+        device,
+        parameters: model.parameters,
+      })
+      : null;
+    this.optimizer = new AdamW(() => this.#updated, adamW);
     this.#sums = zeros(device, [SUMS], "f64");
     this.#gradScale = zeros(device, [1]);
+  }
+
+  /** What this rank updates: its parameters, or its experts and its shards of the others. */
+  get #updated(): readonly Parameter[] {
+    const { parameters } = this.#options.model;
+    if (!this.#shards) return parameters;
+    return [...this.#shards.parameters, ...parameters.filter(({ group }) => group === "replicas")];
   }
 
   /** How gradients are reduced. */
@@ -191,12 +216,16 @@ export class Trainer implements AsyncDisposable {
     }
     await model.reduceReplicas();
     ops.fill(sum(ALL_TO_ALL), recorder.total("allToAll") - allToAllBefore);
-    const counts = (parameter: Parameter) => model.ownerOf(parameter) === world.rank;
-    addSquaredNorms(model.parameters, counts, sum(SQUARES));
+    // A shard is this rank's alone.
+    const counts = (parameter: Parameter) =>
+      (this.#shards !== null && parameter.group === "world") ||
+      model.ownerOf(parameter) === world.rank;
+    addSquaredNorms(this.#updated, counts, sum(SQUARES));
     await world.allReduce(this.#sums).wait(device.stream);
     const lr = learningRate(number, this.learningRate);
     ops.clipScale(sum(SQUARES), clip, this.#gradScale);
     this.optimizer.update(lr, this.#gradScale);
+    await this.#shards?.gatherWeights();
     const enqueued = now();
     const { sums, read } = await this.#read(passes.flat());
     const loss = sums[LOSS] / tokens, norm = Math.sqrt(sums[SQUARES]);
@@ -271,20 +300,21 @@ export class Trainer implements AsyncDisposable {
    * @param options How many to keep, and more to put into the state.
    * @returns The checkpoint.
    */
-  save(
+  async save(
     directory: string,
     options: { readonly keep?: number; readonly state?: object } = {},
   ): Promise<Checkpoint> {
     const { model, world, data } = this.#options;
+    const sharded = await this.#shards?.forSaving((shard) => this.optimizer.momentsOf(shard));
     const contents: CheckpointContents = {
       step: this.steps,
       config: model.description,
       model: this.#tensors(),
-      optimizer: this.#moments(),
+      optimizer: this.#moments(sharded),
       state: { ...options.state, ...positionOf(data) },
       transformersConfig: mixtralConfig(model.config, data.sequence) ?? undefined,
     };
-    return saveCheckpoint(directory, contents, { comm: world, keep: options.keep });
+    return await saveCheckpoint(directory, contents, { comm: world, keep: options.keep });
   }
 
   /**
@@ -301,7 +331,9 @@ export class Trainer implements AsyncDisposable {
     checkPosition(found, data);
     const checkpoint = await loadCheckpoint(found, {
       model: this.#tensors(),
-      optimizer: this.#moments(),
+      optimizer: this.#moments(
+        this.#shards?.forLoading((shard) => this.optimizer.momentsOf(shard)),
+      ),
       config: model.description,
       comm: world,
     });
@@ -317,9 +349,11 @@ export class Trainer implements AsyncDisposable {
     ];
   }
 
-  #moments(): CheckpointTensor[] {
+  /** The optimizer's tensors; those of the replicated parameters are given where they are sharded. */
+  #moments(sharded: readonly CheckpointTensor[] | undefined): CheckpointTensor[] {
     const { model } = this.#options;
-    return model.parameters.flatMap((parameter) => {
+    const whole = model.parameters.filter(({ group }) => !sharded || group === "replicas");
+    const own = whole.flatMap((parameter) => {
       const { moment1, moment2, residual } = this.optimizer.momentsOf(parameter);
       const owner = model.ownerOf(parameter);
       const tensors = [
@@ -329,6 +363,7 @@ export class Trainer implements AsyncDisposable {
       if (residual) tensors.push(namedTensor(`${parameter.name}.residual`, residual, owner));
       return tensors;
     });
+    return sharded ? [...sharded, ...own] : own;
   }
 
   /** Frees the optimizer's moments and the gradients' communicator. */

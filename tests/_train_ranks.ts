@@ -1,6 +1,7 @@
 // One rank of the training tests: trains a small model as the test says and returns what it saw.
 
 import type { Communicator } from "../collectives/types.ts";
+import type { Recompute } from "../moe/block.ts";
 import { type ModelConfig, modelConfig, type ModelOptions } from "../moe/config.ts";
 import { replicatedPlacement } from "../moe/placement.ts";
 import { Trainer } from "../moe/trainer.ts";
@@ -40,6 +41,10 @@ export interface TrainArgs {
   readonly saveAt?: number;
   /** Routes tokens to experts in turn, so that load is balanced. */
   readonly balanced?: boolean;
+  /** Each rank keeps the optimizer's tensors of a part of the replicated parameters only. */
+  readonly shardOptimizer?: boolean;
+  /** What is computed again in the backward pass. */
+  readonly recompute?: Recompute;
   /** Returns a checksum of every parameter that the rank speaks for. */
   readonly parameters?: boolean;
 }
@@ -59,6 +64,8 @@ export interface TrainResult {
   readonly nodes: readonly string[];
   /** What the formula says. */
   readonly formula: Readonly<Record<string, number>>;
+  /** Memory in use before the first step. */
+  readonly used_bytes: number;
 }
 
 /** Sizes of the tests' models. */
@@ -105,7 +112,14 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
   const seatings = seatingsOf(args, config.experts, comm.size);
   let seating = 0;
   const placement = { name: "moving", plan: () => seatings[seating] };
-  using model = new Transformer({ device, comm, config, seed: 11, placement });
+  using model = new Transformer({
+    device,
+    comm,
+    config,
+    seed: 11,
+    placement,
+    recompute: args.recompute,
+  });
   const boundaries: [Boundary["kind"], number][] = [];
   let nodes: string[] = [];
   const inner: CollectiveScheduler = args.policy
@@ -143,7 +157,9 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
     accumulate,
     clip,
     scheduler,
+    shardOptimizer: args.shardOptimizer,
   });
+  const used_bytes = device.memory().used_bytes;
   if (args.resume && !await trainer.resume(args.directory!)) throw new Error("no checkpoint");
   const loss: number[] = [], gradNorm: number[] = [], auxLoss: number[] = [];
   if (args.balanced) {
@@ -193,6 +209,7 @@ async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> 
     boundaries,
     nodes,
     formula: { ...formula },
+    used_bytes,
   };
 }
 

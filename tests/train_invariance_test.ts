@@ -132,3 +132,39 @@ Deno.test("training: a low limit clips the update, not the norm that is shown", 
   assert.equal(free.gradNorm[0], clipped.gradNorm[0]);
   assert.notEqual(free.loss[1], clipped.loss[1]);
 });
+
+for (const ranks of [2, 4]) {
+  Deno.test(`training: a sharded optimizer changes no loss and holds less (${ranks} ranks)`, async () => {
+    const model = { sharedExperts: 1, denseLayers: 1, experts: 4 };
+    // Buckets of several gradients that no number of ranks divides, large gradients alone, and parts of gradients.
+    for (const more of [{ bucketBytes: 7000 }, { policy: "parts" }] as const) {
+      const common = { steps: 4, accumulate: 2, clip: 0.1, model, parameters: true, ...more };
+      const [whole, sharded] = await Promise.all([
+        train(ranks, common),
+        train(ranks, { ...common, shardOptimizer: true }),
+      ]);
+      sharded.forEach((result, rank) => {
+        assert.deepEqual(result.loss, whole[rank].loss);
+        result.gradNorm.forEach((x, i) => {
+          assert.ok(Math.abs(x - whole[rank].gradNorm[i]) <= 1e-12 * x);
+        });
+        assert.deepEqual(result.sums, whole[rank].sums);
+        assert.ok(result.used_bytes < whole[rank].used_bytes);
+      });
+    }
+  });
+}
+
+Deno.test("training: whole blocks computed again give the same bits, on several ranks too", async () => {
+  const model = { router: { kind: "sigmoid", topK: 2, jitter: 0.1, biasRate: 0.01 } } as const;
+  const common = { steps: 3, accumulate: 2, parameters: true, model };
+  const [kept, again] = await Promise.all([
+    train(2, common),
+    train(2, { ...common, recompute: "block" }),
+  ]);
+  again.forEach((result, rank) => {
+    assert.deepEqual(result.loss, kept[rank].loss);
+    assert.deepEqual(result.gradNorm, kept[rank].gradNorm);
+    assert.deepEqual(result.sums, kept[rank].sums);
+  });
+});

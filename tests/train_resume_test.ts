@@ -45,6 +45,36 @@ Deno.test("resume: same losses, weights and selection bias bit for bit; other ra
   }
 });
 
+Deno.test("resume: checkpoints of a sharded optimizer are those of a whole one, at any number of ranks", async () => {
+  const directory = await Deno.makeTempDir({ prefix: "lina-resume-" });
+  try {
+    const common = { steps: 5, bucketBytes: 7000 };
+    const through = await train(3, {
+      ...common,
+      batch: 9,
+      shardOptimizer: true,
+      saveAt: 2,
+      directory,
+    });
+    const expected = through[0].loss.slice(2);
+    for (const [ranks, shardOptimizer] of [[3, true], [3, false], [2, true], [1, true]] as const) {
+      const [other] = await train(ranks, {
+        ...common,
+        batch: 9,
+        shardOptimizer,
+        resume: true,
+        directory,
+      });
+      if (ranks === 3) assert.deepEqual(other.loss, expected);
+      other.loss.forEach((x, i) =>
+        assert.ok(Math.abs(x - expected[i]) < 1e-5 * x, `${ranks} ranks`)
+      );
+    }
+  } finally {
+    await Deno.remove(directory, { recursive: true });
+  }
+});
+
 Deno.test("resume: a checkpoint of another model or other data is refused, and the field named", async () => {
   const directory = await Deno.makeTempDir({ prefix: "lina-resume-" });
   try {
