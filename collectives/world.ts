@@ -3,12 +3,16 @@
 
 import type { Device } from "../tensor/device.ts";
 import { createCommunicator } from "./communicator.ts";
+import { chooseDevice, type DeviceDecision, hasNvidiaHardware } from "./device_choice.ts";
 import {
   BACKEND_CHOICES,
   type BackendChoice,
+  DEVICE_CHOICES,
+  type DeviceChoice,
   type RankEnvironment,
   readEnvironment,
 } from "./rendezvous/environment.ts";
+import { JobWorld } from "./job_world.ts";
 import { DeferredStore } from "./rendezvous/deferred_store.ts";
 import { hostIdentity, outwardAddress } from "./rendezvous/host.ts";
 import { LocalStore } from "./rendezvous/local_store.ts";
@@ -21,21 +25,14 @@ import {
 import { StoreServer } from "./rendezvous/store_server.ts";
 import type { BootContext, Store, Transport } from "./transport.ts";
 import { timeoutOf } from "./watchdog.ts";
-import type {
-  AllReduceOptions,
-  Backend,
-  Communicator,
-  Counts,
-  Data,
-  ReduceOp,
-  Traffic,
-  Work,
-} from "./types.ts";
+import type { Communicator } from "./types.ts";
 
 /** Options of {@linkcode init}. */
 export interface InitOptions {
   /** What carries the data. @default {the launcher's --backend, or "auto"} */
   readonly backend?: BackendChoice;
+  /** Where tensors live; `auto` takes GPUs if every rank gets one of its own. @default {the launcher's --device, or "auto"} */
+  readonly device?: DeviceChoice;
   /** Longest time to wait until all ranks have joined, in milliseconds. @default {60000} */
   readonly timeout_ms?: number;
 }
@@ -52,6 +49,8 @@ export interface World extends Communicator {
   readonly store: Store;
   /** Why this backend carries the data, in words. */
   readonly backendReason: string;
+  /** Why tensors live there, in words. */
+  readonly deviceReason: string;
   /** How many times the job was restarted after a failure; 0 the first time. */
   readonly attempt: number;
 }
@@ -78,34 +77,67 @@ let initialised = false;
 export async function init(options: InitOptions = {}): Promise<World> {
   const env = readEnvironment(Deno.env.toObject());
   const asked = options.backend ?? env.backend;
-  if (!BACKEND_CHOICES.includes(asked)) {
-    throw new TypeError(
-      `Cannot choose a backend as it must be one of ${
-        BACKEND_CHOICES.join(", ")
-      }: current value is ${asked}`,
-    );
-  }
+  const wish = { backend: asked, device: options.device ?? env.device };
+  beOneOf("backend", asked, BACKEND_CHOICES);
+  beOneOf("device", wish.device, DEVICE_CHOICES);
   if (initialised && env.size > 1) {
     throw new Error("Cannot join the job as init() must be called once: current value is again");
   }
   initialised = true;
-  const device = import("../tensor/cpu/device.ts"); // loads while the ranks meet
-  device.catch(() => {}); // the await below reports it, unless something else fails first
+  const cpu = import("../tensor/cpu/device.ts"); // loads while the ranks meet
+  cpu.catch(() => {}); // the await below reports it, unless something else fails first
   const departed = new Map<number, string>();
   const timeout_ms = timeoutOf(options.timeout_ms ?? DEFAULT_TIMEOUT_MS);
   const store = await meet(env, timeout_ms, departed);
   try {
-    const context = { ...env, store, departed, timeout_ms };
-    const { transport, reason } = await connect(asked, env, context);
+    const here = { store, departed, timeout_ms };
+    const decision = await chooseDevice(env, wish, here);
+    if (env.rank === 0) tell(decision, wish);
+    const device = decision.kind === "cpu" ? (await cpu).cpuDevice() : await openCuda();
+    const context: BootContext = {
+      ...here,
+      rank: env.rank,
+      size: env.size,
+      localRank: env.localRank,
+      ...(decision.kind === "cuda" && { device }),
+    };
+    const backend = decision.kind === "cuda" && env.size > 1 ? "nccl" : asked;
+    const { transport, reason } = await connect(backend, decision, env, context);
     if (store instanceof DeferredStore) {
       await meetOver(transport, env, store, departed);
     }
-    const { cpuDevice } = await device;
-    return new JobWorld({ env, transport, reason, device: cpuDevice(), store: store });
+    return new JobWorld({ env, transport, reason, device, decision, store });
   } catch (error) {
     await store.close();
     throw error;
   }
+}
+
+function beOneOf(what: string, value: string, choices: readonly string[]): void {
+  if (choices.includes(value)) return;
+  throw new TypeError(
+    `Cannot choose a ${what} as it must be one of ${choices.join(", ")}: current value is ${value}`,
+  );
+}
+
+/** One line for people: why a machine with GPUs computes on its processor, or that GPUs are shared. */
+function tell(
+  { kind, reason, sharing }: DeviceDecision,
+  wish: { device: DeviceChoice; backend: BackendChoice },
+): void {
+  if (sharing.length > 0 && kind === "cuda") {
+    console.warn(
+      `lina: ranks share a GPU, which is for testing: NCCL then connects them by sockets`,
+    );
+  }
+  if (kind === "cpu" && wish.device === "auto" && wish.backend === "auto" && hasNvidiaHardware()) {
+    console.warn(`lina: the CPU is used, as ${reason.replace(/\s*\n\s*/g, " ")}`);
+  }
+}
+
+async function openCuda(): Promise<Device> {
+  const { cudaDevice } = await import("../tensor/cuda/device.ts");
+  return await cudaDevice();
 }
 
 async function meet(
@@ -170,15 +202,17 @@ async function meetOver(
 
 async function connect(
   asked: BackendChoice,
+  decision: DeviceDecision,
   env: RankEnvironment,
   context: BootContext,
 ): Promise<{ transport: Transport; reason: string }> {
-  if (asked === "nccl") {
-    throw new Error(
-      "Cannot use backend nccl as this build must have a CUDA device: current value is CPU only; use --backend auto, shm or mpi",
-    );
+  if (env.size === 1 && (asked === "auto" || asked === "nccl")) {
+    return await openSelf("there is one rank");
   }
-  if (asked === "auto" && env.size === 1) return await openSelf("there is one rank");
+  if (asked === "nccl") {
+    const { openNccl } = await import("./nccl/mod.ts");
+    return { transport: await openNccl(context), reason: decision.reason };
+  }
   if (asked === "mpi") return await openMpi(context, "it was asked for");
   if (env.store === null) {
     if (asked === "auto") return await openMpi(context, `${env.source} has started the ranks`);
@@ -238,139 +272,4 @@ async function openMpi(
 ): Promise<{ transport: Transport; reason: string }> {
   const { openMpi } = await import("./mpi/mod.ts");
   return { transport: await openMpi(context), reason };
-}
-
-/** Ends this process with an error, at once; the launcher, mpirun or the rendezvous ends the others. */
-function endProcess(rank: number, size: number, why: string): never {
-  console.error(`error: Rank ${rank} of ${size} has aborted the job: ${why}`);
-  Deno.exit(1);
-}
-
-/** A communicator and what belongs to this process; every operation is the communicator's. */
-class JobWorld implements World {
-  readonly localRank: number;
-  readonly localSize: number;
-  readonly device: Device;
-  readonly store: Store;
-  readonly backendReason: string;
-  readonly attempt: number;
-  #communicator: Communicator;
-
-  constructor(
-    parts: {
-      readonly env: RankEnvironment;
-      readonly store: Store;
-      readonly transport: Transport;
-      readonly reason: string;
-      readonly device: Device;
-    },
-  ) {
-    const { env, device } = parts;
-    this.localRank = env.localRank;
-    this.localSize = env.localSize;
-    this.device = device;
-    this.store = parts.store;
-    this.backendReason = parts.reason;
-    this.attempt = env.attempt;
-    this.#communicator = createCommunicator(parts.transport, {
-      rank: env.rank,
-      size: env.size,
-      name: "world",
-      device,
-      onAbort: (why) => endProcess(env.rank, env.size, why),
-    });
-  }
-
-  get rank(): number {
-    return this.#communicator.rank;
-  }
-
-  get size(): number {
-    return this.#communicator.size;
-  }
-
-  get backend(): Backend {
-    return this.#communicator.backend;
-  }
-
-  get name(): string {
-    return this.#communicator.name;
-  }
-
-  get traffic(): Traffic {
-    return this.#communicator.traffic;
-  }
-
-  allReduce(x: Data, options?: AllReduceOptions): Work {
-    return this.#communicator.allReduce(x, options);
-  }
-
-  reduceScatter(x: Data, out: Data, options?: { readonly op?: ReduceOp }): Work {
-    return this.#communicator.reduceScatter(x, out, options);
-  }
-
-  allGather(x: Data, out: Data): Work {
-    return this.#communicator.allGather(x, out);
-  }
-
-  allGatherV(x: Data, out: Data, counts: Counts): Work {
-    return this.#communicator.allGatherV(x, out, counts);
-  }
-
-  broadcast(x: Data, root?: number): Work {
-    return this.#communicator.broadcast(x, root);
-  }
-
-  reduce(
-    x: Data,
-    options?: { readonly op?: ReduceOp; readonly root?: number; readonly out?: Data },
-  ): Work {
-    return this.#communicator.reduce(x, options);
-  }
-
-  gather(x: Data, out: Data | null, root?: number): Work {
-    return this.#communicator.gather(x, out, root);
-  }
-
-  scatter(x: Data | null, out: Data, root?: number): Work {
-    return this.#communicator.scatter(x, out, root);
-  }
-
-  allToAll(x: Data, out: Data): Work {
-    return this.#communicator.allToAll(x, out);
-  }
-
-  allToAllV(send: Data, sendCounts: Counts, recv: Data, recvCounts: Counts): Work {
-    return this.#communicator.allToAllV(send, sendCounts, recv, recvCounts);
-  }
-
-  send(...args: Parameters<Communicator["send"]>): Work {
-    return this.#communicator.send(...args);
-  }
-
-  recv(...args: Parameters<Communicator["recv"]>): Work {
-    return this.#communicator.recv(...args);
-  }
-
-  barrier(): Work {
-    return this.#communicator.barrier();
-  }
-
-  split(color: number | null, key?: number): Promise<Communicator | null> {
-    return this.#communicator.split(color, key);
-  }
-
-  dup(): Promise<Communicator> {
-    return this.#communicator.dup();
-  }
-
-  abort(why: string): never {
-    return this.#communicator.abort(why);
-  }
-
-  async [Symbol.asyncDispose](): Promise<void> {
-    // Data first, then the rendezvous: while the store is open, the others can tell a rank that leaves from one that is lost.
-    await this.#communicator[Symbol.asyncDispose]();
-    await this.store.close();
-  }
 }

@@ -1,7 +1,7 @@
 // The calls of the CUDA runtime that the device needs: memory, copies, streams and events. Not a binding of all of it: kernels
 // are launched through the driver (cuda.ts). Addresses and handles are u64 as bigints, the fastest way through Deno's FFI.
 
-import { readCString } from "./address.ts";
+import { addressOf, readCString } from "./address.ts";
 import { CudaError, type CudaHandle, openCudaLibrary, preferCudaMajor } from "./cuda_library.ts";
 
 /** cudaStream_t */
@@ -16,6 +16,8 @@ const SYMBOLS = {
   cudaSetDevice: { parameters: ["i32"], result: "i32" },
   // cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attr, int device);
   cudaDeviceGetAttribute: { parameters: ["u64", "i32", "i32"], result: "i32" },
+  // cudaError_t cudaDeviceGetPCIBusId(char *pciBusId, int len, int device);
+  cudaDeviceGetPCIBusId: { parameters: ["u64", "i32", "i32"], result: "i32", optional: true },
   // cudaError_t cudaRuntimeGetVersion(int *runtimeVersion);
   cudaRuntimeGetVersion: { parameters: ["u64"], result: "i32" },
   // cudaError_t cudaDriverGetVersion(int *driverVersion);
@@ -68,6 +70,8 @@ export interface CudartCalls {
   cudaSetDevice(device: number): number;
   /** cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attr, int device) */
   cudaDeviceGetAttribute(value: bigint, attribute: number, device: number): number;
+  /** cudaError_t cudaDeviceGetPCIBusId(char *pciBusId, int len, int device) */
+  readonly cudaDeviceGetPCIBusId: ((id: bigint, length: number, device: number) => number) | null;
   /** cudaError_t cudaRuntimeGetVersion(int *runtimeVersion) */
   cudaRuntimeGetVersion(version: bigint): number;
   /** cudaError_t cudaDriverGetVersion(int *driverVersion) */
@@ -166,6 +170,20 @@ export function cudart(majors?: readonly number[]): Cudart {
   const major = /\.so\.(\d+)/.exec(path)?.[1];
   if (major !== undefined) preferCudaMajor(Number(major));
   return loaded = { calls: symbols as unknown as CudartCalls, path };
+}
+
+/**
+ * Where a GPU sits in its machine, by which two processes can tell whether they use the same one.
+ *
+ * @param device Its number among those that this process sees.
+ * @returns Domain, bus, device and function: `0000:1b:00.0`; the number where the library cannot tell.
+ */
+export function pciBusId(device: number): string {
+  const text = new Uint8Array(new ArrayBuffer(64));
+  const code = cudart().calls.cudaDeviceGetPCIBusId?.(addressOf(text.buffer), 64, device);
+  if (code === undefined) return `${device}`;
+  checkCudart(code, "cudaDeviceGetPCIBusId");
+  return new TextDecoder().decode(text.subarray(0, text.indexOf(0)));
 }
 
 /**

@@ -1,6 +1,12 @@
 // The launcher's command line: what may be asked for, and the errors when something else is. Nothing is started here.
 
-import { BACKEND_CHOICES, type BackendChoice, parseAddress } from "../rendezvous/environment.ts";
+import {
+  BACKEND_CHOICES,
+  type BackendChoice,
+  DEVICE_CHOICES,
+  type DeviceChoice,
+  parseAddress,
+} from "../rendezvous/environment.ts";
 
 /** What the launcher is asked to do. */
 export interface LaunchOptions {
@@ -14,6 +20,10 @@ export interface LaunchOptions {
   readonly rendezvous: { readonly hostname: string; readonly port: number } | null;
   /** What carries the ranks' data. */
   readonly backend: BackendChoice;
+  /** Where the ranks' tensors live. */
+  readonly device: DeviceChoice;
+  /** Whether several ranks may use one GPU. */
+  readonly shareGpu: boolean;
   /** How often the job is started again after a failure. */
   readonly maxRestarts: number;
   /** Folder for one log file per rank; null writes none. */
@@ -37,6 +47,8 @@ Starts N processes of script.ts, the ranks of one job.
 
   -n N               ranks on this node, 1 to 1024
   --backend NAME     auto, shm, mpi or nccl; mpi starts the ranks by mpirun
+  --device NAME      auto, cpu or cuda; auto takes GPUs if every rank gets one
+  --share-gpu        let several ranks use one GPU; for testing
   --max-restarts K   start all ranks again after a failure, at most K times
   --log-dir DIR      also write the output of each rank to DIR/rank_R.log
   --nnodes M         number of nodes; call the launcher once on each
@@ -47,12 +59,16 @@ Starts N processes of script.ts, the ranks of one job.
 `;
 
 const MAX_RANKS = 1024;
+/** Flags that have no value. */
+const SWITCHES = ["--share-gpu"];
+/** Flags that have one. */
 const FLAGS = [
   "-n",
   "--nnodes",
   "--node-rank",
   "--rdzv",
   "--backend",
+  "--device",
   "--max-restarts",
   "--log-dir",
 ];
@@ -73,11 +89,21 @@ export function parseArguments(args: readonly string[]): LaunchOptions | null {
     if (arg === "--") break;
     const equals = arg.startsWith("--") ? arg.indexOf("=") : -1;
     const flag = equals < 0 ? arg : arg.slice(0, equals);
-    if (!FLAGS.includes(flag)) {
+    const single = SWITCHES.includes(flag);
+    if (!single && !FLAGS.includes(flag)) {
       throw new UsageError(`Cannot launch as flags must be known: current value is ${flag}`);
     }
     if (given.has(flag)) {
       throw new UsageError(`Cannot launch as ${flag} must be given once: current value is twice`);
+    }
+    if (single) {
+      if (equals >= 0) {
+        throw new UsageError(
+          `Cannot launch as ${flag} must have no value: current value is ${arg.slice(equals + 1)}`,
+        );
+      }
+      given.set(flag, "");
+      continue;
     }
     if (equals < 0 && i >= args.length) {
       throw new UsageError(`Cannot launch as ${flag} must have a value: current value is missing`);
@@ -108,6 +134,8 @@ export function parseArguments(args: readonly string[]): LaunchOptions | null {
     nodeRank,
     rendezvous: addressOf(given.get("--rdzv")),
     backend: backendOf(given, nodes),
+    device: deviceOf(given),
+    shareGpu: given.has("--share-gpu"),
     maxRestarts: numberOf(given, "--max-restarts", 0, 1_000_000, 0),
     logDir: given.get("--log-dir") ?? null,
     script,
@@ -157,6 +185,16 @@ function backendOf(given: ReadonlyMap<string, string>, nodes: number): BackendCh
     );
   }
   return backend;
+}
+
+function deviceOf(given: ReadonlyMap<string, string>): DeviceChoice {
+  const device = (given.get("--device") ?? "auto") as DeviceChoice;
+  if (DEVICE_CHOICES.includes(device)) return device;
+  throw new UsageError(
+    `Cannot launch as --device must be one of ${
+      DEVICE_CHOICES.join(", ")
+    }: current value is ${device}`,
+  );
 }
 
 /** A path must be a file; a URL is left to Deno. */

@@ -11,17 +11,22 @@ Deno.test("parseArguments() takes every flag, with a space or an equals sign", (
     nodeRank: 1,
     rendezvous: { hostname: "node0", port: 4000 },
     backend: "shm",
+    device: "cpu",
+    shareGpu: true,
     maxRestarts: 3,
     logDir: "logs",
     script: SCRIPT,
     args: ["-n", "7", "--unknown"],
   };
   const flags =
-    "--nnodes 2 --node-rank 1 --rdzv node0:4000 --backend shm --max-restarts 3 --log-dir logs";
+    "--nnodes 2 --node-rank 1 --rdzv node0:4000 --backend shm --device cpu --max-restarts 3 --log-dir logs";
   const tail = [SCRIPT, "-n", "7", "--unknown"];
-  assert.deepEqual(parseArguments(["-n", "4", ...flags.split(" "), ...tail]), expected);
+  assert.deepEqual(
+    parseArguments(["-n", "4", "--share-gpu", ...flags.split(" "), ...tail]),
+    expected,
+  );
   const joined = flags.replace(/(--[a-z-]+) /g, "$1=").split(" ");
-  assert.deepEqual(parseArguments(["-n", "4", ...joined, ...tail]), expected);
+  assert.deepEqual(parseArguments(["-n", "4", ...joined, "--share-gpu", ...tail]), expected);
 });
 
 Deno.test("parseArguments() has defaults", () => {
@@ -31,6 +36,8 @@ Deno.test("parseArguments() has defaults", () => {
     nodeRank: 0,
     rendezvous: null,
     backend: "auto",
+    device: "auto",
+    shareGpu: false,
     maxRestarts: 0,
     logDir: null,
     script: SCRIPT,

@@ -1,5 +1,6 @@
 // The environment that a rank gets from the launcher. The reading side is `rendezvous/environment.ts`.
 
+import { gpuOf } from "../device_choice.ts";
 import type { Variables } from "../rendezvous/environment.ts";
 import type { LaunchOptions } from "./arguments.ts";
 
@@ -52,6 +53,9 @@ export function jobEnvironment(
     : `${place.hostname}:${place.port}`;
   env.LINA_TOKEN = place.token;
   env.LINA_BACKEND = options.backend;
+  env.LINA_DEVICE = options.device;
+  env.LINA_SHARE_GPU = options.shareGpu ? "1" : "0";
+  env.LINA_GPUS = String(place.gpus);
   env.LINA_RESTART = String(place.attempt);
   env.LINA_STARTED = place.started;
   env.MASTER_ADDR = place.hostname;
@@ -86,36 +90,12 @@ export function rankEnvironment(
     LOCAL_RANK: String(localRank),
     LOCAL_WORLD_SIZE: String(options.ranks),
   };
-  const gpu = gpuOf(job.CUDA_VISIBLE_DEVICES, place.gpus, options.ranks, localRank);
-  if (gpu !== null) env.CUDA_VISIBLE_DEVICES = gpu;
+  if (options.device !== "cpu") {
+    const { gpus } = place, { ranks, shareGpu } = options;
+    const gpu = gpuOf(job.CUDA_VISIBLE_DEVICES, gpus, ranks, localRank, shareGpu);
+    if (gpu !== null) env.CUDA_VISIBLE_DEVICES = gpu;
+  }
   // The rank writes to a pipe; this tells it that a person looks at a terminal, and how wide that is.
   if (rank === 0 && place.columns !== null) env.LINA_COLUMNS = String(place.columns);
   return env;
-}
-
-/** One GPU for each rank where there are enough of them (each rank then sees one device); null leaves things as they are. */
-function gpuOf(
-  visible: string | undefined,
-  gpus: number,
-  ranks: number,
-  localRank: number,
-): string | null {
-  if (visible === undefined) return gpus >= ranks ? String(localRank) : null;
-  const list = visible.split(",").map((name) => name.trim()).filter((name) => name !== "");
-  return list.length >= ranks ? list[localRank] : null;
-}
-
-/**
- * Counts the GPUs of this node without opening the driver.
- *
- * @returns Number of NVIDIA devices.
- */
-export function countGpus(): number {
-  try {
-    let count = 0;
-    for (const entry of Deno.readDirSync("/dev")) if (/^nvidia\d+$/.test(entry.name)) count++;
-    return count;
-  } catch {
-    return 0;
-  }
 }

@@ -32,6 +32,9 @@ Deno.test("a rank reads what the launcher wrote", () => {
     store: { hostname: "127.0.0.1", port: 4000, serve: false },
     token: "secret",
     backend: "shm",
+    device: "auto",
+    shareGpu: false,
+    gpus: 0,
     mpi: false,
     attempt: 1,
   });
@@ -72,6 +75,7 @@ Deno.test("each rank sees a GPU of its own where there are enough", () => {
   assert.equal(environment({}, 2, { gpus: 2 }).CUDA_VISIBLE_DEVICES, undefined);
   assert.equal(environment({ CUDA_VISIBLE_DEVICES: "4,5,GPU-a" }, 2).CUDA_VISIBLE_DEVICES, "GPU-a");
   assert.equal(environment({ CUDA_VISIBLE_DEVICES: "4" }, 2).CUDA_VISIBLE_DEVICES, "4");
+  assert.equal(environment({}, 1, { gpus: 4 }).LINA_GPUS, "4");
 });
 
 Deno.test("rank 0 knows of the terminal", () => {

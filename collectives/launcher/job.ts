@@ -3,7 +3,8 @@
 import { StoreServer } from "../rendezvous/store_server.ts";
 import type { LaunchOptions } from "./arguments.ts";
 import { Children, type Exit } from "./children.ts";
-import { countGpus, jobEnvironment, type JobPlace, rankEnvironment } from "./environment.ts";
+import { countGpus } from "../device_choice.ts";
+import { jobEnvironment, type JobPlace, rankEnvironment } from "./environment.ts";
 import { Guard } from "./guard.ts";
 import { startMpi } from "./mpirun.ts";
 import { Nodes } from "./nodes.ts";

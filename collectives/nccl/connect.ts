@@ -5,6 +5,7 @@ import {
   checkNccl,
   initRank,
   type Nccl,
+  nccl,
   NCCL_TYPES,
   type NcclComm,
   uniqueId,
@@ -21,6 +22,21 @@ const SETTINGS: Readonly<Record<string, string>> = {
 export function prepareEnvironment(): void {
   for (const [name, value] of Object.entries(SETTINGS)) {
     if (!Deno.env.has(name)) Deno.env.set(name, value);
+  }
+}
+
+/**
+ * Whether NCCL can be opened; nothing is connected.
+ *
+ * @returns Why not, as half a sentence; null if it can.
+ */
+export function whyNoNccl(): string | null {
+  prepareEnvironment();
+  try {
+    nccl();
+    return null;
+  } catch (error) {
+    return error instanceof Error ? error.message : String(error);
   }
 }
 

@@ -6,6 +6,11 @@ export type BackendChoice = "auto" | "shm" | "mpi" | "nccl";
 /** Every backend that can be asked for. */
 export const BACKEND_CHOICES: readonly BackendChoice[] = ["auto", "shm", "mpi", "nccl"];
 
+/** A device that can be asked for; `auto` takes GPUs if every rank gets one of its own. */
+export type DeviceChoice = "auto" | "cpu" | "cuda";
+/** Every device that can be asked for. */
+export const DEVICE_CHOICES: readonly DeviceChoice[] = ["auto", "cpu", "cuda"];
+
 /** Environment variables. */
 export type Variables = Readonly<Record<string, string | undefined>>;
 
@@ -31,6 +36,12 @@ export interface RankEnvironment {
   readonly token: string;
   /** Backend asked for. */
   readonly backend: BackendChoice;
+  /** Device asked for. */
+  readonly device: DeviceChoice;
+  /** Whether several ranks may use one GPU. */
+  readonly shareGpu: boolean;
+  /** GPUs of this host, as our launcher has counted them; null if nobody has. */
+  readonly gpus: number | null;
   /** Whether mpirun or srun has started this process as an MPI rank. */
   readonly mpi: boolean;
   /** How many times the job was restarted. */
@@ -85,6 +96,16 @@ export function readEnvironment(env: Variables): RankEnvironment {
       }: current value is ${backend}`,
     );
   }
+  const device = (env.LINA_DEVICE ?? "auto") as DeviceChoice;
+  if (!DEVICE_CHOICES.includes(device)) {
+    throw new Error(
+      `Cannot choose a device as LINA_DEVICE must be one of ${
+        DEVICE_CHOICES.join(", ")
+      }: current value is ${device}`,
+    );
+  }
+  const shareGpu = env.LINA_SHARE_GPU === "1";
+  const gpus = wholeNumber(env, ["LINA_GPUS"], "the number of GPUs") ?? null;
   const attempt = wholeNumber(env, ["LINA_RESTART"], "the restart") ?? 0;
   const token = env.LINA_TOKEN ?? "";
   const family = FAMILIES.find((f) => env[f.rank[0]] !== undefined && applies(f.source, env));
@@ -99,6 +120,9 @@ export function readEnvironment(env: Variables): RankEnvironment {
       store: null,
       token,
       backend,
+      device,
+      shareGpu,
+      gpus,
       mpi: false,
       attempt,
     };
@@ -134,6 +158,9 @@ export function readEnvironment(env: Variables): RankEnvironment {
     store: storePlace(env, { source: family.source, rank, oneHost }),
     token: token || (oneHost ? jobName(env) : ""),
     backend,
+    device,
+    shareGpu,
+    gpus,
     mpi: family.source === "Open MPI" || family.source === "MPICH",
     attempt,
   };

@@ -1,4 +1,5 @@
 // What tells whether two processes can share memory: they must run on one booted system, in the same namespaces.
+// And what tells whether they can share a GPU: they must run on one machine.
 
 /**
  * A name of this host and the namespaces of this process.
@@ -7,10 +8,19 @@
  */
 export function hostIdentity(): string {
   if (Deno.build.os !== "linux") return Deno.hostname();
-  const bootId = Deno.readTextFileSync("/proc/sys/kernel/random/boot_id").trim();
   const net = Deno.readLinkSync("/proc/self/ns/net");
   const pid = Deno.readLinkSync("/proc/self/ns/pid");
-  return `${bootId} ${net} ${pid}`;
+  return `${machineIdentity()} ${net} ${pid}`;
+}
+
+/**
+ * A name of this machine.
+ *
+ * @returns The same text in two processes of one booted system, whatever their namespaces.
+ */
+export function machineIdentity(): string {
+  if (Deno.build.os !== "linux") return Deno.hostname();
+  return Deno.readTextFileSync("/proc/sys/kernel/random/boot_id").trim();
 }
 
 /**
