@@ -8,18 +8,25 @@
 
 import { COMPLETED } from "../collectives/progress.ts";
 import type { Communicator, Work } from "../collectives/types.ts";
-import type { Device } from "../tensor/device.ts";
+import type { Device, RowGroups } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
+import * as routing from "../tensor/ops/routing.ts";
 import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
-import type { RoutingPlan } from "./plan.ts";
+import { type PlanOutline, type RoutingPlan, sameOrder } from "./plan.ts";
 
 /** Runs an all-to-all of the layer in its step. */
 export type Transfer = (start: () => Work) => Promise<void>;
 
 /** A routing plan whose index arrays are on the device. */
 export interface PlacedPlan extends Disposable {
-  /** The plan. */
-  readonly plan: RoutingPlan;
+  /** Rows to each rank [R]; null in a world of one, where nothing travels. */
+  readonly sendCounts: Int32Array | null;
+  /** Rows from each rank [R]; null in a world of one. */
+  readonly recvCounts: Int32Array | null;
+  /** Rows of each expert of this rank, M in all. */
+  readonly groups: RowGroups;
+  /** M. */
+  readonly rows: number;
   /** Row of each (token, choice) in the send order, i32 [N, K]. */
   readonly slots_NK: Tensor;
   /** Token of each row in the send order, i32 [S]. */
@@ -38,17 +45,101 @@ export interface PlacedPlan extends Disposable {
  * @returns The plan with its index arrays; dispose of it.
  */
 export function placePlan(device: Device, plan: RoutingPlan): PlacedPlan {
-  const slots_NK = fromArray(device, plan.slots_NK, [plan.tokens, plan.choices]);
-  const tokens_S = fromArray(device, plan.tokens_S);
-  const toExpertMajor = plan.toExpertMajor && fromArray(device, plan.toExpertMajor);
-  const toRankMajor = plan.toRankMajor && fromArray(device, plan.toRankMajor);
-  const tensors = [slots_NK, tokens_S, toExpertMajor, toRankMajor];
-  return {
-    plan,
+  const alone = plan.sendCounts.length === 1;
+  return owned({
+    sendCounts: alone ? null : plan.sendCounts,
+    recvCounts: alone ? null : plan.recvCounts,
+    groups: { offsets: fromArray(device, plan.offsets), host: plan.offsets },
+    rows: plan.offsets[plan.offsets.length - 1],
+    slots_NK: fromArray(device, plan.slots_NK, [plan.tokens, plan.choices]),
+    tokens_S: fromArray(device, plan.tokens_S),
+    toExpertMajor: plan.toExpertMajor && fromArray(device, plan.toExpertMajor),
+    toRankMajor: plan.toRankMajor && fromArray(device, plan.toRankMajor),
+  });
+}
+
+/**
+ * Places rows on a device that does it by itself, in a world of one: the host learns nothing and waits for nothing.
+ *
+ * @param experts_NK Chosen experts, i32 [N, K], all of them chosen.
+ * @param experts E.
+ * @returns The plan with its index arrays; dispose of it.
+ */
+export function placeAlone(experts_NK: Tensor, experts: number): PlacedPlan {
+  const { device, shape, size } = experts_NK;
+  const slots_NK = empty(device, shape, "i32"), tokens_S = empty(device, [size], "i32");
+  const offsets = empty(device, [experts + 1], "i32");
+  routing.placeRows(experts_NK, { experts, starts: null }, {
+    slots: slots_NK,
+    tokens: tokens_S,
+    offsets,
+  });
+  return owned({
+    sendCounts: null,
+    recvCounts: null,
+    groups: { offsets, host: null },
+    rows: size,
+    slots_NK,
+    tokens_S,
+    toExpertMajor: null,
+    toRankMajor: null,
+  });
+}
+
+/**
+ * Places rows on a device that does it by itself, from what counts and placement say: the index arrays are made there.
+ *
+ * @param experts_NK Chosen experts, i32 [N, K], all of them chosen.
+ * @param experts E.
+ * @param outline The plan's outline.
+ * @returns The plan with its index arrays; dispose of it.
+ */
+export function placeOutline(
+  experts_NK: Tensor,
+  experts: number,
+  outline: PlanOutline,
+): PlacedPlan {
+  const { device, shape, size } = experts_NK;
+  const { pieces, offsets, rows_RL, sendCounts, recvCounts } = outline;
+  const ranks = sendCounts.length, seats = offsets.length - 1, rows = offsets[seats];
+  // What the device must know travels in one copy.
+  const numbers = new Int32Array(pieces.length + offsets.length + rows_RL.length);
+  numbers.set(pieces);
+  numbers.set(offsets, pieces.length);
+  numbers.set(rows_RL, pieces.length + offsets.length);
+  const all = fromArray(device, numbers);
+  const offsets_L = all.rows(pieces.length, pieces.length + offsets.length);
+  const slots_NK = empty(device, shape, "i32"), tokens_S = empty(device, [size], "i32");
+  const starts = all.rows(0, pieces.length).reshape(pieces.length / 3, 3);
+  routing.placeRows(experts_NK, { experts, starts }, {
+    slots: slots_NK,
+    tokens: tokens_S,
+    offsets: null,
+  });
+  let toExpertMajor: Tensor | null = null, toRankMajor: Tensor | null = null;
+  if (!sameOrder(outline)) {
+    const counts = all.rows(pieces.length + offsets.length, numbers.length);
+    toExpertMajor = empty(device, [rows], "i32");
+    toRankMajor = empty(device, [rows], "i32");
+    routing.majorOrders(counts.reshape(ranks, seats), toExpertMajor, toRankMajor);
+  }
+  return owned({
+    sendCounts,
+    recvCounts,
+    groups: { offsets: offsets_L, host: offsets },
+    rows,
     slots_NK,
     tokens_S,
     toExpertMajor,
     toRankMajor,
+  }, all);
+}
+
+function owned(plan: Omit<PlacedPlan, typeof Symbol.dispose>, more?: Tensor): PlacedPlan {
+  const { slots_NK, tokens_S, toExpertMajor, toRankMajor, groups } = plan;
+  const tensors = [slots_NK, tokens_S, toExpertMajor, toRankMajor, groups.offsets, more];
+  return {
+    ...plan,
     [Symbol.dispose]: () => tensors.forEach((tensor) => tensor?.[Symbol.dispose]()),
   };
 }
@@ -81,15 +172,14 @@ export async function toExperts(
   comm: Communicator,
   transfer: Transfer,
 ): Promise<Tensor> {
-  if (comm.size === 1) {
+  const { sendCounts, recvCounts, toExpertMajor, rows } = placed;
+  if (!sendCounts || !recvCounts) {
     await transfer(() => COMPLETED);
     return send_SD;
   }
-  const { plan, toExpertMajor } = placed;
   const { device, dtype } = send_SD, width = send_SD.shape[1];
-  const rows = plan.offsets[plan.offsets.length - 1];
   const recv_MD = empty(device, [rows, width], dtype);
-  const sent = elements(plan.sendCounts, width), received = elements(plan.recvCounts, width);
+  const sent = elements(sendCounts, width), received = elements(recvCounts, width);
   await transfer(() => comm.allToAllV(send_SD, sent, recv_MD, received));
   send_SD[Symbol.dispose]();
   if (!toExpertMajor || rows === 0) return recv_MD;
@@ -114,11 +204,11 @@ export async function fromExperts(
   comm: Communicator,
   transfer: Transfer,
 ): Promise<Tensor> {
-  if (comm.size === 1) {
+  const { sendCounts, recvCounts, toRankMajor, tokens_S } = placed;
+  if (!sendCounts || !recvCounts) {
     await transfer(() => COMPLETED);
     return y_MD;
   }
-  const { plan, toRankMajor } = placed;
   const { device, dtype } = y_MD, width = y_MD.shape[1];
   let leaving = y_MD;
   if (toRankMajor && y_MD.size > 0) {
@@ -127,8 +217,8 @@ export async function fromExperts(
     ops.gatherRows(grouped, toRankMajor, leaving);
   }
   using send_MD = leaving;
-  const back_SD = empty(device, [plan.tokens_S.length, width], dtype);
-  const sent = elements(plan.recvCounts, width), received = elements(plan.sendCounts, width);
+  const back_SD = empty(device, [tokens_S.size, width], dtype);
+  const sent = elements(recvCounts, width), received = elements(sendCounts, width);
   await transfer(() => comm.allToAllV(send_MD, sent, back_SD, received));
   return back_SD;
 }

@@ -11,8 +11,8 @@ import type { Communicator, Work } from "../collectives/types.ts";
 import type { Activation, Device } from "../tensor/device.ts";
 import type { DType } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
-import { empty, type Tensor, zeros } from "../tensor/tensor.ts";
-import type { ExpertMatrices } from "./experts.ts";
+import { empty, type Tensor } from "../tensor/tensor.ts";
+import { type ExpertLists, type ExpertMatrices, listsOf } from "./experts.ts";
 import type { PlacementPlan } from "./hooks.ts";
 import { normalKey } from "./init.ts";
 import {
@@ -54,27 +54,74 @@ export interface ExpertStoreOptions {
 
 /** The memory of an expert, each tensor flat: [up | down]. */
 interface ExpertMemory {
-  readonly weights: Tensor;
+  readonly weights: Block;
   readonly gradient: Gradient;
   readonly moments: Moments | null;
 }
 
-/** A gradient that takes memory once it is asked for: an expert in inference has none. */
-class Gradient implements Disposable {
-  readonly #weights: Tensor;
-  #flat: Tensor | null = null;
+/** A block of memory of a pool. */
+interface Block extends Disposable {
+  readonly flat: Tensor;
+}
 
-  constructor(weights: Tensor) {
-    this.#weights = weights;
+/**
+ * Blocks of equal size. The first ones lie side by side in one allocation, at a constant stride, which grouped GEMMs like; a block that comes later
+ * takes the place of one that has gone, or memory of its own.
+ */
+class BlockPool implements Disposable {
+  readonly #device: Device;
+  readonly #size: number;
+  readonly #dtype: DType;
+  #together: Tensor | null = null;
+  #free: number[] = [];
+
+  constructor(device: Device, size: number, dtype: DType) {
+    this.#device = device;
+    this.#size = size;
+    this.#dtype = dtype;
   }
 
-  get flat(): Tensor {
-    const { device, shape, dtype } = this.#weights;
-    return this.#flat ??= zeros(device, shape, gradientDtype(dtype));
+  /** A block; if it is the first, `count` of them are made at once. Its contents are undefined. */
+  take(count: number): Block {
+    if (!this.#together) {
+      this.#together = empty(this.#device, [count, this.#size], this.#dtype);
+      this.#free = Array.from({ length: count }, (_, i) => count - 1 - i);
+    }
+    const place = this.#free.pop();
+    if (place === undefined) {
+      const flat = empty(this.#device, [this.#size], this.#dtype);
+      return { flat, [Symbol.dispose]: () => flat[Symbol.dispose]() };
+    }
+    return {
+      flat: this.#together.rows(place, place + 1).reshape(this.#size),
+      [Symbol.dispose]: () => void this.#free.push(place),
+    };
   }
 
   [Symbol.dispose](): void {
-    this.#flat?.[Symbol.dispose]();
+    this.#together?.[Symbol.dispose]();
+  }
+}
+
+/** A gradient that takes memory once it is asked for: an expert in inference has none. */
+class Gradient implements Disposable {
+  readonly #take: () => Block;
+  #block: Block | null = null;
+
+  constructor(take: () => Block) {
+    this.#take = take;
+  }
+
+  get flat(): Tensor {
+    if (!this.#block) {
+      this.#block = this.#take();
+      ops.fill(this.#block.flat, 0);
+    }
+    return this.#block.flat;
+  }
+
+  [Symbol.dispose](): void {
+    this.#block?.[Symbol.dispose]();
   }
 }
 
@@ -94,8 +141,13 @@ export class ExpertStore implements Disposable {
   readonly #options: ExpertStoreOptions;
   #seats: PlacementPlan["seats"];
   #holders: readonly (readonly number[])[];
-  #seated: readonly SeatedExpert[];
+  #seated: readonly SeatedExpert[] = [];
   #holdsMoments = false;
+  readonly #weightPool: BlockPool;
+  readonly #gradientPool: BlockPool;
+  /** The lists of matrices, made once for the experts that sit now. */
+  #matrices: ExpertLists | null = null;
+  #gradients: ExpertLists | null = null;
   /** Communicators of replicas, by the ranks they join; null where this rank is not one of them. */
   readonly #groups = new Map<string, Communicator | null>();
 
@@ -106,8 +158,11 @@ export class ExpertStore implements Disposable {
    * @throws {RangeError} If the seats are not valid.
    */
   constructor(options: ExpertStoreOptions) {
-    const { seats, experts, comm } = options;
+    const { seats, experts, comm, device, width, hidden, activation, dtype } = options;
     checkSeats(seats, comm.size);
+    const size = (activation === "swiglu" ? 3 : 2) * hidden * width;
+    this.#weightPool = new BlockPool(device, size, dtype);
+    this.#gradientPool = new BlockPool(device, size, gradientDtype(dtype));
     this.#options = options;
     this.#seats = seats;
     this.#holders = holdersOf(seats, experts);
@@ -128,14 +183,14 @@ export class ExpertStore implements Disposable {
     return this.#seated.flatMap(({ parameters }) => parameters);
   }
 
-  /** Weights of the experts that sit here, by seat. */
-  get matrices(): readonly ExpertMatrices[] {
-    return this.#seated.map(({ matrices }) => matrices);
+  /** Weights of the experts that sit here, by seat; the same object until experts move. */
+  get matrices(): ExpertLists {
+    return this.#matrices ??= listsOf(this.#seated.map(({ matrices }) => matrices));
   }
 
-  /** Gradients of the experts that sit here, by seat. */
-  get gradients(): readonly ExpertMatrices[] {
-    return this.#seated.map(({ gradients }) => gradients);
+  /** Gradients of the experts that sit here, by seat; the same object until experts move. */
+  get gradients(): ExpertLists {
+    return this.#gradients ??= listsOf(this.#seated.map(({ gradients }) => gradients));
   }
 
   /**
@@ -199,7 +254,7 @@ export class ExpertStore implements Disposable {
     }
     this.#seats = seats;
     this.#holders = holders;
-    this.#seated = seats[comm.rank].map((id) => held.get(id)!);
+    this.#sit(seats[comm.rank].map((id) => held.get(id)!));
   }
 
   /**
@@ -209,17 +264,25 @@ export class ExpertStore implements Disposable {
    */
   holdMoments(hold: boolean): void {
     this.#holdsMoments = hold;
-    this.#seated = this.#seated.map((expert) => {
+    this.#sit(this.#seated.map((expert) => {
       if (expert.moments) freeMoments(expert.moments);
       const { id, weights, gradient } = expert;
-      return this.#seat(id, { weights, gradient, moments: hold ? createMoments(weights) : null });
-    });
+      const moments = hold ? createMoments(weights.flat) : null;
+      return this.#seat(id, { weights, gradient, moments });
+    }));
   }
 
   /** Frees what the experts hold. Communicators of replicas end with the world. */
   [Symbol.dispose](): void {
     this.#seated.forEach(freeSeat);
-    this.#seated = [];
+    this.#sit([]);
+    this.#weightPool[Symbol.dispose]();
+    this.#gradientPool[Symbol.dispose]();
+  }
+
+  #sit(seated: readonly SeatedExpert[]): void {
+    this.#seated = seated;
+    this.#matrices = this.#gradients = null;
   }
 
   /** The experts that sit here by ascending id: an order that ranks agree on whatever the order of their seats. */
@@ -228,11 +291,12 @@ export class ExpertStore implements Disposable {
   }
 
   #allocate(): ExpertMemory {
-    const { device, width, hidden, activation, dtype } = this.#options;
-    const size = (activation === "swiglu" ? 3 : 2) * hidden * width;
-    const weights = empty(device, [size], dtype);
-    const moments = this.#holdsMoments ? createMoments(weights) : null;
-    return { weights, gradient: new Gradient(weights), moments };
+    const { comm } = this.#options;
+    const count = () => this.#seats[comm.rank].length;
+    const weights = this.#weightPool.take(count());
+    const moments = this.#holdsMoments ? createMoments(weights.flat) : null;
+    const gradient = new Gradient(() => this.#gradientPool.take(count()));
+    return { weights, gradient, moments };
   }
 
   #seat(id: number, memory: ExpertMemory): SeatedExpert {
@@ -243,7 +307,7 @@ export class ExpertStore implements Disposable {
       up: flat.rows(0, rows * width).reshape(rows, width),
       down: flat.rows(rows * width, flat.size).reshape(width, hidden),
     });
-    const matrices = matricesOf(weights);
+    const matrices = matricesOf(weights.flat);
     const first = moments && matricesOf(moments.moment1);
     const second = moments && matricesOf(moments.moment2);
     const residual = moments?.residual && matricesOf(moments.residual);
@@ -253,7 +317,7 @@ export class ExpertStore implements Disposable {
       get grad() {
         return matricesOf(gradient.flat)[matrix].rows(start, end);
       },
-      overwrites: false,
+      overwrites: true,
       group: "replicas" as const,
       expert: { layer, id },
       decay: true,
@@ -321,9 +385,9 @@ function checkSeats(seats: PlacementPlan["seats"], ranks: number): void {
 
 /** What moves with an expert. */
 function stateOf({ weights, moments }: ExpertMemory): Tensor[] {
-  if (!moments) return [weights];
+  if (!moments) return [weights.flat];
   const { moment1, moment2, residual } = moments;
-  return residual ? [weights, moment1, moment2, residual] : [weights, moment1, moment2];
+  return [weights.flat, moment1, moment2, ...(residual ? [residual] : [])];
 }
 
 function freeSeat({ weights, gradient, moments }: ExpertMemory): void {

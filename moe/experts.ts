@@ -4,9 +4,9 @@
 // Shape letters: M rows, grouped by expert, D model width, F hidden width, H width before the activation (2F for SwiGLU, else F),
 // L experts of this rank.
 
-import type { Activation } from "../tensor/device.ts";
+import type { Activation, RowGroups } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
-import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
+import { empty, type Tensor } from "../tensor/tensor.ts";
 
 /** Weights of one expert, or their gradients. */
 export interface ExpertMatrices {
@@ -14,6 +14,26 @@ export interface ExpertMatrices {
   readonly up: Tensor;
   /** Back to the model width [D, F]. */
   readonly down: Tensor;
+}
+
+/**
+ * The same of L experts, by seat. While the experts stay, the arrays are the same objects: a device may keep what it derives from them.
+ */
+export interface ExpertLists {
+  /** Into the hidden width, [H, D] each. */
+  readonly up: readonly Tensor[];
+  /** Back to the model width, [D, F] each. */
+  readonly down: readonly Tensor[];
+}
+
+/**
+ * Lists of experts' matrices.
+ *
+ * @param experts The experts, by seat.
+ * @returns New arrays: keep them.
+ */
+export function listsOf(experts: readonly ExpertMatrices[]): ExpertLists {
+  return { up: experts.map(({ up }) => up), down: experts.map(({ down }) => down) };
 }
 
 /** What the backward pass of experts needs. */
@@ -29,9 +49,9 @@ export interface ExpertsSaved {
 /** Which experts meet which rows. */
 export interface ExpertGroups {
   /** Weights of the experts, L of them. */
-  readonly weights: readonly ExpertMatrices[];
-  /** First row of each expert and, last, M: [L + 1]. */
-  readonly offsets: Int32Array;
+  readonly weights: ExpertLists;
+  /** Rows of each expert. */
+  readonly rows: RowGroups;
   /** Between the two layers. */
   readonly activation: Activation;
 }
@@ -47,21 +67,27 @@ export function expertsForward(
   x_MD: Tensor,
   groups: ExpertGroups,
 ): { readonly y_MD: Tensor; readonly saved: ExpertsSaved } {
-  const { weights, offsets, activation } = groups;
+  const { weights, rows, activation } = groups;
   const { device, dtype } = x_MD;
-  const [rows, width] = x_MD.shape;
-  const hidden = weights.length > 0 ? weights[0].down.shape[1] : 0;
-  const up_MH = empty(device, [rows, activation === "swiglu" ? 2 * hidden : hidden], dtype);
-  const active_MF = empty(device, [rows, hidden], dtype);
-  const y_MD = empty(device, [rows, width], dtype);
-  if (rows > 0) {
-    using starts = fromArray(device, offsets);
-    const rowGroups = { offsets: starts, host: offsets };
-    ops.groupedGemm(x_MD, weights.map(({ up }) => up), rowGroups, up_MH);
+  const [M, width] = x_MD.shape;
+  const hidden = weights.down.length > 0 ? weights.down[0].shape[1] : 0;
+  const up_MH = empty(device, [M, activation === "swiglu" ? 2 * hidden : hidden], dtype);
+  const active_MF = empty(device, [M, hidden], dtype);
+  const y_MD = empty(device, [M, width], dtype);
+  if (M > 0) {
+    ops.groupedGemm(x_MD, weights.up, rows, up_MH);
     ops.activation(activation, up_MH, active_MF);
-    ops.groupedGemm(active_MF, weights.map(({ down }) => down), rowGroups, y_MD);
+    ops.groupedGemm(active_MF, weights.down, rows, y_MD);
   }
   return { y_MD, saved: { x_MD, up_MH, active_MF } };
+}
+
+/** Where the gradients of experts' weights go. */
+export interface ExpertGradients {
+  /** The gradients, L of them. */
+  readonly grads: ExpertLists;
+  /** Factor of their old contents: 1 adds, 0 overwrites. */
+  readonly beta: 0 | 1;
 }
 
 /**
@@ -70,30 +96,32 @@ export function expertsForward(
  * @param dY_MD Gradient of the outputs.
  * @param saved From the forward pass; stays the caller's.
  * @param groups As in the forward pass.
- * @param grads Gradients of the weights; added to.
+ * @param gradients Where the weights' gradients go.
  * @returns Gradient of the rows [M, D].
  */
 export function expertsBackward(
   dY_MD: Tensor,
   saved: ExpertsSaved,
   groups: ExpertGroups,
-  grads: readonly ExpertMatrices[],
+  gradients: ExpertGradients,
 ): Tensor {
-  const { weights, offsets, activation } = groups;
+  const { weights, rows, activation } = groups;
   const { x_MD, up_MH, active_MF } = saved;
+  const { grads, beta } = gradients;
   const { device, dtype } = x_MD;
   const dX_MD = empty(device, x_MD.shape, dtype);
-  if (x_MD.shape[0] === 0) return dX_MD;
+  if (x_MD.shape[0] === 0) {
+    if (beta === 0) { for (const grad of [...grads.up, ...grads.down]) ops.fill(grad, 0); }
+    return dX_MD;
+  }
   const back = { transposeWeight: true };
-  using starts = fromArray(device, offsets);
-  const rowGroups = { offsets: starts, host: offsets };
-  ops.groupedGemmWeightGrad(dY_MD, active_MF, rowGroups, grads.map(({ down }) => down));
+  ops.groupedGemmWeightGrad(dY_MD, active_MF, rows, grads.down, { beta });
   using dActive_MF = empty(device, active_MF.shape, dtype);
-  ops.groupedGemm(dY_MD, weights.map(({ down }) => down), rowGroups, dActive_MF, back);
+  ops.groupedGemm(dY_MD, weights.down, rows, dActive_MF, back);
   using dUp_MH = empty(device, up_MH.shape, dtype);
   ops.activationBackward(activation, dActive_MF, up_MH, dUp_MH);
-  ops.groupedGemmWeightGrad(dUp_MH, x_MD, rowGroups, grads.map(({ up }) => up));
-  ops.groupedGemm(dUp_MH, weights.map(({ up }) => up), rowGroups, dX_MD, back);
+  ops.groupedGemmWeightGrad(dUp_MH, x_MD, rows, grads.up, { beta });
+  ops.groupedGemm(dUp_MH, weights.up, rows, dX_MD, back);
   return dX_MD;
 }
 

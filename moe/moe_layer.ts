@@ -12,20 +12,18 @@
 // Shape letters: N tokens of this rank, D model width, F hidden width, E experts, K choices per token, S rows sent, M rows received.
 
 import type { Work } from "../collectives/types.ts";
-import type { DType, TypedArray } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
-import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
-import { fromExperts, permute, placePlan, toExperts } from "./dispatch.ts";
+import { empty, type Tensor } from "../tensor/tensor.ts";
+import { fromExperts, permute, type PlacedPlan, toExperts } from "./dispatch.ts";
 import { type ExpertGroups, expertsBackward, expertsForward, releaseExperts } from "./experts.ts";
 import { ExpertStore } from "./expert_store.ts";
 import type { PlacementPlan } from "./hooks.ts";
-import { linear, linearBackward } from "./linear.ts";
 import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
-import type { MoeLayerOptions, MoeResult, MoeSaved, MoeStats, RoutingTap } from "./moe_types.ts";
+import type { MoeLayerOptions, MoeResult, MoeSaved, RoutingTap } from "./moe_types.ts";
 import { staticPlacement } from "./placement.ts";
-import { makePlan } from "./plan.ts";
-import { createRouter, routeBackward, type Router } from "./router.ts";
-import { type GlobalRouting, routeGlobally } from "./router_exchange.ts";
+import { createRouter, type Router } from "./router.ts";
+import { isPlain, routeOnDevice } from "./router_device.ts";
+import { type Routed, routeOnHost, type RouterContext } from "./router_host.ts";
 import { updateBias } from "./router_sigmoid.ts";
 import { SharedExperts } from "./shared_experts.ts";
 import type { Step } from "./step.ts";
@@ -59,6 +57,8 @@ export class MoeLayer implements Disposable {
   readonly #shared: SharedExperts | null;
   /** Choices per expert since the bias was moved. */
   readonly #counts: Float64Array;
+  /** The selection bias where the device routes, and what was written there last. */
+  #placedBias: { readonly tensor: Tensor; readonly values: Float32Array } | null = null;
 
   /**
    * Makes the gate, the experts that sit on this rank, and the shared experts.
@@ -120,20 +120,8 @@ export class MoeLayer implements Disposable {
   async forward(x_ND: Tensor, step: Step, residual_ND?: Tensor): Promise<MoeResult> {
     const { device, comm } = this.#options;
     this.#checkInput(x_ND);
-    const global = await this.#route(x_ND, step);
-    const placement = await this.#place(global.counts_RE, step);
-    const { routing, kept_NK, counts_RE } = global;
-    const plan = makePlan({
-      rank: comm.rank,
-      ranks: comm.size,
-      experts: this.#options.experts,
-      choices: routing.choices,
-      experts_NK: kept_NK,
-      counts_RE,
-      placement,
-    });
-    const placed = placePlan(device, plan);
-    const weights_NK = this.#toDevice(routing.weights_NK, [plan.tokens, plan.choices], x_ND.dtype);
+    const routed = await this.#route(x_ND, step);
+    const { placed, weights_NK, shown } = routed;
 
     const arriving = toExperts(
       permute(x_ND, placed),
@@ -143,7 +131,7 @@ export class MoeLayer implements Disposable {
     );
     const shared = this.#shared?.forward(x_ND) ?? null; // while the rows travel
     const x_MD = await arriving;
-    const { y_MD, saved: experts } = expertsForward(x_MD, this.#groups(plan.offsets));
+    const { y_MD, saved: experts } = expertsForward(x_MD, this.#groups(placed));
     const y_SD = await fromExperts(
       y_MD,
       placed,
@@ -151,24 +139,14 @@ export class MoeLayer implements Disposable {
       this.#transfer(step, "forward", "combine"),
     );
     const out_ND = empty(device, x_ND.shape, x_ND.dtype);
-    ops.combineRows(y_SD, placed.slots_NK, weights_NK, out_ND, residual_ND);
-    if (shared) {
-      using y_ND = shared.y_MD;
-      ops.add(out_ND, y_ND, out_ND);
-    }
-    const saved: MoeSaved = {
-      x_ND,
-      global,
-      placed,
-      weights_NK,
-      x_MD,
-      experts,
-      y_SD,
-      shared: shared?.saved ?? null,
-    };
+    // Experts, shared experts and residual are added in one pass where there are two of them, else in two.
+    const onto = shared && residual_ND ? out_ND : shared?.y_ND ?? residual_ND;
+    if (shared && residual_ND) ops.add(residual_ND, shared.y_ND, out_ND);
+    ops.combineRows(y_SD, placed.slots_NK, weights_NK, out_ND, onto);
+    shared?.y_ND[Symbol.dispose]();
+    const saved: MoeSaved = { x_ND, routed, x_MD, experts, y_SD, shared: shared?.saved ?? null };
     if (!step.training) this.release(saved);
-    const auxLoss = global.losses.aux + global.losses.z;
-    return { out_ND, saved, shown: { auxLoss, stats: statsOf(global, plan.rowsPerRank) } };
+    return { out_ND, saved, shown };
   }
 
   /**
@@ -182,29 +160,23 @@ export class MoeLayer implements Disposable {
    */
   async backward(dOut_ND: Tensor, saved: MoeSaved, step: Step): Promise<Tensor> {
     const { device, comm } = this.#options;
-    const { x_ND, placed, weights_NK, y_SD } = saved;
+    const { x_ND, routed, y_SD } = saved;
+    const { placed, weights_NK } = routed;
     step.combineBackwardStarts(this.layer);
     const dY_SD = empty(device, y_SD.shape, y_SD.dtype);
     using dWeights_NK = empty(device, weights_NK.shape, weights_NK.dtype);
     ops.combineRowsBackward(dOut_ND, y_SD, placed.slots_NK, weights_NK, dY_SD, dWeights_NK);
     const arriving = toExperts(dY_SD, placed, comm, this.#transfer(step, "backward", "combine"));
     // While the rows travel: shared experts and the router.
-    const dShared_ND = saved.shared && this.#shared!.backward(dOut_ND, saved.shared);
-    const dLogits_NE = routeBackward(
-      this.router,
-      saved.global.routing,
-      new Float64Array(await dWeights_NK.toArray() as Float32Array),
-      { sums: saved.global.sums, scale: this.auxScale },
-    );
+    const dShared_ND = saved.shared && this.#shared!.backward(dOut_ND, saved.shared, step);
+    using dLogits_NE = await routed.logitsGradient(dWeights_NK, this.auxScale);
     using dY_MD = await arriving;
-    const { offsets } = placed.plan;
-    const dX_MD = expertsBackward(
-      dY_MD,
-      saved.experts,
-      this.#groups(offsets),
-      this.store.gradients,
-    );
-    for (const { name } of this.store.parameters) step.gradientReady(name);
+    const { gradients, parameters } = this.store;
+    const dX_MD = expertsBackward(dY_MD, saved.experts, this.#groups(placed), {
+      grads: gradients,
+      beta: step.firstPass ? 0 : 1,
+    });
+    for (const { name } of parameters) step.gradientReady(name);
     using dX_SD = await fromExperts(
       dX_MD,
       placed,
@@ -212,15 +184,9 @@ export class MoeLayer implements Disposable {
       this.#transfer(step, "backward", "dispatch"),
     );
     // The gradient of giving a token to its K experts is the sum over them.
-    const dX_ND = empty(device, x_ND.shape, x_ND.dtype);
-    using ones_NK = empty(device, weights_NK.shape, x_ND.dtype);
-    ops.fill(ones_NK, 1);
-    ops.combineRows(dX_SD, placed.slots_NK, ones_NK, dX_ND);
-    this.#gateBackward(dLogits_NE, x_ND, dX_ND);
-    if (dShared_ND) {
-      using more_ND = dShared_ND;
-      ops.add(dX_ND, more_ND, dX_ND);
-    }
+    const dX_ND = dShared_ND ?? empty(device, x_ND.shape, x_ND.dtype);
+    ops.combineRows(dX_SD, placed.slots_NK, null, dX_ND, dShared_ND ?? undefined);
+    routed.gateBackward(dLogits_NE, dX_ND);
     for (const { name } of this.#shared?.parameters ?? []) step.gradientReady(name);
     step.gradientReady(this.gate.name);
     this.release(saved);
@@ -248,8 +214,7 @@ export class MoeLayer implements Disposable {
    * @param saved From the forward pass.
    */
   release(saved: MoeSaved): void {
-    saved.placed[Symbol.dispose]();
-    saved.weights_NK[Symbol.dispose]();
+    saved.routed.release();
     saved.x_MD[Symbol.dispose]();
     saved.y_SD[Symbol.dispose]();
     releaseExperts(saved.experts);
@@ -260,63 +225,48 @@ export class MoeLayer implements Disposable {
   [Symbol.dispose](): void {
     this.store[Symbol.dispose]();
     this.#shared?.[Symbol.dispose]();
+    this.#placedBias?.tensor[Symbol.dispose]();
     freeParameter(this.gate);
   }
 
-  async #route(x_ND: Tensor, step: Step): Promise<GlobalRouting> {
-    const { comm, seed } = this.#options;
-    const { layer, router, tap } = this;
-    using x = this.#widened(x_ND);
-    using logits_NE = linear(x.tensor, this.gate.value);
-    const global = await routeGlobally({
+  /** On the device where it can and the router is plain there; else on the host. Alike on all ranks. */
+  #route(x_ND: Tensor, step: Step): Promise<Routed> {
+    const { device, comm, seed } = this.#options;
+    const { layer, router, gate, tap } = this;
+    const context: RouterContext = {
       comm,
+      layer,
       router,
+      gate,
       bias_E: this.bias,
-      training: step.training,
-      seeds: { seed, step: step.number, layer },
-      replay: tap?.replay ? (first, tokens) => tap.replay!(layer, first, tokens) : null,
-    }, new Float64Array(await logits_NE.toArray() as Float32Array));
-    if (step.repeated) return global;
-    tap?.record?.(layer, global.routing);
-    if (step.training) {
-      for (let e = 0; e < this.#counts.length; e++) this.#counts[e] += global.chosen_E[e];
+      seed,
+      tap,
+      place: (counts, step) => this.#place(counts, step),
+      count: (chosen_E) => {
+        for (let e = 0; e < this.#counts.length; e++) this.#counts[e] += chosen_E[e];
+      },
+    };
+    const onDevice = device.routing && gate.value.dtype === "f32" && !tap?.replay &&
+      isPlain(router, step.training);
+    return onDevice
+      ? routeOnDevice(context, x_ND, step, this.#biasOnDevice())
+      : routeOnHost(context, x_ND, step);
+  }
+
+  /** The selection bias on the device, as it is now; null where the router has none. */
+  #biasOnDevice(): Tensor | null {
+    if (this.router.kind !== "sigmoid") return null;
+    const { bias } = this;
+    this.#placedBias ??= {
+      tensor: empty(this.#options.device, [bias.length]),
+      values: new Float32Array(bias.length).fill(NaN),
+    };
+    const { tensor, values } = this.#placedBias;
+    if (bias.some((b, e) => Math.fround(b) !== values[e])) {
+      values.set(bias);
+      tensor.device.write(values, tensor);
     }
-    return global;
-  }
-
-  #gateBackward(dLogits_NE: Float64Array, x_ND: Tensor, dX_ND: Tensor): void {
-    const { experts } = this.#options;
-    const shape = [x_ND.shape[0], experts];
-    using dLogits = this.#toDevice(dLogits_NE, shape, this.gate.value.dtype);
-    using x = this.#widened(x_ND);
-    if (x.tensor === x_ND) {
-      linearBackward(dLogits, x_ND, this.gate, { dX_NI: dX_ND });
-      return;
-    }
-    using dX = this.#widened(dX_ND);
-    linearBackward(dLogits, x.tensor, this.gate, { dX_NI: dX.tensor });
-    ops.copy(dX.tensor, dX_ND);
-  }
-
-  /** A tensor in the gate's dtype: itself, or a copy that is freed with the handle. */
-  #widened(x: Tensor): { readonly tensor: Tensor } & Disposable {
-    const { dtype } = this.gate.value;
-    if (x.dtype === dtype) return { tensor: x, [Symbol.dispose]: () => {} };
-    const tensor = empty(x.device, x.shape, dtype);
-    ops.copy(x, tensor);
-    return { tensor, [Symbol.dispose]: () => tensor[Symbol.dispose]() };
-  }
-
-  /** Host numbers as a tensor of a floating type. */
-  #toDevice(numbers: Float64Array, shape: readonly number[], dtype: DType): Tensor {
-    const { device } = this.#options;
-    const array: TypedArray = dtype === "f64" ? numbers : new Float32Array(numbers);
-    const exact = fromArray(device, array, shape);
-    if (exact.dtype === dtype) return exact;
-    using wide = exact;
-    const out = empty(device, shape, dtype);
-    ops.copy(wide, out);
-    return out;
+    return tensor;
   }
 
   /** The placement for these counts. In inference experts move to it; in training they must sit so already. */
@@ -333,8 +283,9 @@ export class MoeLayer implements Disposable {
     return plan;
   }
 
-  #groups(offsets: Int32Array): ExpertGroups {
-    return { weights: this.store.matrices, offsets, activation: this.#options.activation };
+  #groups({ groups }: PlacedPlan): ExpertGroups {
+    const { activation } = this.#options;
+    return { weights: this.store.matrices, rows: groups, activation };
   }
 
   #transfer(
@@ -353,20 +304,6 @@ export class MoeLayer implements Disposable {
       );
     }
   }
-}
-
-function statsOf(global: GlobalRouting, rowsPerRank: Int32Array): MoeStats {
-  let most = 0, sum = 0;
-  for (const rows of rowsPerRank) {
-    most = Math.max(most, rows);
-    sum += rows;
-  }
-  return {
-    counts: global.chosen_E,
-    dropped: global.dropped,
-    rowsPerRank,
-    imbalance: sum > 0 ? most * rowsPerRank.length / sum : 1,
-  };
 }
 
 function sameSeats(a: PlacementPlan["seats"], b: PlacementPlan["seats"]): boolean {

@@ -6,11 +6,10 @@ import type { Communicator } from "../collectives/types.ts";
 import type { Activation, Device } from "../tensor/device.ts";
 import type { DType } from "../tensor/dtype.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import type { PlacedPlan } from "./dispatch.ts";
 import type { ExpertsSaved } from "./experts.ts";
 import type { ExpertPlacement } from "./hooks.ts";
 import type { RouterOptions } from "./router.ts";
-import type { GlobalRouting } from "./router_exchange.ts";
+import type { Routed } from "./router_host.ts";
 import type { ExpertChoices } from "./router_expert_choice.ts";
 import type { Shown } from "./shown.ts";
 
@@ -52,12 +51,8 @@ export interface MoeLayerOptions {
 export interface MoeSaved {
   /** The input; not owned. */
   readonly x_ND: Tensor;
-  /** The routing of this rank's tokens. */
-  readonly global: GlobalRouting;
-  /** Where every row goes; owned. */
-  readonly placed: PlacedPlan;
-  /** Weights of the choices [N, K]; owned. */
-  readonly weights_NK: Tensor;
+  /** Where every row goes, with what weight, and the way back to the gate; owned. */
+  readonly routed: Routed;
   /** Rows of this rank's experts; owned. */
   readonly x_MD: Tensor;
   /** What the experts keep; owned. */

@@ -29,8 +29,27 @@ export interface PlanInput {
   readonly placement: PlacementPlan;
 }
 
+/** What of a plan follows from counts and placement alone; all counts are rows. */
+export interface PlanOutline {
+  /** Rows to each rank [R]. */
+  readonly sendCounts: Int32Array;
+  /** Rows from each rank [R]. */
+  readonly recvCounts: Int32Array;
+  /** First expert-major row of each seat and, last, M: [L + 1]. */
+  readonly offsets: Int32Array;
+  /** Rows from each (rank, seat): [R, L]. */
+  readonly rows_RL: Int32Array;
+  /** Rows that each rank computes [R]. */
+  readonly rowsPerRank: Int32Array;
+  /**
+   * Where this rank's choices of each expert lie in the send order, [P, 3]: from its choice `first` on they take the rows from `row` on,
+   * (expert, first, row), by expert, then choice; one piece per replica of each expert.
+   */
+  readonly pieces: Int32Array;
+}
+
 /** Where every row goes. All counts are rows. */
-export interface RoutingPlan {
+export interface RoutingPlan extends PlanOutline {
   /** N. */
   readonly tokens: number;
   /** K. */
@@ -39,18 +58,10 @@ export interface RoutingPlan {
   readonly slots_NK: Int32Array;
   /** Token of each row in the send order [S]. */
   readonly tokens_S: Int32Array;
-  /** Rows to each rank [R]. */
-  readonly sendCounts: Int32Array;
-  /** Rows from each rank [R]. */
-  readonly recvCounts: Int32Array;
   /** Expert-major row i is rank-major row `toExpertMajor[i]` [M]; null where both orders are the same. */
   readonly toExpertMajor: Int32Array | null;
   /** Rank-major row i is expert-major row `toRankMajor[i]` [M]; null where both orders are the same. */
   readonly toRankMajor: Int32Array | null;
-  /** First expert-major row of each seat and, last, M: [L + 1]. */
-  readonly offsets: Int32Array;
-  /** Rows that each rank computes [R]. */
-  readonly rowsPerRank: Int32Array;
 }
 
 /**
@@ -81,7 +92,63 @@ export interface RoutingPlan {
  * ```
  */
 export function makePlan(input: PlanInput): RoutingPlan {
-  const { rank, ranks, experts, choices, experts_NK, counts_RE } = input;
+  const { rank, ranks, choices, experts_NK, counts_RE, experts } = input;
+  const outline = outlinePlan(input);
+  const { pieces, rows_RL, offsets } = outline;
+  const sent = outline.sendCounts.reduce((a, b) => a + b, 0);
+
+  // Every (token, choice) takes the next row of its expert; where a piece ends, the next one begins.
+  const slots_NK = new Int32Array(experts_NK.length).fill(-1);
+  const tokens_S = new Int32Array(sent);
+  const piece_E = new Int32Array(experts), taken_E = new Int32Array(experts);
+  for (let p = pieces.length - 3; p >= 0; p -= 3) piece_E[pieces[p]] = p;
+  for (let i = 0; i < experts_NK.length; i++) {
+    const e = experts_NK[i];
+    if (e < 0) continue;
+    const n = taken_E[e]++;
+    if (n >= counts_RE[rank * experts + e]) throw miscounted(input);
+    let p = piece_E[e];
+    while (pieces[p + 3] === e && pieces[p + 4] <= n) p += 3;
+    piece_E[e] = p;
+    const slot = pieces[p + 2] + n - pieces[p + 1];
+    slots_NK[i] = slot;
+    tokens_S[slot] = Math.floor(i / choices);
+  }
+  if (taken_E.reduce((a, b) => a + b, 0) !== sent) throw miscounted(input);
+
+  const toExpertMajor = sameOrder(outline) ? null : expertMajor(rows_RL, ranks, offsets);
+  return {
+    ...outline,
+    tokens: experts_NK.length / choices,
+    choices,
+    slots_NK,
+    tokens_S,
+    toExpertMajor,
+    toRankMajor: toExpertMajor && invert(toExpertMajor),
+  };
+}
+
+/**
+ * Whether rank-major and expert-major order are the same on this rank: there is one rank, or one seat at most.
+ *
+ * @param outline The outline.
+ * @returns True if no row is reordered.
+ */
+export function sameOrder({ offsets, sendCounts }: PlanOutline): boolean {
+  return sendCounts.length === 1 || offsets.length <= 2;
+}
+
+/**
+ * What of a routing plan follows from counts and placement: in O(R E), whatever the number of tokens.
+ *
+ * @param input Counts and placement.
+ * @returns The outline.
+ * @throws {RangeError} If the placement is not valid.
+ */
+export function outlinePlan(
+  input: Pick<PlanInput, "rank" | "ranks" | "experts" | "counts_RE" | "placement">,
+): PlanOutline {
+  const { rank, ranks, experts, counts_RE } = input;
   const { seats } = input.placement;
   const holders = holdersOf(seats, experts);
   const rows = new ReplicaRows(input, holders);
@@ -98,29 +165,14 @@ export function makePlan(input: PlanInput): RoutingPlan {
     }
     sendCounts[r] = sent - before;
   }
-
-  // Every (token, choice) takes the next row of its expert; a replica that is full hands over to the next.
-  const slots_NK = new Int32Array(experts_NK.length).fill(-1);
-  const tokens_S = new Int32Array(sent);
-  const replica_E = new Int32Array(experts).fill(-1);
-  const next_E = new Int32Array(experts), left_E = new Int32Array(experts);
-  let placed = 0;
-  for (let i = 0; i < experts_NK.length; i++) {
-    const e = experts_NK[i];
-    if (e < 0) continue;
-    while (left_E[e] === 0) {
-      const replica = ++replica_E[e];
-      if (replica === holders[e].length) throw miscounted(input);
-      next_E[e] = start_E[e][replica];
-      left_E[e] = rows.of(rank, e, holders[e][replica]);
-    }
-    left_E[e]--;
-    const slot = next_E[e]++;
-    slots_NK[i] = slot;
-    tokens_S[slot] = Math.floor(i / choices);
-    placed++;
+  const pieces: number[] = [];
+  for (let e = 0; e < experts; e++) {
+    let first = 0;
+    holders[e].forEach((holder, i) => {
+      pieces.push(e, first, start_E[e][i]);
+      first += rows.of(rank, e, holder);
+    });
   }
-  if (placed !== sent) throw miscounted(input);
 
   // Receiver.
   const held = seats[rank], local = held.length;
@@ -141,29 +193,26 @@ export function makePlan(input: PlanInput): RoutingPlan {
       for (const holder of holders[e]) rowsPerRank[holder] += rows.of(r, e, holder);
     }
   }
-  const same = ranks === 1 || local <= 1;
-  const toExpertMajor = same ? null : expertMajor(rows_RL, ranks, local, offsets);
   return {
-    tokens: experts_NK.length / choices,
-    choices,
-    slots_NK,
-    tokens_S,
     sendCounts,
     recvCounts,
-    toExpertMajor,
-    toRankMajor: toExpertMajor && invert(toExpertMajor),
     offsets,
+    rows_RL,
     rowsPerRank,
+    pieces: Int32Array.from(pieces),
   };
 }
 
 /** Rows per (source, expert, holder): all of the source's rows where there is one holder, else as the placement splits them. */
 class ReplicaRows {
-  readonly #input: PlanInput;
+  readonly #input: Pick<PlanInput, "experts" | "counts_RE" | "placement">;
   readonly #holders: readonly (readonly number[])[];
   readonly #splits = new Map<number, readonly number[]>();
 
-  constructor(input: PlanInput, holders: readonly (readonly number[])[]) {
+  constructor(
+    input: Pick<PlanInput, "experts" | "counts_RE" | "placement">,
+    holders: readonly (readonly number[])[],
+  ) {
     this.#input = input;
     this.#holders = holders;
   }
@@ -192,12 +241,8 @@ class ReplicaRows {
 }
 
 /** Rank-major row of each expert-major one. */
-function expertMajor(
-  rows_RL: Int32Array,
-  ranks: number,
-  local: number,
-  offsets: Int32Array,
-): Int32Array {
+function expertMajor(rows_RL: Int32Array, ranks: number, offsets: Int32Array): Int32Array {
+  const local = offsets.length - 1;
   const order = new Int32Array(offsets[local]);
   const next_L = offsets.slice(0, local);
   let from = 0;

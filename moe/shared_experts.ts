@@ -5,19 +5,17 @@
 
 import type { Activation, Device } from "../tensor/device.ts";
 import type { DType } from "../tensor/dtype.ts";
-import type { Tensor } from "../tensor/tensor.ts";
-import {
-  type ExpertGroups,
-  expertsBackward,
-  expertsForward,
-  type ExpertsSaved,
-} from "./experts.ts";
+import * as ops from "../tensor/ops.ts";
+import { empty, type Tensor } from "../tensor/tensor.ts";
+import type { ExpertsSaved } from "./experts.ts";
+import { linear, linearBackward } from "./linear.ts";
 import {
   createFusedParameters,
   createParameter,
   freeParameter,
   type Parameter,
 } from "./parameter.ts";
+import type { Step } from "./step.ts";
 
 /** How {@linkcode SharedExperts} are made. */
 export interface SharedExpertsOptions {
@@ -64,7 +62,7 @@ export class SharedExperts implements Disposable {
     const { whole, parts } = createFusedParameters(
       device,
       names.map((name) => ({ name: `${prefix}${name}.weight`, rows: hidden })),
-      { columns: width, dtype, init: { std: options.initStd, seed } },
+      { columns: width, dtype, init: { std: options.initStd, seed }, overwrites: true },
     );
     this.#activation = activation;
     this.#up = whole;
@@ -72,6 +70,7 @@ export class SharedExperts implements Disposable {
       shape: [width, hidden],
       dtype,
       init: { std: options.downStd, seed },
+      overwrites: true,
     });
     this.parameters = [this.#down, ...parts];
   }
@@ -82,8 +81,11 @@ export class SharedExperts implements Disposable {
    * @param x_ND Tokens; they must live until the backward pass.
    * @returns The output [N, D], and what the backward pass needs.
    */
-  forward(x_ND: Tensor): { readonly y_MD: Tensor; readonly saved: ExpertsSaved } {
-    return expertsForward(x_ND, this.#groups(x_ND));
+  forward(x_ND: Tensor): { readonly y_ND: Tensor; readonly saved: ExpertsSaved } {
+    const up_MH = linear(x_ND, this.#up.value);
+    const active_MF = empty(x_ND.device, [x_ND.shape[0], this.#down.value.shape[1]], x_ND.dtype);
+    ops.activation(this.#activation, up_MH, active_MF);
+    return { y_ND: linear(active_MF, this.#down.value), saved: { x_MD: x_ND, up_MH, active_MF } };
   }
 
   /**
@@ -91,19 +93,15 @@ export class SharedExperts implements Disposable {
    *
    * @param dY_ND Gradient of the output.
    * @param saved From the forward pass; stays the caller's.
+   * @param step The step, whose first pass overwrites the gradients.
    * @returns Gradient of the tokens.
    */
-  backward(dY_ND: Tensor, saved: ExpertsSaved): Tensor {
-    const grads = [{ up: this.#up.grad, down: this.#down.grad }];
-    return expertsBackward(dY_ND, saved, this.#groups(dY_ND), grads);
-  }
-
-  #groups(x_ND: Tensor): ExpertGroups {
-    return {
-      weights: [{ up: this.#up.value, down: this.#down.value }],
-      offsets: Int32Array.of(0, x_ND.shape[0]),
-      activation: this.#activation,
-    };
+  backward(dY_ND: Tensor, saved: ExpertsSaved, step: Step): Tensor {
+    const { x_MD, up_MH, active_MF } = saved;
+    using dActive = linearBackward(dY_ND, active_MF, this.#down, { step });
+    using dUp = empty(up_MH.device, up_MH.shape, up_MH.dtype);
+    ops.activationBackward(this.#activation, dActive, up_MH, dUp);
+    return linearBackward(dUp, x_MD, this.#up, { step });
   }
 
   /** Frees the weights. */

@@ -83,3 +83,25 @@ export async function readTogether(tensors: readonly Tensor[]): Promise<Float64A
   at = 0;
   return tensors.map(({ size }) => all.subarray(at, at += size));
 }
+
+/**
+ * Load of a batch.
+ *
+ * @param counts Choices per expert.
+ * @param dropped Choices that were dropped.
+ * @param rowsPerRank Rows that each rank computes.
+ * @returns The load, with its imbalance.
+ */
+export function statsOf(
+  counts: Float64Array,
+  dropped: number,
+  rowsPerRank: Int32Array,
+): MoeStats {
+  let most = 0, sum = 0;
+  for (const rows of rowsPerRank) {
+    most = Math.max(most, rows);
+    sum += rows;
+  }
+  const imbalance = sum > 0 ? most * rowsPerRank.length / sum : 1;
+  return { counts, dropped, rowsPerRank, imbalance };
+}

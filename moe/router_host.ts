@@ -1,0 +1,164 @@
+// Routing on the host: logits come to it, the pure functions of the router decide, and index arrays go back to the device. Every router and
+// every option works so, on the CPU without a detour. The device's way is router_device.ts; both give the layer the same.
+//
+// Shape letters: N tokens of this rank, D model width, E experts, K choices per token.
+
+import type { Communicator } from "../collectives/types.ts";
+import type { DType, TypedArray } from "../tensor/dtype.ts";
+import * as ops from "../tensor/ops.ts";
+import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
+import { type PlacedPlan, placePlan } from "./dispatch.ts";
+import type { PlacementPlan } from "./hooks.ts";
+import { linear, linearBackward } from "./linear.ts";
+import type { RoutingTap } from "./moe_types.ts";
+import type { Parameter } from "./parameter.ts";
+import { makePlan } from "./plan.ts";
+import { routeBackward, type Router } from "./router.ts";
+import { routeGlobally } from "./router_exchange.ts";
+import { type Shown, statsOf } from "./shown.ts";
+import type { Step } from "./step.ts";
+
+/** What routing works with; alike on all ranks but for the weights' memory. */
+export interface RouterContext {
+  /** The ranks whose tokens make the global batch. */
+  readonly comm: Communicator;
+  /** Number of the layer. */
+  readonly layer: number;
+  /** The router. */
+  readonly router: Router;
+  /** The gate's weights [E, D]. */
+  readonly gate: Parameter;
+  /** Selection bias of a sigmoid router. */
+  readonly bias_E: Float64Array;
+  /** The run's seed. */
+  readonly seed: number;
+  /** Records or replays choices. */
+  readonly tap: RoutingTap | null;
+  /** The placement for rows per (rank, expert) [R, E]; experts sit so when it resolves. */
+  place(counts_RE: Int32Array, step: Step): Promise<PlacementPlan>;
+  /** Is told the choices per expert of every training pass, for the selection bias. */
+  count(chosen_E: Float64Array): void;
+}
+
+/** Where the tokens of a pass go, and the way back to the gate. */
+export interface Routed {
+  /** Where every row goes; owned. */
+  readonly placed: PlacedPlan;
+  /** Weights of the choices [N, K]; owned. */
+  readonly weights_NK: Tensor;
+  /** Losses and load. */
+  readonly shown: Shown;
+  /** Gradient of the logits [N, E], a new tensor, from the weights' [N, K]; `scale` is the factor of the losses. */
+  logitsGradient(dWeights_NK: Tensor, scale: number): Promise<Tensor>;
+  /** Adds the gate's part to the gradient of the tokens, and to the gate's gradient. */
+  gateBackward(dLogits_NE: Tensor, dX_ND: Tensor): void;
+  /** Frees what is owned. */
+  release(): void;
+}
+
+/**
+ * Routes this rank's tokens on the host. All ranks call it together.
+ *
+ * @param context Router, ranks, gate.
+ * @param x_ND Tokens.
+ * @param step The step.
+ * @returns Where rows go, and their weights.
+ * @throws {RangeError} If a logit is not finite.
+ */
+export async function routeOnHost(
+  context: RouterContext,
+  x_ND: Tensor,
+  step: Step,
+): Promise<Routed> {
+  const { comm, router, gate, layer, tap } = context;
+  const { device } = x_ND, { dtype } = gate.value;
+  const host = await logitsOf(x_ND, gate);
+  const global = await routeGlobally({
+    comm,
+    router,
+    bias_E: context.bias_E,
+    training: step.training,
+    seeds: { seed: context.seed, step: step.number, layer },
+    replay: tap?.replay ? (first, tokens) => tap.replay!(layer, first, tokens) : null,
+  }, host);
+  const { routing, kept_NK, counts_RE } = global;
+  tap?.record?.(layer, routing);
+  if (step.training) context.count(global.chosen_E);
+  const placement = await context.place(counts_RE, step);
+  const plan = makePlan({
+    rank: comm.rank,
+    ranks: comm.size,
+    experts: router.experts,
+    choices: routing.choices,
+    experts_NK: kept_NK,
+    counts_RE,
+    placement,
+  });
+  const placed = placePlan(device, plan);
+  const weights_NK = toDevice(x_ND, routing.weights_NK, [plan.tokens, plan.choices], x_ND.dtype);
+  return {
+    placed,
+    weights_NK,
+    shown: {
+      auxLoss: global.losses.aux + global.losses.z,
+      stats: statsOf(global.chosen_E, global.dropped, plan.rowsPerRank),
+    },
+    async logitsGradient(dWeights_NK, scale) {
+      const dLogits_NE = routeBackward(router, routing, await hostNumbers(dWeights_NK), {
+        sums: global.sums,
+        scale,
+      });
+      return toDevice(x_ND, dLogits_NE, [x_ND.shape[0], router.experts], dtype);
+    },
+    gateBackward(dLogits_NE, dX_ND) {
+      using x = widened(x_ND, dtype);
+      if (x.tensor === x_ND) {
+        linearBackward(dLogits_NE, x_ND, gate, { dX_NI: dX_ND });
+        return;
+      }
+      using dX = widened(dX_ND, dtype);
+      linearBackward(dLogits_NE, x.tensor, gate, { dX_NI: dX.tensor });
+      ops.copy(dX.tensor, dX_ND);
+    },
+    release() {
+      placed[Symbol.dispose]();
+      weights_NK[Symbol.dispose]();
+    },
+  };
+}
+
+async function logitsOf(x_ND: Tensor, gate: Parameter): Promise<Float64Array> {
+  using x = widened(x_ND, gate.value.dtype);
+  using logits_NE = linear(x.tensor, gate.value);
+  return await hostNumbers(logits_NE);
+}
+
+/** A tensor's numbers on the host, in f64. */
+async function hostNumbers(x: Tensor): Promise<Float64Array> {
+  using wide = widened(x, x.dtype === "f64" ? "f64" : "f32");
+  return new Float64Array(await wide.tensor.toArray() as Float32Array);
+}
+
+/** A tensor in another dtype: itself, or a copy that is freed with the handle. */
+function widened(x: Tensor, dtype: DType): { readonly tensor: Tensor } & Disposable {
+  if (x.dtype === dtype) return { tensor: x, [Symbol.dispose]: () => {} };
+  const tensor = empty(x.device, x.shape, dtype);
+  ops.copy(x, tensor);
+  return { tensor, [Symbol.dispose]: () => tensor[Symbol.dispose]() };
+}
+
+/** Host numbers as a tensor of a floating type. */
+function toDevice(
+  { device }: Tensor,
+  numbers: Float64Array,
+  shape: readonly number[],
+  dtype: DType,
+): Tensor {
+  const array: TypedArray = dtype === "f64" ? numbers : new Float32Array(numbers);
+  const exact = fromArray(device, array, shape);
+  if (exact.dtype === dtype) return exact;
+  using wide = exact;
+  const out = empty(device, shape, dtype);
+  ops.copy(wide, out);
+  return out;
+}
