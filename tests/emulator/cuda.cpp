@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -38,7 +39,8 @@ std::mutex lock;
 std::atomic<int> sticky_status{0};
 std::map<int, std::string> reasons;  // why the last failure of each status happened
 size_t used;                         // bytes of device memory
-std::map<uintptr_t, size_t> allocations, host_allocations;
+std::map<uintptr_t, size_t> allocations, host_allocations;  // bytes by address
+std::deque<std::pair<uintptr_t, size_t>> quarantine;         // freed mappings, closed so that a use after the free faults
 
 struct Memory {  // cuMemCreate
   int file;
@@ -170,9 +172,13 @@ EXPORT int cudaPeekAtLastError() { return sticky(); }
 
 namespace {
 
-// Memory whose last byte, rounded up to 256, lies before a closed page; NaNs all over.
+constexpr size_t QUARANTINE = 1024;
+
+size_t rounded(size_t bytes) { return std::max<size_t>((bytes + 255) / 256 * 256, 256); }
+
+// Memory whose last byte, rounded up to 256, lies before a closed page; on the device NaNs all over.
 int allocate(void** out, size_t bytes, std::map<uintptr_t, size_t>& table, bool device) {
-  size_t whole = std::max<size_t>((bytes + 255) / 256 * 256, 256), mapped = (whole + PAGE - 1) / PAGE * PAGE + PAGE;
+  size_t whole = rounded(bytes), mapped = (whole + PAGE - 1) / PAGE * PAGE + PAGE;
   {
     std::lock_guard<std::mutex> guard(lock);
     if (device && used + whole > memory_bytes()) return OUT_OF_MEMORY;
@@ -182,24 +188,47 @@ int allocate(void** out, size_t bytes, std::map<uintptr_t, size_t>& table, bool 
   if (base == MAP_FAILED) return OUT_OF_MEMORY;
   mprotect(base + mapped - PAGE, PAGE, PROT_NONE);
   uint8_t* at = base + mapped - PAGE - whole;
-  memset(at, 0xff, whole);
+  if (device) memset(base, 0xff, mapped - PAGE);
   std::lock_guard<std::mutex> guard(lock);
-  table[reinterpret_cast<uintptr_t>(at)] = whole;
+  table[reinterpret_cast<uintptr_t>(at)] = bytes;
   *out = at;
   return 0;
 }
 
-int release(void* at, std::map<uintptr_t, size_t>& table, bool device) {
-  if (!at) return 0;
+int release(void* pointer, std::map<uintptr_t, size_t>& table, bool device) {
+  if (!pointer) return 0;
+  auto at = reinterpret_cast<uintptr_t>(pointer);
+  size_t bytes;
+  {
+    std::lock_guard<std::mutex> guard(lock);
+    auto found = table.find(at);
+    if (found == table.end()) return INVALID_VALUE;
+    bytes = found->second;
+    table.erase(found);
+  }
+  size_t whole = rounded(bytes);
+  uintptr_t base = at / PAGE * PAGE, end = at + whole;
+  int result = 0;
+  if (device) {
+    // What lies around the memory up to the page's ends was never anybody's to write.
+    for (uintptr_t i = base; i < end && !result; i++) {
+      if (i == at) i += bytes;
+      if (i == end || *reinterpret_cast<uint8_t*>(i) == 0xff) continue;
+      std::string where = i < at ? std::to_string(at - i) + " bytes before" : "byte " + std::to_string(i - at) + " of";
+      fail_sticky(ILLEGAL_ADDRESS, where + " an allocation of " + std::to_string(bytes) + " bytes was written");
+      fprintf(stderr, "CUDA emulator: %s\n", why_failed(ILLEGAL_ADDRESS).c_str());
+      result = ILLEGAL_ADDRESS;
+    }
+  }
   std::lock_guard<std::mutex> guard(lock);
-  auto found = table.find(reinterpret_cast<uintptr_t>(at));
-  if (found == table.end()) return INVALID_VALUE;
-  size_t whole = found->second;
-  uintptr_t base = found->first / PAGE * PAGE;
-  munmap(reinterpret_cast<void*>(base), found->first + whole + PAGE - base);
   if (device) used -= whole;
-  table.erase(found);
-  return 0;
+  mmap(reinterpret_cast<void*>(base), end - base, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  quarantine.push_back({base, end + PAGE - base});
+  if (quarantine.size() > QUARANTINE) {
+    munmap(reinterpret_cast<void*>(quarantine.front().first), quarantine.front().second);
+    quarantine.pop_front();
+  }
+  return result;
 }
 
 }  // namespace

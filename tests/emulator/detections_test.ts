@@ -6,7 +6,7 @@ import { addressOf } from "../../ffi/address.ts";
 import { CudaError } from "../../ffi/cuda_library.ts";
 import { cudart } from "../../ffi/cudart.ts";
 import { compile, DeviceArray, type Kernels, type Value } from "./_kernels.ts";
-import { emulated, loadCuda } from "./device.ts";
+import { emulated, loadCuda, testDevice } from "./device.ts";
 
 const ok = await loadCuda() && emulated;
 
@@ -266,4 +266,40 @@ test("memory has an end, and freed memory is gone", async () => {
   const x = f32(1 << 20);
   x.free();
   assertFails(kernels, ["touch", 1, 1, 0, x], "cudaErrorIllegalAddress", /kernel touch.*freed/);
+});
+
+test("allocations of the device are fenced", async () => {
+  const source = `
+    extern "C" __global__ void put(float* x, int i) { x[i] = 1; }
+    extern "C" __global__ void get(float* x, float* out, int i) { out[0] = x[i]; }`;
+  const module = {
+    name: "fence",
+    source,
+    kernels: { put: ["ptr", "i32"], get: ["ptr", "ptr", "i32"] },
+  } as const;
+  const { context } = (await testDevice([module]))!;
+  const put = context.kernel(module, "put"), get = context.kernel(module, "get");
+  const finds = (fn: () => void, message: RegExp) => {
+    try {
+      assert.throws(fn, message);
+    } finally {
+      reset();
+    }
+  };
+  const make = () => context.allocate(4 * 100);
+  const x = make(), out = context.allocate(4);
+  put.launch(1, 1, 1, 1, 0, x, 99);
+  context.free(x);
+  put.launch(1, 1, 1, 1, 0, x, 0);
+  finds(() => context.allocate(4), /kernel put.*freed/);
+  const y = make();
+  put.launch(1, 1, 1, 1, 0, y, 100); // rounding up to 256 bytes left room
+  finds(() => context.free(y), /byte 400 of an allocation of 400 bytes was written/);
+  const z = make();
+  put.launch(1, 1, 1, 1, 0, z, -1);
+  finds(() => context.free(z), /4 bytes before an allocation of 400 bytes was written/);
+  const w = make();
+  get.launch(1, 1, 1, 1, 0, w, out, 128);
+  finds(() => context.free(w), /kernel get.*behind the end of an allocation/);
+  context.free(out);
 });

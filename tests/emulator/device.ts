@@ -6,13 +6,13 @@
 //
 // The emulator finds wrong results, and what a GPU would not always show: device and shared memory that was never written holds NaNs (0xFF
 // bytes); asynchronous copies land only when they are waited for, NaNs are in their place until then; a barrier or warp operation that
-// can never complete, accesses behind an arena or behind the dynamic shared memory, misaligned vector accesses, and indices out of a local
+// can never complete, accesses behind the end of an allocation, after its free, or behind the dynamic shared memory, misaligned vector accesses, and indices out of a local
 // or static shared array end the kernel with an error that names kernel, block and thread: on standard error at once, and from
 // every later call, as on a GPU. Threads run one at a time until they wait, from the first to the last in even blocks and in the other
 // order in odd ones.
 //
 // Environment variables: LINA_EMULATOR=1 takes the emulator even if there is a GPU, =0 never takes it; LINA_EMULATOR_SEED=7 makes thread
-// and block order random; LINA_EMULATOR_CAPABILITY=80, LINA_EMULATOR_MULTIPROCESSORS=4, LINA_EMULATOR_MEMORY_MIB=8192 describe the device;
+// and block order random; LINA_EMULATOR_FENCE=0 leaves allocations side by side in the arena, where accesses beyond one are not noticed; LINA_EMULATOR_CAPABILITY=80, LINA_EMULATOR_MULTIPROCESSORS=4, LINA_EMULATOR_MEMORY_MIB=8192 describe the device;
 // LINA_EMULATOR_KEEP=1 keeps sources and preprocessed sources of kernels in the folder that LINA_EMULATOR_CACHE names.
 //
 // In kernels: `extern __shared__ alignas(1024) u8 name[];` (any type and alignment up to 64 KiB) works on both sides. Inline assembly does
@@ -67,6 +67,10 @@ export async function loadCuda(): Promise<boolean> {
   }
   await loadEmulator(library);
   emulated = true;
+  if (Deno.env.get("LINA_EMULATOR_FENCE") !== "0") {
+    const { fenceAllocations } = await import("./fence.ts");
+    fenceAllocations();
+  }
   return true;
 }
 
