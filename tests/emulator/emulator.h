@@ -14,6 +14,7 @@ struct Kernel {
   void (*run)(void** parameters);
   int count;
   const unsigned* sizes;
+  const char* kinds;
 };
 // What a compiled module exports as `lina_module`.
 struct Module {

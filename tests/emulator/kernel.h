@@ -66,7 +66,13 @@ struct LinaKernel {
   void (*run)(void** parameters);
   int count;
   const unsigned* sizes;
+  const char* kinds;
 };
+// A parameter's kind: p address, i integer, f floating point, s struct.
+template <typename A>
+constexpr char lina_kind() {
+  return __is_pointer(A) ? 'p' : __is_floating_point(A) ? 'f' : __is_integral(A) || __is_enum(A) ? 'i' : 's';
+}
 template <class T, T... I>
 struct LinaIndices {};
 // A copy, because the caller aligns parameters to 8 bytes only.
@@ -82,6 +88,7 @@ template <typename... A, void (*K)(A...)>
 struct LinaLauncher<K> {
   static constexpr int count = sizeof...(A);
   static constexpr unsigned sizes[sizeof...(A) + 1] = {sizeof(A)..., 0};
+  static constexpr char kinds[sizeof...(A) + 1] = {lina_kind<A>()..., 0};
   template <int... I>
   static void spread(void** parameters, LinaIndices<int, I...>) {
     K(lina_parameter<A>(parameters[I])...);

@@ -239,9 +239,9 @@ int compile(Program& program, const std::vector<std::string>& options) {
     text += "static const LinaKernel lina_kernels[] = {\n";
     std::vector<std::string> names = kernels_of(text);
     for (const std::string& name : names) {
-      text += "{\"" + name + "\", &LinaLauncher<&" + name + ">::run, LinaLauncher<&" + name + ">::count, LinaLauncher<&" + name + ">::sizes},\n";
+      text += "{\"" + name + "\", &LinaLauncher<&" + name + ">::run, LinaLauncher<&" + name + ">::count, LinaLauncher<&" + name + ">::sizes, LinaLauncher<&" + name + ">::kinds},\n";
     }
-    text += "{nullptr, nullptr, 0, nullptr}};\n";
+    text += "{nullptr, nullptr, 0, nullptr, nullptr}};\n";
     text += "struct LinaModule { const LinaKernel* kernels; int count; unsigned char *begin, *end; };\n";
     text += "extern \"C\" __attribute__((visibility(\"default\"))) const LinaModule lina_module = {lina_kernels, " + std::to_string(names.size()) +
             ", __start_lina_static, __stop_lina_static};\n";
