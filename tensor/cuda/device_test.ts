@@ -25,7 +25,7 @@ extern "C" __global__ void parameters(double* out, int i, i64 l, float f, double
   }
 }
 extern "C" __global__ void shared(float* out, int n) {
-  extern __shared__ alignas(16) float scratch[];
+  extern __shared__ float scratch[];
   for (int i = threadIdx.x; i < n; i += blockDim.x) scratch[i] = i;
   __syncthreads();
   for (int i = threadIdx.x; i < n; i += blockDim.x) out[i] = scratch[n - 1 - i];

@@ -65,7 +65,8 @@ for (const [dtype, outDtype] of [["f32", "f32"], ["bf16", "bf16"], ["bf16", "f32
           const expected = await run(cpu, "f32", "f32", 0);
           for (const offset of [0, 1]) {
             const got = await run(cuda, dtype, outDtype, offset);
-            const relative = outDtype === "bf16" ? 2 ** -8 : 2 ** -20;
+            // cuBLAS may round a product to bf16 before it adds the old contents.
+            const relative = outDtype === "f32" ? 2 ** -20 : beta === 0 ? 2 ** -8 : 2 ** -7;
             got.forEach((value, i) => {
               const bound = relative * (Math.abs(expected[i]) + 0.01 * k);
               assert.ok(
