@@ -1,8 +1,7 @@
 // Element-wise kernels: fill, copy with conversion, sums of two arrays, activations and their gradients. All are bound by memory: a thread
-// moves UNROLL packs of 16 bytes, a block's width apart, and all its loads are under way before the first store. Addresses that are not
+// moves one pack of 16 bytes of each array and the grid covers them all (two or four packs per thread were slower). Addresses that are not
 // aligned to their packs take a loop over single elements, and so do the last elements. Not here: rows (loss.cu) and optimizer (optimizer.cu).
 
-constexpr int UNROLL = 2;
 constexpr float LOG2E = 1.4426950408889634f;
 
 #ifndef LINA_EMULATE
@@ -41,60 +40,43 @@ struct Wide { using type = T; };
 template <>
 struct Wide<bf16> { using type = float; };
 
-// out[i] = f(x[i]), N elements at a time. A block has the elements from blockIdx.x · share on.
+// out[i] = f(x[i]), N elements at a time. A block has the elements from blockIdx.x · blockDim.x · N on.
 template <int N, typename A, typename B, typename F>
 DEVICE void map(const A* x, B* out, i64 size, F f) {
-  i64 share = (i64)blockDim.x * (UNROLL * N), first = blockIdx.x * share;
+  i64 share = (i64)blockDim.x * N, first = blockIdx.x * share;
+  i64 i = first + threadIdx.x, end = first + share < size ? first + share : size;
   if (aligned<sizeof(A) * N>(x) && aligned<sizeof(B) * N>(out)) {
-    Pack<A, N> in[UNROLL];
-    i64 at = first + threadIdx.x * N, step = blockDim.x * N;
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      if (at + u * step + N <= size) in[u] = *(const Pack<A, N>*)(x + at + u * step);
-    }
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
+    i64 at = first + threadIdx.x * N;
+    if (at + N <= size) {
+      Pack<A, N> in = *(const Pack<A, N>*)(x + at);
       typename Wide<B>::type results[N];
 #pragma unroll
-      for (int i = 0; i < N; i++) results[i] = f(in[u].at[i]);
-      if (at + u * step + N <= size) put(out + at + u * step, results);
+      for (int j = 0; j < N; j++) results[j] = f(in.at[j]);
+      put(out + at, results);
     }
-    i64 last = size / N * N + threadIdx.x;
-    if (blockIdx.x == gridDim.x - 1 && last < size) put_one(out + last, f(x[last]));
-  } else {
-    i64 end = first + share < size ? first + share : size;
-    for (i64 i = first + threadIdx.x; i < end; i += blockDim.x) put_one(out + i, f(x[i]));
+    i = end / N * N + threadIdx.x;
   }
+  for (; i < end; i += blockDim.x) put_one(out + i, f(x[i]));
 }
 
 // out[i] = f(x[i], y[i]) in f32.
 template <typename T, typename F>
 DEVICE void map2(const T* x, const T* y, T* out, i64 size, F f) {
   constexpr int N = 16 / sizeof(T);
-  i64 share = (i64)blockDim.x * (UNROLL * N), first = blockIdx.x * share;
+  i64 share = (i64)blockDim.x * N, first = blockIdx.x * share;
+  i64 i = first + threadIdx.x, end = first + share < size ? first + share : size;
   if (aligned<16>(x) && aligned<16>(y) && aligned<16>(out)) {
-    Pack<T, N> left[UNROLL], right[UNROLL];
-    i64 at = first + threadIdx.x * N, step = blockDim.x * N;
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      if (at + u * step + N <= size) {
-        left[u] = *(const Pack<T, N>*)(x + at + u * step);
-        right[u] = *(const Pack<T, N>*)(y + at + u * step);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
+    i64 at = first + threadIdx.x * N;
+    if (at + N <= size) {
+      Pack<T, N> left = *(const Pack<T, N>*)(x + at), right = *(const Pack<T, N>*)(y + at);
       float results[N];
 #pragma unroll
-      for (int i = 0; i < N; i++) results[i] = f(to_f32(left[u].at[i]), to_f32(right[u].at[i]));
-      if (at + u * step + N <= size) put(out + at + u * step, results);
+      for (int j = 0; j < N; j++) results[j] = f(to_f32(left.at[j]), to_f32(right.at[j]));
+      put(out + at, results);
     }
-    i64 last = size / N * N + threadIdx.x;
-    if (blockIdx.x == gridDim.x - 1 && last < size) put_one(out + last, f(to_f32(x[last]), to_f32(y[last])));
-  } else {
-    i64 end = first + share < size ? first + share : size;
-    for (i64 i = first + threadIdx.x; i < end; i += blockDim.x) put_one(out + i, f(to_f32(x[i]), to_f32(y[i])));
+    i = end / N * N + threadIdx.x;
   }
+  for (; i < end; i += blockDim.x) put_one(out + i, f(to_f32(x[i]), to_f32(y[i])));
 }
 
 // Bytes of a repeated pattern of 8; `low` and `high` are its halves. The pattern of an element of 2 or 4 bytes is that element repeated, so
@@ -104,12 +86,8 @@ extern "C" __global__ void fill_pattern(u8* x, i64 bytes, u32 low, u32 high) {
   if (head > bytes) head = bytes;
   i64 packs = (bytes - head) / 16, last = head + packs * 16;
   Pack<u32, 4> pack = {{low, high, low, high}};
-  i64 at = (i64)blockIdx.x * blockDim.x * UNROLL + threadIdx.x;
-#pragma unroll
-  for (int u = 0; u < UNROLL; u++) {
-    i64 i = at + u * (i64)blockDim.x;
-    if (i < packs) *(Pack<u32, 4>*)(x + head + i * 16) = pack;
-  }
+  i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (at < packs) *(Pack<u32, 4>*)(x + head + at * 16) = pack;
   if (blockIdx.x == 0 && threadIdx.x < 32) {
     i64 edge = threadIdx.x < 16 ? threadIdx.x : last + threadIdx.x - 16;
     if (threadIdx.x < 16 ? edge < head : edge < bytes) {
@@ -133,7 +111,7 @@ extern "C" __global__ void copy_bytes(const u8* x, u8* out, i64 bytes) {
     if (blockIdx.x == 0 && threadIdx.x < bytes - whole) out[whole + threadIdx.x] = x[whole + threadIdx.x];
     return;
   }
-  i64 share = (i64)blockDim.x * (UNROLL * 16), first = blockIdx.x * share;
+  i64 share = (i64)blockDim.x * 16, first = blockIdx.x * share;
   i64 end = first + share < bytes ? first + share : bytes;
   if ((both | (u64)bytes) % 4 == 0) {
     for (i64 i = first + threadIdx.x * 4; i < end; i += blockDim.x * 4) *(u32*)(out + i) = *(const u32*)(x + i);
@@ -151,7 +129,7 @@ DEVICE float plain(bf16 x) { return to_f32(x); }
 
 #define CONVERT(FROM, TO)                                                                                     \
   extern "C" __global__ void copy_##FROM##_##TO(const FROM* x, TO* out, i64 size) {                           \
-    constexpr int N = 16 / (sizeof(FROM) < sizeof(TO) ? sizeof(FROM) : sizeof(TO));                           \
+    constexpr int N = 16 / (sizeof(FROM) > sizeof(TO) ? sizeof(FROM) : sizeof(TO));                           \
     map<N>(x, out, size, [](FROM value) { return (typename Wide<TO>::type)plain(value); });                   \
   }
 typedef float f32;
@@ -206,34 +184,23 @@ DEVICE i64 divide(i64 i, i64 by) {
   return ((u64)(i | by) >> 32) == 0 ? (i64)((u32)i / (u32)by) : i / by;
 }
 
-// out[n, f] = silu(x[n, f]) · x[n, F + f]. A block has UNROLL packs of `out` per thread.
+// out[n, f] = silu(x[n, f]) · x[n, F + f]. A thread has one pack of `out`.
 template <typename T>
 DEVICE void swiglu(const T* x, T* out, i64 rows, i64 F) {
   constexpr int N = 16 / sizeof(T);
   auto formula = [](float gate, float up) { return gate * sigmoid(gate) * up; };
-  i64 share = (i64)blockDim.x * UNROLL, first = blockIdx.x * share;
+  i64 first = (i64)blockIdx.x * blockDim.x;
   if (F % N == 0 && aligned<16>(x) && aligned<16>(out)) {
-    i64 width = F / N, packs = rows * width;
-    Pack<T, N> gate[UNROLL], up[UNROLL];
+    i64 width = F / N, i = first + threadIdx.x;
+    if (i >= rows * width) return;
+    const T* from = x + (i + divide(i, width) * width) * N;
+    Pack<T, N> gate = *(const Pack<T, N>*)from, up = *(const Pack<T, N>*)(from + F);
+    float results[N];
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      i64 i = first + threadIdx.x + u * blockDim.x;
-      if (i < packs) {
-        const T* from = x + (i + divide(i, width) * width) * N;
-        gate[u] = *(const Pack<T, N>*)from;
-        up[u] = *(const Pack<T, N>*)(from + F);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      i64 i = first + threadIdx.x + u * blockDim.x;
-      float results[N];
-#pragma unroll
-      for (int j = 0; j < N; j++) results[j] = formula(to_f32(gate[u].at[j]), to_f32(up[u].at[j]));
-      if (i < packs) put(out + i * N, results);
-    }
+    for (int j = 0; j < N; j++) results[j] = formula(to_f32(gate.at[j]), to_f32(up.at[j]));
+    put(out + i * N, results);
   } else {
-    i64 end = (first + share) * N < rows * F ? (first + share) * N : rows * F;
+    i64 end = (first + blockDim.x) * N < rows * F ? (first + blockDim.x) * N : rows * F;
     for (i64 i = first * N + threadIdx.x; i < end; i += blockDim.x) {
       const T* from = x + i + divide(i, F) * F;
       put_one(out + i, formula(to_f32(from[0]), to_f32(from[F])));
@@ -250,35 +217,20 @@ DEVICE void swiglu_gradient(float d, float gate, float up, float& d_gate, float&
 template <typename T>
 DEVICE void swiglu_backward(const T* d_out, const T* x, T* d_x, i64 rows, i64 F) {
   constexpr int N = 16 / sizeof(T);
-  i64 share = (i64)blockDim.x * UNROLL, first = blockIdx.x * share;
+  i64 first = (i64)blockIdx.x * blockDim.x;
   if (F % N == 0 && aligned<16>(x) && aligned<16>(d_out) && aligned<16>(d_x)) {
-    i64 width = F / N, packs = rows * width;
-    Pack<T, N> gate[UNROLL], up[UNROLL], d[UNROLL];
-    i64 place[UNROLL];
+    i64 width = F / N, i = first + threadIdx.x;
+    if (i >= rows * width) return;
+    i64 at = (i + divide(i, width) * width) * N;
+    Pack<T, N> d = *(const Pack<T, N>*)(d_out + i * N);
+    Pack<T, N> gate = *(const Pack<T, N>*)(x + at), up = *(const Pack<T, N>*)(x + at + F);
+    float d_gate[N], d_up[N];
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      i64 i = first + threadIdx.x + u * blockDim.x;
-      place[u] = (i + divide(i, width) * width) * N;
-      if (i < packs) {
-        d[u] = *(const Pack<T, N>*)(d_out + i * N);
-        gate[u] = *(const Pack<T, N>*)(x + place[u]);
-        up[u] = *(const Pack<T, N>*)(x + place[u] + F);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      float d_gate[N], d_up[N];
-#pragma unroll
-      for (int j = 0; j < N; j++) {
-        swiglu_gradient(to_f32(d[u].at[j]), to_f32(gate[u].at[j]), to_f32(up[u].at[j]), d_gate[j], d_up[j]);
-      }
-      if (first + threadIdx.x + u * blockDim.x < packs) {
-        put(d_x + place[u], d_gate);
-        put(d_x + place[u] + F, d_up);
-      }
-    }
+    for (int j = 0; j < N; j++) swiglu_gradient(to_f32(d.at[j]), to_f32(gate.at[j]), to_f32(up.at[j]), d_gate[j], d_up[j]);
+    put(d_x + at, d_gate);
+    put(d_x + at + F, d_up);
   } else {
-    i64 end = (first + share) * N < rows * F ? (first + share) * N : rows * F;
+    i64 end = (first + blockDim.x) * N < rows * F ? (first + blockDim.x) * N : rows * F;
     for (i64 i = first * N + threadIdx.x; i < end; i += blockDim.x) {
       i64 at = i + divide(i, F) * F;
       float d_gate, d_up;

@@ -12,8 +12,8 @@ type Elementwise = Pick<
   "fill" | "copy" | "add" | "axpy" | "scale" | "activation" | "activationBackward"
 >;
 
-/** Threads of a block, and bytes of the smallest elements that a block moves: 2 packs of 16 bytes per thread (UNROLL in elementwise.cu). */
-const THREADS = 256, BLOCK_BYTES = THREADS * 2 * 16;
+/** Threads of a block, and bytes of the largest elements that a block moves: a pack of 16 bytes per thread. */
+const THREADS = 256, BLOCK_BYTES = THREADS * 16;
 
 /** The dtypes that are converted into each other. */
 const CONVERTED: readonly DType[] = ["f32", "bf16", "f64", "i32"];
@@ -60,7 +60,7 @@ interface PerDType {
  * Blocks that cover a number of elements, one pass.
  *
  * @param elements How many; at least 1.
- * @param bytes Size of the smallest element that a kernel reads or writes: its pack has 16 bytes.
+ * @param bytes Size of the largest element that a kernel reads or writes: its pack has 16 bytes.
  * @returns Blocks of THREADS threads.
  */
 function blocks(elements: number, bytes: number): number {
@@ -152,7 +152,7 @@ export function elementwiseKernels(context: CudaContext): Elementwise {
           }: current value is ${x.dtype} and ${out.dtype}`,
         );
       }
-      const bytes = Math.min(bytesOf(x.dtype), bytesOf(out.dtype));
+      const bytes = Math.max(bytesOf(x.dtype), bytesOf(out.dtype));
       conversion.launch(blocks(size, bytes), 1, 1, THREADS, 0, x.address, out.address, size);
     },
     add(x, y, out) {

@@ -155,91 +155,56 @@ DEVICE void split(float master, bf16& value, short& residual) {
   residual = nan ? (short)0 : (short)(bits - (high << 16));
 }
 
-constexpr int WIDTH = 8;  // elements of a thread at a time
+// A weight of a pack or alone, with its residual, as the master weight; an f32 weight is its own.
+DEVICE float master_of(bf16 value, short residual) { return join(value, residual); }
+DEVICE float master_of(float value, short) { return value; }
+DEVICE void put_master(float master, bf16& value, short& residual) { split(master, value, residual); }
+DEVICE void put_master(float master, float& value, short&) { value = master; }
 
-// The elements `begin` to `end` of a parameter; G is the type of the gradient. If the scale is not finite, gradients may become 0 and all
-// else stays.
-template <typename G>
-DEVICE void adamw_bf16(const Parameter& p, i64 begin, i64 end, const AdamW& a, bool update, bool zero) {
-  bf16* values = (bf16*)p.value;
+// The elements `begin` to `end` of a parameter of type P with a gradient of type G: four elements of a thread at a time, so that the accesses
+// of a warp to each f32 array lie one behind another. If the scale is not finite, gradients may become 0 and all else stays.
+template <typename P, typename G>
+DEVICE void adamw_range(const Parameter& p, i64 begin, i64 end, const AdamW& a, bool update, bool zero) {
+  constexpr bool SPLIT = sizeof(P) == 2;
+  P* values = (P*)p.value;
   G* gradients = (G*)p.gradient;
   i64 i = begin + threadIdx.x, step = blockDim.x;
-  if (aligned<16>(values) && aligned<16>(p.residual) && aligned<16>(gradients) && aligned<16>(p.moment1) && aligned<16>(p.moment2)) {
-    for (i64 at = begin + threadIdx.x * WIDTH; at + WIDTH <= end; at += step * WIDTH) {
-      if (update) {
-        // In halves of 16 bytes of f32.
-        Pack<bf16, WIDTH> value = *(const Pack<bf16, WIDTH>*)(values + at);
-        Pack<short, WIDTH> residual = *(const Pack<short, WIDTH>*)(p.residual + at);
-        Pack<float, 4> m[2], v[2];
-        float g[WIDTH];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          m[h] = *(const Pack<float, 4>*)(p.moment1 + at + 4 * h);
-          v[h] = *(const Pack<float, 4>*)(p.moment2 + at + 4 * h);
-          Pack<G, 4> half = *(const Pack<G, 4>*)(gradients + at + 4 * h);
-          for (int j = 0; j < 4; j++) g[4 * h + j] = to_f32(half.at[j]);
-        }
-#pragma unroll
-        for (int j = 0; j < WIDTH; j++) {
-          float w = join(value.at[j], residual.at[j]);
-          w = adamw_element(w, g[j], m[j / 4].at[j % 4], v[j / 4].at[j % 4], p.decay, a);
-          split(w, value.at[j], residual.at[j]);
-        }
-        *(Pack<bf16, WIDTH>*)(values + at) = value;
-        *(Pack<short, WIDTH>*)(p.residual + at) = residual;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          *(Pack<float, 4>*)(p.moment1 + at + 4 * h) = m[h];
-          *(Pack<float, 4>*)(p.moment2 + at + 4 * h) = v[h];
-        }
-      }
-      if (zero) {
-        Pack<u32, 4> zeros = {};
-#pragma unroll
-        for (int h = 0; h < (int)sizeof(G) / 2; h++) ((Pack<u32, 4>*)(gradients + at))[h] = zeros;
-      }
-    }
-    i = begin + (end - begin) / WIDTH * WIDTH + threadIdx.x;
-  }
-  for (; i < end; i += step) {
-    if (update) {
-      float w = join(values[i], p.residual[i]), m = p.moment1[i], v = p.moment2[i];
-      w = adamw_element(w, to_f32(gradients[i]), m, v, p.decay, a);
-      split(w, values[i], p.residual[i]);
-      p.moment1[i] = m;
-      p.moment2[i] = v;
-    }
-    if (zero) gradients[i] = from_f32<G>(0.0f);
-  }
-}
-
-DEVICE void adamw_f32(const Parameter& p, i64 begin, i64 end, const AdamW& a, bool update, bool zero) {
-  using Four = Pack<float, 4>;
-  float *values = (float*)p.value, *gradients = (float*)p.gradient;
-  i64 i = begin + threadIdx.x, step = blockDim.x;
-  if (aligned<16>(values) && aligned<16>(gradients) && aligned<16>(p.moment1) && aligned<16>(p.moment2)) {
+  if (aligned<4 * sizeof(P)>(values) && aligned<8>(p.residual) && aligned<4 * sizeof(G)>(gradients) && aligned<16>(p.moment1) &&
+      aligned<16>(p.moment2)) {
     for (i64 at = begin + threadIdx.x * 4; at + 4 <= end; at += step * 4) {
       if (update) {
-        Four w = *(const Four*)(values + at), g = *(const Four*)(gradients + at);
-        Four m = *(const Four*)(p.moment1 + at), v = *(const Four*)(p.moment2 + at);
+        Pack<P, 4> value = *(const Pack<P, 4>*)(values + at);
+        Pack<short, 4> residual = {};
+        if (SPLIT) residual = *(const Pack<short, 4>*)(p.residual + at);
+        Pack<G, 4> g = *(const Pack<G, 4>*)(gradients + at);
+        Pack<float, 4> m = *(const Pack<float, 4>*)(p.moment1 + at), v = *(const Pack<float, 4>*)(p.moment2 + at);
 #pragma unroll
-        for (int j = 0; j < 4; j++) w.at[j] = adamw_element(w.at[j], g.at[j], m.at[j], v.at[j], p.decay, a);
-        *(Four*)(values + at) = w;
-        *(Four*)(p.moment1 + at) = m;
-        *(Four*)(p.moment2 + at) = v;
+        for (int j = 0; j < 4; j++) {
+          float w = master_of(value.at[j], residual.at[j]);
+          w = adamw_element(w, to_f32(g.at[j]), m.at[j], v.at[j], p.decay, a);
+          put_master(w, value.at[j], residual.at[j]);
+        }
+        *(Pack<P, 4>*)(values + at) = value;
+        if (SPLIT) *(Pack<short, 4>*)(p.residual + at) = residual;
+        *(Pack<float, 4>*)(p.moment1 + at) = m;
+        *(Pack<float, 4>*)(p.moment2 + at) = v;
       }
-      if (zero) *(Four*)(gradients + at) = Four{};
+      if (zero) *(Pack<G, 4>*)(gradients + at) = Pack<G, 4>{};
     }
     i = begin + (end - begin) / 4 * 4 + threadIdx.x;
   }
   for (; i < end; i += step) {
     if (update) {
-      float m = p.moment1[i], v = p.moment2[i];
-      values[i] = adamw_element(values[i], gradients[i], m, v, p.decay, a);
+      short residual = 0;
+      if (SPLIT) residual = p.residual[i];
+      float w = master_of(values[i], residual), m = p.moment1[i], v = p.moment2[i];
+      w = adamw_element(w, to_f32(gradients[i]), m, v, p.decay, a);
+      put_master(w, values[i], residual);
+      if (SPLIT) p.residual[i] = residual;
       p.moment1[i] = m;
       p.moment2[i] = v;
     }
-    if (zero) gradients[i] = 0.0f;
+    if (zero) gradients[i] = G{};
   }
 }
 
@@ -250,7 +215,7 @@ adamw(const Parameter* table, int entries, int chunk, const float* scale, int ze
   AdamW a = {lr, beta1, beta2, rest1, rest2, eps, correction1, correction2, scale[0]};
   bool update = a.scale * 0.0f == 0.0f;
   i64 begin = (i64)(blockIdx.x - p.first) * chunk, end = begin + chunk < p.size ? begin + chunk : p.size;
-  if (p.kind == KIND_BF16_F32) adamw_bf16<float>(p, begin, end, a, update, zero != 0);
-  else if (p.kind == KIND_BF16_BF16) adamw_bf16<bf16>(p, begin, end, a, update, zero != 0);
-  else adamw_f32(p, begin, end, a, update, zero != 0);
+  if (p.kind == KIND_BF16_F32) adamw_range<bf16, float>(p, begin, end, a, update, zero != 0);
+  else if (p.kind == KIND_BF16_BF16) adamw_range<bf16, bf16>(p, begin, end, a, update, zero != 0);
+  else adamw_range<float, float>(p, begin, end, a, update, zero != 0);
 }
