@@ -8,6 +8,7 @@ import tileSource from "./attention_tile.cuh" with { type: "text" };
 import forwardSource from "./attention.cu" with { type: "text" };
 import backwardSource from "./attention_backward.cu" with { type: "text" };
 import generalSource from "./attention_general.cu" with { type: "text" };
+import hopperSource from "./attention_hopper.cu" with { type: "text" };
 
 // deno-fmt-ignore
 const FORWARD: readonly ParameterType[] = ["ptr", "ptr", "ptr", "ptr", "ptr", "ptr", "i32", "i32", "i32", "f32"];
@@ -20,6 +21,11 @@ const KEYS: readonly ParameterType[] = ["ptr", "ptr", "ptr", "ptr", "ptr", "ptr"
 const WIDTHS = [32, 64, 96, 128] as const;
 /** Head widths of the general kernels. */
 const GENERAL_WIDTHS = [64, 128, 256] as const;
+/** Hopper's kernels: warpgroups of a block of the forward pass, dQ, and dK with dV, and keys at a time of the forward pass. */
+const HOPPER = [
+  { width: 64, groups: [2, 2, 2], keys: 64 },
+  { width: 128, groups: [1, 2, 2], keys: 64 },
+] as const;
 /** Rows of a tile of the general kernels, keys at a time in the forward pass, and in the gradient. */
 const GENERAL_ROWS = 32, GENERAL_KEYS = 16, GENERAL_STEP = 8;
 
@@ -40,6 +46,21 @@ export const attentionBackwardModule: ModuleSource = {
       [`attention_keys_${name}`, KEYS],
     ]),
   ),
+};
+
+/** Attention and its gradient in bf16 by Hopper's own instructions, for heads of 64 and 128 columns. */
+export const attentionHopperModule: ModuleSource = {
+  name: "attention_hopper",
+  source: tileSource + hopperSource,
+  kernels: Object.fromEntries(
+    [64, 128].flatMap((C) => [
+      [`attention_hopper_${C}`, FORWARD],
+      [`attention_queries_hopper_${C}`, QUERIES],
+      [`attention_keys_hopper_${C}`, KEYS],
+    ]),
+  ),
+  from: 90,
+  exact: true,
 };
 
 /** Attention and its gradient in f32, and in bf16 for heads that the others do not take. */
@@ -136,37 +157,53 @@ function equal(a: Int32Array, b: Int32Array): boolean {
  * Attention and its gradient: on tensor cores in bf16 for heads of up to 128 columns (a multiple of 8), plainly in f32 and otherwise.
  *
  * @param context What the rooms of the device share.
+ * @param hopper Whether Hopper's own instructions are used, where the GPU has them.
  * @returns The kernels.
  */
 export function attentionKernels(
   context: CudaContext,
+  hopper = false,
 ): Pick<Kernels, "attention" | "attentionBackward"> {
   const roomy = context.properties.sharedMemory_bytes >= 132 * 1024;
   const fast = WIDTHS.map((C): Launches => {
-    const wide = C > 64, small = wide && !roomy, name = `${C}${small ? "_small" : ""}`;
+    const wide = C > 64, name = `${C}${wide && !roomy ? "_small" : ""}`;
     const warps = wide && roomy ? 8 : 4, rows = wide ? warps * 16 : 128;
-    const stages_bytes = 4 * 64 * C * 2, tile_bytes = rows * C * 2, threads = warps * 32;
+    const backward = (kernel: CudaKernel, more_bytes: number): Launch => ({
+      kernel,
+      rows,
+      threads: warps * 32,
+      shared_bytes: (2 * rows + 4 * 64) * C * 2 + more_bytes,
+    });
     return {
       forward: {
         kernel: context.kernel(attentionModule, `attention_forward_${C}`),
         rows: 128,
         threads: 128,
-        shared_bytes: 128 * C * 2 + stages_bytes,
+        shared_bytes: (128 + 4 * 64) * C * 2,
       },
-      queries: {
-        kernel: context.kernel(attentionBackwardModule, `attention_queries_${name}`),
-        rows,
-        threads,
-        shared_bytes: 2 * tile_bytes + stages_bytes,
-      },
-      keys: {
-        kernel: context.kernel(attentionBackwardModule, `attention_keys_${name}`),
-        rows,
-        threads,
-        shared_bytes: 2 * tile_bytes + stages_bytes + 2 * 64 * 8,
-      },
+      queries: backward(context.kernel(attentionBackwardModule, `attention_queries_${name}`), 0),
+      // beside its tiles, two stages of two numbers for each of 64 rows
+      keys: backward(context.kernel(attentionBackwardModule, `attention_keys_${name}`), 1024),
     };
   });
+  // Hopper's kernels, by width; warpgroups of a block and keys at a time as attention_hopper.cu says
+  const onHopper = new Map<number, Launches>();
+  if (hopper && context.has(attentionHopperModule)) {
+    for (const { width: C, groups, keys } of HOPPER) {
+      const launch = (name: string, groups: number, shared_bytes: number): Launch => ({
+        kernel: context.kernel(attentionHopperModule, `${name}_${C}`),
+        rows: groups * 64,
+        threads: groups * 128,
+        shared_bytes,
+      });
+      const rows = groups.map((n) => n * 64);
+      onHopper.set(C, {
+        forward: launch("attention_hopper", groups[0], (rows[0] + 4 * keys) * C * 2),
+        queries: launch("attention_queries_hopper", groups[1], (2 * rows[1] + 4 * 64) * C * 2),
+        keys: launch("attention_keys_hopper", groups[2], (2 * rows[2] + 4 * 64) * C * 2 + 1024),
+      });
+    }
+  }
   const general = (["f32", "bf16"] as const).map((dtype) =>
     GENERAL_WIDTHS.map((width) => ({
       forward: context.kernel(attentionGeneralModule, `general_forward_${dtype}_${width}`),
@@ -178,7 +215,7 @@ export function attentionKernels(
 
   function launches(op: string, x: Tensor, C: number, addresses: number): Launches {
     if (x.dtype === "bf16" && C <= 128 && C % 8 === 0 && addresses % 16 === 0) {
-      return fast[C <= 32 ? 0 : C <= 64 ? 1 : C <= 96 ? 2 : 3];
+      return onHopper.get(C) ?? fast[C <= 32 ? 0 : C <= 64 ? 1 : C <= 96 ? 2 : 3];
     }
     if (x.dtype !== "f32" && x.dtype !== "bf16") {
       throw new TypeError(

@@ -325,6 +325,6 @@ DEVICE void attention_keys(const bf16* d_out, const bf16* q, const bf16* k, cons
 BACKWARD(32, 32, 2, 4, 2, 32, 4, 2, 32)
 BACKWARD(64, 64, 2, 4, 2, 32, 4, 2, 32)
 BACKWARD(96, 96, 1, 8, 1, 32, 8, 1, 32)
-BACKWARD(128, 128, 1, 8, 1, 32, 8, 1, 32)
+BACKWARD(128, 128, 1, 8, 1, 64, 8, 1, 64)
 BACKWARD(96_small, 96, 2, 4, 1, 32, 4, 1, 32)
 BACKWARD(128_small, 128, 2, 4, 1, 32, 4, 1, 32)

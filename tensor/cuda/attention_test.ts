@@ -10,18 +10,27 @@ import { Case, type Dtype } from "./_compare.ts";
 import {
   attentionBackwardModule,
   attentionGeneralModule,
+  attentionHopperModule,
   attentionKernels,
   attentionModule,
   attentionTiles,
 } from "./attention.ts";
 
-const MODULES = [attentionModule, attentionBackwardModule, attentionGeneralModule];
+const MODULES = [
+  attentionModule,
+  attentionBackwardModule,
+  attentionGeneralModule,
+  attentionHopperModule,
+];
 const device = await testDevice(MODULES), cpu = cpuDevice().kernels;
-const kernels = device && attentionKernels(device.context);
+const kernels = device && attentionKernels(device.context, true);
+const onHopper = device?.context.has(attentionHopperModule);
+/** Without Hopper's instructions. */
+const plain = device && attentionKernels(device.context, false);
 const small = device && attentionKernels({
   ...device.context,
   properties: { ...device.context.properties, sharedMemory_bytes: 99 * 1024 },
-});
+}, false);
 
 function shapeOf(lengths: readonly number[], H: number, G: number, C: number): AttentionShape {
   const offsets = new Int32Array(lengths.length + 1);
@@ -86,6 +95,11 @@ for (const dtype of ["f32", "bf16"] as const) {
       name: `attention over [${lengths}], ${H} and ${G} heads of ${C} in ${dtype}`,
       ignore: !kernels,
       fn: () => check(kernels!, dtype, shapeOf(lengths, H, G, C)),
+    });
+    if (dtype === "f32" || C % 64 !== 0 || C > 128 || !onHopper) continue;
+    Deno.test({
+      name: `the same without Hopper's instructions: [${lengths}], ${H} and ${G} heads of ${C}`,
+      fn: () => check(plain!, dtype, shapeOf(lengths, H, G, C)),
     });
   }
 }

@@ -236,20 +236,28 @@ DEVICE void rms_norm_backward_general(const T* d_out, const T* x, const T* gain,
 RMS_NORM_BACKWARD(float, f32)
 RMS_NORM_BACKWARD(bf16, bf16)
 
-// d_gain += the column sums of partial [rows, D]. A block of 512 has 32 columns; each of its warps adds every 16th row, then warp by warp.
+// d_gain += the column sums of partial [rows, D]. A block of 1024 has 32 columns; each of its warps adds every 32nd row, four at a time so
+// that loads overlap, and then one warp the others' sums.
 template <typename T>
 DEVICE void add_columns(const float* partial, T* d_gain, int rows, int D) {
-  __shared__ float sums[16][32];
-  int column = blockIdx.x * 32 + threadIdx.x % 32, warp = threadIdx.x / 32;
-  float sum = 0;
+  __shared__ float sums[32][32];
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
+  float sum[4] = {0, 0, 0, 0};
   if (column < D) {
-    for (int row = warp; row < rows; row += 16) sum += partial[(i64)row * D + column];
+    for (int row = warp; row < rows; row += 128) {
+      float part[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) part[i] = row + 32 * i < rows ? __ldg(partial + (i64)(row + 32 * i) * D + column) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; i++) sum[i] += part[i];
+    }
   }
-  sums[warp][threadIdx.x % 32] = sum;
+  sums[warp][lane] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   __syncthreads();
   if (warp > 0 || column >= D) return;
-  for (int i = 1; i < 16; i++) sum += sums[i][threadIdx.x];
-  d_gain[column] = from_f32<T>(to_f32(d_gain[column]) + sum);
+  float all = 0;
+  for (int i = 0; i < 32; i++) all += sums[i][lane];
+  d_gain[column] = from_f32<T>(to_f32(d_gain[column]) + all);
 }
 extern "C" __global__ void add_columns_f32(const float* partial, float* d_gain, int rows, int D) { add_columns(partial, d_gain, rows, D); }
 extern "C" __global__ void add_columns_bf16(const float* partial, bf16* d_gain, int rows, int D) { add_columns(partial, d_gain, rows, D); }

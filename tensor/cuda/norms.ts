@@ -213,13 +213,13 @@ export function normsKernels(context: CudaContext): Norms {
           blocks = Math.min(Math.ceil(N / BACKWARD_WARPS), 2 * multiprocessors);
         } else {
           kernel = backward.block, block = threads;
-          blocks = Math.min(N, Math.max(1, Math.floor(384 / threads)) * multiprocessors);
+          blocks = Math.min(N, Math.max(1, Math.floor(512 / threads)) * multiprocessors);
         }
       }
       const partial = context.allocate(blocks * D * 4);
       // deno-fmt-ignore
       kernel.launch(blocks, 1, 1, block, 0, dOut.address, x.address, gain.address, invRms.address, beside, dX.address, partial, N, D);
-      addColumns.launch(Math.ceil(D / 32), 1, 1, 512, 0, partial, dGain.address, blocks, D);
+      addColumns.launch(Math.ceil(D / 32), 1, 1, 1024, 0, partial, dGain.address, blocks, D);
       context.free(partial);
     },
 

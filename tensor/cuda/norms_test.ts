@@ -25,7 +25,7 @@ const SIZES: readonly (readonly [number, number, number])[] = [
   [2, 8192, 0],
   [0, 64, 0],
   [2, 33000, 0],
-  ...emulated ? [] : [[16384, 1024, 0], [5000, 2048, 0], [3001, 4096, 0], [1001, 1000, 0]] as const,
+  ...emulated ? [] : [[3000, 1024, 0], [700, 2048, 0], [401, 4096, 0], [301, 1000, 0]] as const,
 ];
 
 for (const dtype of DTYPES) {
