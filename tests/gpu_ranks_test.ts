@@ -140,3 +140,74 @@ Deno.test({
     }
   },
 });
+
+for (const waiting of ["host", "stream"]) {
+  Deno.test({
+    name: `gpu: a killed rank is named by all others within ten seconds (${waiting} waits)`,
+    ignore,
+    fn: async () => {
+      const lost = 2, ranks = 4;
+      const port = 20_000 + Math.floor(Math.random() * 20_000);
+      const script = new URL("./_gpu_kill_rank.ts", import.meta.url).href;
+      const processes = Array.from(
+        { length: ranks },
+        (_, rank) =>
+          new Deno.Command(Deno.execPath(), {
+            args: ["run", "-A", "--no-check", script, waiting],
+            env: {
+              RANK: `${rank}`,
+              WORLD_SIZE: `${ranks}`,
+              LOCAL_RANK: `${rank}`,
+              LOCAL_WORLD_SIZE: `${ranks}`,
+              MASTER_ADDR: "127.0.0.1",
+              MASTER_PORT: `${port}`,
+              LINA_SHARE_GPU: "1", // without MPS: a client of that daemon may take others with it
+              NCCL_SOCKET_IFNAME: "lo",
+              NO_COLOR: "1",
+            },
+            stdin: "null",
+            stdout: "piped",
+            stderr: "piped",
+          }).spawn(),
+      );
+      const limit = setTimeout(() => processes.forEach((child) => kill(child)), 60_000);
+      const started = processes.map(() => Promise.withResolvers<void>());
+      const outputs = processes.map(async (child, rank) => {
+        let text = "";
+        const take = async (stream: ReadableStream<Uint8Array>) => {
+          for await (const part of stream.pipeThrough(new TextDecoderStream())) {
+            text += part;
+            if (text.includes(" runs\n")) started[rank].resolve();
+          }
+        };
+        await Promise.all([take(child.stdout), take(child.stderr)]);
+        started[rank].resolve();
+        return text;
+      });
+      await Promise.all(started.map(({ promise }) => promise));
+      const start = performance.now();
+      kill(processes[lost]);
+      const ends = await Promise.all(processes.map(async (child) => {
+        const { code } = await child.status;
+        return { code, ms: performance.now() - start };
+      }));
+      clearTimeout(limit);
+      const texts = await Promise.all(outputs);
+      ends.forEach(({ code, ms }, rank) => {
+        if (rank === lost) return;
+        assert(
+          code !== 0 && ms < 10_000,
+          `rank ${rank}: code ${code} after ${ms} ms\n${texts[rank]}`,
+        );
+        assert.match(texts[rank], /must take part: current value is that rank 2 has ended/);
+      });
+      console.log(ends.map(({ ms }) => `${ms.toFixed(0)} ms`).join(", "));
+    },
+  });
+}
+
+function kill(child: Deno.ChildProcess): void {
+  try {
+    child.kill("SIGKILL");
+  } catch { /* it has ended */ }
+}

@@ -152,7 +152,10 @@ class NcclTransport implements Transport, Tower {
   }
 
   start(request: CollectiveRequest): Completion {
-    if (this.#failure) throw this.#failure;
+    if (this.#failure) {
+      this.#watch.told = true;
+      throw this.#failure;
+    }
     this.#holdBack();
     const { operation, send, recv } = request;
     const paired = operation === "send" || operation === "recv";

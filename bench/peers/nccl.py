@@ -1,0 +1,129 @@
+# One rank of bench/nccl.ts: torch.distributed over NCCL, with the operations, sizes, repeats and streams of bench/_nccl_rank.ts. Each
+# operation is ordered after the current stream and before it again, as torch does unless told otherwise. Rank 0 prints
+# `op bytes time_us host_us`.
+
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+samples = int(sys.argv[1])
+sizes = [tuple(int(n) for n in text.split(":")) for text in sys.argv[2:]]
+torch.cuda.set_device(0)
+dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
+rank, size = dist.get_rank(), dist.get_world_size()
+most = max(nbytes for nbytes, _ in sizes)
+x = torch.ones(most // 4, device="cuda")
+y = torch.empty(most // 4, device="cuda")
+following, previous = (rank + 1) % size, (rank + size - 1) % size
+
+
+def all_reduce(n):
+    a = x[:n]
+    return lambda: dist.all_reduce(a)
+
+
+def reduce_scatter(n):
+    a, out = x[:n], y[: n // size]
+    return lambda: dist.reduce_scatter_tensor(out, a)
+
+
+def all_gather(n):
+    a, out = x[: n // size], y[:n]
+    return lambda: dist.all_gather_into_tensor(out, a)
+
+
+def broadcast(n):
+    a = x[:n]
+    return lambda: dist.broadcast(a, 0)
+
+
+def reduce(n):
+    a = x[:n]
+    return lambda: dist.reduce(a, 0)
+
+
+def gather(n):
+    a = x[: n // size]
+    out = list(y[:n].chunk(size)) if rank == 0 else None
+    return lambda: dist.gather(a, out, 0)
+
+
+def scatter(n):
+    a = list(x[:n].chunk(size)) if rank == 0 else None
+    out = y[: n // size]
+    return lambda: dist.scatter(out, a, 0)
+
+
+def all_to_all(n):
+    a, out = x[:n], y[:n]
+    return lambda: dist.all_to_all_single(out, a)
+
+
+def all_to_all_v(n):
+    unit = n // (3 * size)
+    counts = [unit * (1 + (rank + r) % 3) for r in range(size)]
+    a, out = x[: sum(counts)], y[: sum(counts)]
+    return lambda: dist.all_to_all_single(out, a, counts, counts)
+
+
+def send_recv(n):
+    a, out = x[:n], y[:n]
+
+    def run():
+        pair = [dist.P2POp(dist.isend, a, following), dist.P2POp(dist.irecv, out, previous)]
+        for work in dist.batch_isend_irecv(pair):
+            work.wait()
+
+    return run
+
+
+OPERATIONS = {
+    "allReduce": all_reduce,
+    "reduceScatter": reduce_scatter,
+    "allGather": all_gather,
+    "broadcast": broadcast,
+    "reduce": reduce,
+    "gather": gather,
+    "scatter": scatter,
+    "allToAll": all_to_all,
+    "allToAllV": all_to_all_v,
+    "sendRecv": send_recv,
+}
+
+
+def measure(run, iterations):
+    for _ in range(max(1, iterations >> 1)):
+        run()
+    torch.cuda.synchronize()
+    times, hosts = [], []
+    for _ in range(samples):
+        dist.barrier()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(iterations):
+            run()
+        enqueued = time.perf_counter()
+        torch.cuda.synchronize()
+        both = torch.tensor([time.perf_counter() - start, enqueued - start], dtype=torch.float64, device="cuda")
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        whole, host = both.tolist()
+        times.append(whole / iterations * 1e6)
+        hosts.append(host / iterations * 1e6)
+    return sorted(times)[len(times) // 2], sorted(hosts)[len(hosts) // 2]
+
+
+for _ in range(5):
+    for operation in OPERATIONS.values():
+        measure(operation(sizes[0][0] // 4), 40)
+for name, operation in OPERATIONS.items():
+    for nbytes, iterations in sizes:
+        time_us, host_us = measure(operation(nbytes // 4), iterations)
+        if rank == 0:
+            print(f"{name} {nbytes} {time_us:.2f} {host_us:.3f}", flush=True)
+if rank == 0:
+    version = ".".join(str(n) for n in torch.cuda.nccl.version())
+    print(f"# torch {torch.__version__}, NCCL {version}", file=sys.stderr)
+dist.destroy_process_group()
