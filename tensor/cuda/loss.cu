@@ -1,6 +1,6 @@
 // Softmax, its gradient, and softmax cross-entropy: one block per row. A row is a head up to the first boundary of 16 bytes, packs of 16 bytes,
-// and a tail, so rows of any width and alignment are read in whole packs but for at most 2 · 7 elements. Cross-entropy of rows that fit holds
-// them in registers: every logit is read once and its gradient written once. Exponentials are powers of two of x · log2 e.
+// and a tail, so rows of any width and alignment are read in whole packs but for at most 2 · 7 elements. Largest and sum are found in one
+// pass. Exponentials are powers of two of x · log2 e.
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
@@ -130,6 +130,7 @@ DEVICE void softmax_backward(const T* d_y, const T* y, T* d_x, int width) {
   float dot = 0;
   if (alike) {
     if (to.edge >= 0) dot = to_f32(gradient.at[to.edge]) * to_f32(output.at[to.edge]);
+#pragma unroll 4
     for (int i = threadIdx.x; i < to.packs; i += blockDim.x) {
       Pack<T, N> d = *gradient.pack(i), p = *output.pack(i);
 #pragma unroll
@@ -175,55 +176,6 @@ DEVICE void put_gradient(Pack<T, N>* to, const Pack<T, N>& x, float shift, float
     for (int j = 0; j < N; j++) results[j] -= j == target ? scale : 0.0f;
   }
   put(to, results);
-}
-
-// Rows of at most HELD packs per thread.
-template <typename T, int HELD>
-DEVICE void cross_entropy_held(T* logits, const int* targets, float* losses, int width, float scale) {
-  constexpr int N = Row<T>::N;
-  __shared__ float scratch[32];
-  i64 n = blockIdx.x;
-  int target = targets[n];
-  Row<T> row(logits, n, width);
-  if (target < 0) return ignore_row(row, losses + n);
-  Pack<T, N> held[HELD];
-#pragma unroll
-  for (int h = 0; h < HELD; h++) {
-    int i = threadIdx.x + h * blockDim.x;
-    if (i < row.packs) held[h] = *row.pack(i);
-  }
-  float edge = row.edge >= 0 ? to_f32(row.at[row.edge]) : -INFINITE;
-  float chosen = threadIdx.x == 0 ? to_f32(row.at[target]) : 0.0f;
-  float most = edge;
-#pragma unroll
-  for (int h = 0; h < HELD; h++) {
-    if ((int)(threadIdx.x + h * blockDim.x) < row.packs) {
-#pragma unroll
-      for (int j = 0; j < N; j++) most = fmaxf(most, to_f32(held[h].at[j]));
-    }
-  }
-  most = block_max(most, scratch);
-  float shift = shift_of(most);
-  float sum = exp2_fast(fmaf(edge, LOG2E, -shift));
-#pragma unroll
-  for (int h = 0; h < HELD; h++) {
-    if ((int)(threadIdx.x + h * blockDim.x) < row.packs) {
-#pragma unroll
-      for (int j = 0; j < N; j++) sum += exp2_fast(fmaf(to_f32(held[h].at[j]), LOG2E, -shift));
-    }
-  }
-  sum = block_sum(sum, scratch);
-  if (threadIdx.x == 0) losses[n] = loss_of({most, sum}, shift, chosen);
-  float factor = scale / sum;
-#pragma unroll
-  for (int h = 0; h < HELD; h++) {
-    int i = threadIdx.x + h * blockDim.x;
-    if (i < row.packs) put_gradient(row.pack(i), held[h], shift, factor, target - row.head - i * N, scale);
-  }
-  if (row.edge >= 0) {
-    float p = exp2_fast(fmaf(edge, LOG2E, -shift)) * factor;
-    row.at[row.edge] = from_f32<T>(row.edge == target ? p - scale : p);
-  }
 }
 
 // Rows of any width: a pass that tallies, and one that writes. The first `staged` packs are kept in shared memory between the two; those
@@ -277,14 +229,6 @@ DEVICE void cross_entropy(T* logits, const int* targets, float* losses, int widt
   extern "C" __global__ void __launch_bounds__(512, 3)                                                                \
   cross_entropy_##NAME(T* logits, const int* targets, float* losses, int width, float scale, int staged) {            \
     cross_entropy(logits, targets, losses, width, scale, staged);                                                     \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(1024, 2)                                                               \
-  cross_entropy4_##NAME(T* logits, const int* targets, float* losses, int width, float scale) {                       \
-    cross_entropy_held<T, 4>(logits, targets, losses, width, scale);                                                  \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(512, 2)                                                                \
-  cross_entropy8_##NAME(T* logits, const int* targets, float* losses, int width, float scale) {                       \
-    cross_entropy_held<T, 8>(logits, targets, losses, width, scale);                                                  \
   }
 ROWS(f32, float)
 ROWS(bf16, bf16)
