@@ -28,27 +28,26 @@ DEVICE void barrier_arrive_bytes(u64* barrier, int bytes) {
 DEVICE void barrier_arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Arrives at the same barrier of a block of the cluster.
+// Arrives at the same barrier of a block of the cluster. (With .release.cluster it would wait for all memory of the thread.)
 DEVICE void barrier_arrive_at(u64* barrier, int block) {
   asm volatile(
-      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(barrier)),
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(
+          shared_address(barrier)),
       "r"(block)
       : "memory");
 }
 DEVICE void barrier_wait(u64* barrier, int parity) {
   asm volatile(
-      "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; @done bra through; "
+      "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @done bra through; "
       "bra again; through: }" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
 }
-// Gives a number to a block of the cluster and arrives at its barrier.
-DEVICE void give(int* place, int value, u64* barrier, int block) {
+// Sends a number to a block of the cluster; its barrier counts the four bytes.
+DEVICE void send(int* place, int value, u64* barrier, int block) {
   asm volatile(
       "{ .reg .b32 there, bell; mapa.shared::cluster.u32 there, %0, %3; mapa.shared::cluster.u32 bell, %2, %3; "
-      "st.shared::cluster.u32 [there], %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [bell]; }" ::"r"(
-          shared_address(place)),
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [bell]; }" ::"r"(shared_address(place)),
       "r"(value), "r"(shared_address(barrier)), "r"(block)
       : "memory");
 }
@@ -249,7 +248,7 @@ DEVICE void grouped_tiles(const TensorMap* a_map, const TensorMap* b_maps, const
   constexpr int TILE_M = 64 * ROWS64 * (PING ? 1 : 2), A_BLOCKS = TILE_M / 64, B_BLOCKS = TILE_N / 64;
   constexpr int STAGE_BYTES = (A_BLOCKS + B_BLOCKS) * BLOCK_BYTES, SHARE = B_BLOCKS / CLUSTER;
   extern __shared__ __align__(1024) u8 memory[];
-  __shared__ u64 full[STAGES], empty[STAGES], drawn_full[DRAWS], drawn_empty[DRAWS];
+  __shared__ u64 full[STAGES], empty[STAGES], drawn_full[DRAWS], drawn_empty[DRAWS], multiplied[2];
   __shared__ int drawn[DRAWS];
   __shared__ u16 order[MODE == 2 ? SORTED_GROUPS : 1];
   u32 ring = (shared_address(memory) + 1023) & ~1023u;
@@ -262,12 +261,13 @@ DEVICE void grouped_tiles(const TensorMap* a_map, const TensorMap* b_maps, const
       barrier_init(&full[s], 1);
       barrier_init(&empty[s], (PING ? 1 : 2) * CLUSTER);
     }
+    for (int c = 0; c < 2; c++) barrier_init(&multiplied[c], 1);
     for (int s = 0; s < DRAWS; s++) {
       barrier_init(&drawn_full[s], 1);
       barrier_init(&drawn_empty[s], 9 * CLUSTER - 1);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
   if (MODE == 2 && DRAW && groups <= SORTED_GROUPS) {
     // Longest reductions first, so that the last tiles are short.
@@ -334,12 +334,21 @@ DEVICE void grouped_tiles(const TensorMap* a_map, const TensorMap* b_maps, const
         if (rank == 0) {
           barrier_wait(&drawn_empty[draw], draw_phase ^ 1);
           unit = workers + (int)atomicAdd(counter, 1u);
-#pragma unroll
-          for (int block = 0; block < CLUSTER; block++) give(&drawn[draw], unit, &drawn_full[draw], block);
+        }
+        if (CLUSTER == 1) {
+          drawn[draw] = unit;
+          barrier_arrive(&drawn_full[draw]);
         } else {
-          barrier_wait(&drawn_full[draw], draw_phase);
-          unit = drawn[draw];
-          barrier_arrive_at(&drawn_empty[draw], 0);
+          if (rank == 0) {
+#pragma unroll
+            for (int block = 0; block < CLUSTER; block++) send(&drawn[draw], unit, &drawn_full[draw], block);
+          }
+          barrier_arrive_bytes(&drawn_full[draw], 4);
+          if (rank != 0) {
+            barrier_wait(&drawn_full[draw], draw_phase);
+            unit = drawn[draw];
+            barrier_arrive_at(&drawn_empty[draw], 0);
+          }
         }
         if (++draw == DRAWS) draw = 0, draw_phase ^= 1;
       }
@@ -358,7 +367,10 @@ DEVICE void grouped_tiles(const TensorMap* a_map, const TensorMap* b_maps, const
       barrier_wait(&drawn_full[draw], draw_phase);
       unit = drawn[draw];
       __syncwarp();
-      if (thread % 32 == 0) barrier_arrive_at(&drawn_empty[draw], 0);
+      if (thread % 32 == 0) {
+        if (CLUSTER == 1) barrier_arrive(&drawn_empty[draw]);
+        else barrier_arrive_at(&drawn_empty[draw], 0);
+      }
       if (++draw == DRAWS) draw = 0, draw_phase ^= 1;
       return unit;
     };
@@ -370,6 +382,7 @@ DEVICE void grouped_tiles(const TensorMap* a_map, const TensorMap* b_maps, const
         stage %= STAGES;
         continue;
       }
+      if (PING && turn > 1) barrier_wait(&multiplied[consumer ^ 1], (((turn - 1) >> 1) - 1 + consumer) & 1);
       int m = (tile.m * CLUSTER + rank) * TILE_M;
       bool needed = CLUSTER == 1 || m < (MODE == 2 ? m_size : tile.rows);
       float sums[ROWS64][TILE_N / 2];
@@ -389,7 +402,7 @@ DEVICE void grouped_tiles(const TensorMap* a_map, const TensorMap* b_maps, const
           int valid = reduced % DEPTH, pieces = (DEPTH - valid) * 8;
           for (int i = PING ? thread : threadIdx.x - 128; i < pieces * (A_BLOCKS + B_BLOCKS); i += PING ? 128 : 256)
             *(uint4*)(at + i / pieces * BLOCK_BYTES + valid * 128 + i % pieces * 16) = make_uint4(0, 0, 0, 0);
-          asm volatile("fence.proxy.async;" ::: "memory");
+          asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
           asm volatile("bar.sync %0, %1;" ::"r"(PING ? 1 + consumer : 1), "n"(PING ? 128 : 256) : "memory");
         }
         if (needed) {
@@ -414,6 +427,7 @@ DEVICE void grouped_tiles(const TensorMap* a_map, const TensorMap* b_maps, const
         previous = stage;
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
+      if (PING && thread == 0) barrier_arrive(&multiplied[consumer]);
       multiply_wait<0>();
       if (steps > 0 && thread < CLUSTER) {
         if (CLUSTER == 1) barrier_arrive(&empty[previous]);
@@ -455,7 +469,7 @@ DEVICE void grouped_tiles(const TensorMap* a_map, const TensorMap* b_maps, const
         n_size, k_size, beta);                                                                                             \
   }
 
-KERNEL(grouped_0, 0, 1, 256, false, 2, 4, true, true, bf16)
-KERNEL(grouped_1, 1, 1, 256, false, 2, 4, true, true, bf16)
-KERNEL(grouped_2, 2, 1, 256, false, 2, 4, true, true, bf16)
-KERNEL(grouped_2_f32, 2, 1, 256, false, 2, 4, false, true, float)
+KERNEL(grouped_0, 0, 1, 256, false, 1, 4, true, true, bf16)
+KERNEL(grouped_1, 1, 1, 256, false, 1, 4, true, true, bf16)
+KERNEL(grouped_2, 2, 1, 256, false, 1, 4, true, true, bf16)
+KERNEL(grouped_2_f32, 2, 1, 256, false, 1, 4, false, true, float)

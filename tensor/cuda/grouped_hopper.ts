@@ -39,7 +39,7 @@ export const hopperModule: ModuleSource = {
 };
 
 /** As in grouped_hopper.cu: a tile, blocks of a cluster, stages, elements of the reduction in one. */
-const TILE_M = 128, TILE_N = 256, CLUSTER = 2, STAGES = 4, DEPTH = 64;
+const TILE_M = 128, TILE_N = 256, CLUSTER = 1, STAGES = 4, DEPTH = 64;
 const THREADS = 384;
 /** Stages, two buffers of results per consumer, and room to begin at a multiple of 1024. */
 const SHARED = STAGES * (TILE_M + TILE_N) * DEPTH * 2 + 4 * 8192 + 1024;
