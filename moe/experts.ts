@@ -42,8 +42,8 @@ export interface ExpertsSaved {
   readonly x_MD: Tensor;
   /** Before the activation; owned. */
   readonly up_MH: Tensor;
-  /** After the activation; owned. */
-  readonly active_MF: Tensor;
+  /** After the activation; owned. Null where it is computed again. */
+  readonly active_MF: Tensor | null;
 }
 
 /** Which experts meet which rows. */
@@ -54,6 +54,8 @@ export interface ExpertGroups {
   readonly rows: RowGroups;
   /** Between the two layers. */
   readonly activation: Activation;
+  /** Whether the activation is computed again in the backward pass instead of kept. @default {false} */
+  readonly recompute?: boolean;
 }
 
 /**
@@ -79,7 +81,9 @@ export function expertsForward(
     ops.activation(activation, up_MH, active_MF);
     ops.groupedGemm(active_MF, weights.down, rows, y_MD);
   }
-  return { y_MD, saved: { x_MD, up_MH, active_MF } };
+  if (!groups.recompute) return { y_MD, saved: { x_MD, up_MH, active_MF } };
+  active_MF[Symbol.dispose]();
+  return { y_MD, saved: { x_MD, up_MH, active_MF: null } };
 }
 
 /** Where the gradients of experts' weights go. */
@@ -106,7 +110,7 @@ export function expertsBackward(
   gradients: ExpertGradients,
 ): Tensor {
   const { weights, rows, activation } = groups;
-  const { x_MD, up_MH, active_MF } = saved;
+  const { x_MD, up_MH } = saved;
   const { grads, beta } = gradients;
   const { device, dtype } = x_MD;
   const dX_MD = empty(device, x_MD.shape, dtype);
@@ -115,8 +119,13 @@ export function expertsBackward(
     return dX_MD;
   }
   const back = { transposeWeight: true };
-  ops.groupedGemmWeightGrad(dY_MD, active_MF, rows, grads.down, { beta });
-  using dActive_MF = empty(device, active_MF.shape, dtype);
+  const shape = [x_MD.shape[0], weights.down[0].shape[1]];
+  {
+    using again = saved.active_MF ? null : empty(device, shape, dtype);
+    if (again) ops.activation(activation, up_MH, again);
+    ops.groupedGemmWeightGrad(dY_MD, (saved.active_MF ?? again)!, rows, grads.down, { beta });
+  }
+  using dActive_MF = empty(device, shape, dtype);
   ops.groupedGemm(dY_MD, weights.down, rows, dActive_MF, back);
   using dUp_MH = empty(device, up_MH.shape, dtype);
   ops.activationBackward(activation, dActive_MF, up_MH, dUp_MH);
@@ -132,5 +141,5 @@ export function expertsBackward(
  */
 export function releaseExperts(saved: ExpertsSaved): void {
   saved.up_MH[Symbol.dispose]();
-  saved.active_MF[Symbol.dispose]();
+  saved.active_MF?.[Symbol.dispose]();
 }

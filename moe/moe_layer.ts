@@ -72,6 +72,7 @@ export class MoeLayer implements Disposable {
       activation: "swiglu",
       sharedExperts: 0,
       placement: staticPlacement(),
+      recompute: false,
       seed: 0,
       downStd: initStd,
       dtype: "f32",
@@ -284,8 +285,8 @@ export class MoeLayer implements Disposable {
   }
 
   #groups({ groups }: PlacedPlan): ExpertGroups {
-    const { activation } = this.#options;
-    return { weights: this.store.matrices, rows: groups, activation };
+    const { activation, recompute } = this.#options;
+    return { weights: this.store.matrices, rows: groups, activation, recompute };
   }
 
   #transfer(

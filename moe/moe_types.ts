@@ -37,6 +37,8 @@ export interface MoeLayerOptions {
   readonly sharedExperts?: number;
   /** Where experts sit. @default {staticPlacement()} */
   readonly placement?: ExpertPlacement;
+  /** Whether the experts' activation is computed again in the backward pass instead of kept. @default {false} */
+  readonly recompute?: boolean;
   /** Seed of weights and noise. @default {0} */
   readonly seed?: number;
   /** Standard deviation of the first weights. @default {0.02} */

@@ -87,7 +87,7 @@ export async function routeOnDevice(
       finish(array) {
         records.release();
         const read = readRecords(array, router, 1);
-        if (step.training) context.count(read.chosen_E);
+        if (step.training && !step.repeated) context.count(read.chosen_E);
         return { auxLoss: read.auxLoss, stats: statsOf(read.chosen_E, 0, Int32Array.of(N * K)) };
       },
     };
@@ -100,13 +100,13 @@ export async function routeOnDevice(
     const ranks = { rank: comm.rank, ranks: comm.size, experts: E };
     const outline = outlinePlan({ ...ranks, counts_RE: read.counts_RE, placement });
     placed = placeOutline(experts_NK, E, outline);
-    if (step.training) context.count(read.chosen_E);
+    if (step.training && !step.repeated) context.count(read.chosen_E);
     shown = {
       auxLoss: read.auxLoss,
       stats: statsOf(read.chosen_E, 0, outline.rowsPerRank),
     } satisfies MoeShown;
   }
-  if (tap?.record) {
+  if (tap?.record && !step.repeated) {
     const chosen = await experts_NK.toArray() as Int32Array;
     tap.record(layer, { choices: K, experts_NK: chosen });
   }

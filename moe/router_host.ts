@@ -82,8 +82,10 @@ export async function routeOnHost(
     replay: tap?.replay ? (first, tokens) => tap.replay!(layer, first, tokens) : null,
   }, host);
   const { routing, kept_NK, counts_RE } = global;
-  tap?.record?.(layer, routing);
-  if (step.training) context.count(global.chosen_E);
+  if (!step.repeated) {
+    tap?.record?.(layer, routing);
+    if (step.training) context.count(global.chosen_E);
+  }
   const placement = await context.place(counts_RE, step);
   const plan = makePlan({
     rank: comm.rank,

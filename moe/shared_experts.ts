@@ -33,6 +33,8 @@ export interface SharedExpertsOptions {
   readonly activation: Activation;
   /** Element type. */
   readonly dtype: DType;
+  /** Whether the activation is computed again in the backward pass instead of kept. @default {false} */
+  readonly recompute?: boolean;
   /** The run's seed. */
   readonly seed: number;
   /** Standard deviation of the first weights. */
@@ -46,6 +48,7 @@ export class SharedExperts implements Disposable {
   /** Their parameters, in the order in which their gradients become ready. */
   readonly parameters: readonly Parameter[];
   readonly #activation: Activation;
+  readonly #recompute: boolean;
   readonly #up: Parameter;
   readonly #down: Parameter;
 
@@ -65,6 +68,7 @@ export class SharedExperts implements Disposable {
       { columns: width, dtype, init: { std: options.initStd, seed }, overwrites: true },
     );
     this.#activation = activation;
+    this.#recompute = options.recompute ?? false;
     this.#up = whole;
     this.#down = createParameter(device, `${prefix}down_proj.weight`, {
       shape: [width, hidden],
@@ -83,9 +87,18 @@ export class SharedExperts implements Disposable {
    */
   forward(x_ND: Tensor): { readonly y_ND: Tensor; readonly saved: ExpertsSaved } {
     const up_MH = linear(x_ND, this.#up.value);
-    const active_MF = empty(x_ND.device, [x_ND.shape[0], this.#down.value.shape[1]], x_ND.dtype);
+    const active_MF = this.#activate(up_MH);
+    const y_ND = linear(active_MF, this.#down.value);
+    if (!this.#recompute) return { y_ND, saved: { x_MD: x_ND, up_MH, active_MF } };
+    active_MF[Symbol.dispose]();
+    return { y_ND, saved: { x_MD: x_ND, up_MH, active_MF: null } };
+  }
+
+  #activate(up_MH: Tensor): Tensor {
+    const { device, dtype, shape } = up_MH;
+    const active_MF = empty(device, [shape[0], this.#down.value.shape[1]], dtype);
     ops.activation(this.#activation, up_MH, active_MF);
-    return { y_ND: linear(active_MF, this.#down.value), saved: { x_MD: x_ND, up_MH, active_MF } };
+    return active_MF;
   }
 
   /**
@@ -97,7 +110,9 @@ export class SharedExperts implements Disposable {
    * @returns Gradient of the tokens.
    */
   backward(dY_ND: Tensor, saved: ExpertsSaved, step: Step): Tensor {
-    const { x_MD, up_MH, active_MF } = saved;
+    const { x_MD, up_MH } = saved;
+    using again = saved.active_MF ? null : this.#activate(up_MH);
+    const active_MF = (saved.active_MF ?? again)!;
     using dActive = linearBackward(dY_ND, active_MF, this.#down, { step });
     using dUp = empty(up_MH.device, up_MH.shape, up_MH.dtype);
     ops.activationBackward(this.#activation, dActive, up_MH, dUp);

@@ -333,6 +333,7 @@ function mixture(options: TransformerOptions, layer: number): MoeLayer {
     activation,
     sharedExperts,
     placement: placement ?? staticPlacement(),
+    recompute: options.recompute === "activation",
     seed,
     initStd,
     downStd: initStd / Math.sqrt(2 * config.layers),

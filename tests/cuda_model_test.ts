@@ -2,6 +2,7 @@
 // one saves and the other loads, and how often a step makes the host wait.
 
 import assert from "node:assert/strict";
+import type { Recompute } from "../moe/block.ts";
 import { createCommunicator } from "../collectives/communicator.ts";
 import { openSelf } from "../collectives/self.ts";
 import { type ModelConfig, modelConfig, type ModelOptions } from "../moe/config.ts";
@@ -60,17 +61,20 @@ async function share(from: Transformer, to: Transformer): Promise<void> {
   }
 }
 
-const BATCH: Batch = {
-  tokens: Int32Array.from({ length: 15 }, (_, i) => (i * 17 + 5) % 40),
-  targets: Int32Array.from({ length: 15 }, (_, i) => i === 3 ? -1 : (i * 23 + 11) % 40),
-  offsets: Int32Array.of(0, 5, 6, 15),
-};
+function batchOf(...offsets: number[]): Batch {
+  const length = offsets.at(-1)!;
+  return {
+    tokens: Int32Array.from({ length }, (_, i) => (i * 17 + 5) % 40),
+    targets: Int32Array.from({ length }, (_, i) => i === 3 ? -1 : (i * 23 + 11) % 40),
+    offsets: Int32Array.from(offsets),
+  };
+}
 
 /** Loss and gradients of one pass. */
-async function passOn(model: Transformer, device: Device) {
+async function passOn(model: Transformer, device: Device, batch = batchOf(0, 5, 6, 15)) {
   using sum = zeros(device, [1], "f64");
   const step = plainStep(device, { training: true, firstPass: true });
-  const shown = await model.pass(BATCH, step, { lossSum: sum, gradScale: 1 / 14 });
+  const shown = await model.pass(batch, step, { lossSum: sum, gradScale: 1 / 14 });
   const { auxLoss, imbalance } = summaryOf(await readShown(shown));
   const [loss] = await sum.toArray() as Float64Array;
   const grads = [];
@@ -245,5 +249,27 @@ Deno.test({
       assert.deepEqual(await model.parameters[0].value.toArray(), before);
       assert.equal(trainer.steps, 0);
     });
+  },
+});
+
+Deno.test({
+  name: "cuda model: what is computed again has the same bits, and takes less memory",
+  ignore,
+  async fn() {
+    const config = modelConfig({ ...SMALL, ...MOE, layers: 3, dtype: "bf16", sharedExperts: 1 });
+    const run = async (recompute: Recompute) => {
+      const options = { device: cuda!, comm: worldOf(cuda!), config, seed: 3, recompute };
+      using model = new Transformer(options);
+      cuda!.resetPeak();
+      const before = cuda!.memory().used_bytes;
+      const result = await passOn(model, cuda!, batchOf(0, 50, 90));
+      return { result, peak: cuda!.memory().peak_bytes - before };
+    };
+    const kept = await run("none");
+    for (const recompute of ["activation", "block"] as const) {
+      const again = await run(recompute);
+      assert.deepEqual(again.result, kept.result);
+      assert(again.peak < kept.peak, `${recompute}: ${again.peak} bytes, ${kept.peak} kept`);
+    }
   },
 });
