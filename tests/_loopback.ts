@@ -3,7 +3,7 @@
 // It checks what a real communicator cannot see alone: that all ranks call the same operations in the same order, with matching counts.
 
 import type { Communicator, Counts, Data, Work } from "../collectives/types.ts";
-import { type TypedArray, viewAs } from "../tensor/dtype.ts";
+import { newArray, type TypedArray, viewAs } from "../tensor/dtype.ts";
 import { linearBuffer } from "../tensor/cpu/memory.ts";
 import { Tensor } from "../tensor/tensor.ts";
 
@@ -67,8 +67,19 @@ function workOf(promise: Promise<void>, done: () => boolean): Work {
   };
 }
 
+/** The memory of data; that of an emulated GPU is this process's, too, once its stream is done. */
 function host(x: Data): TypedArray {
-  return x instanceof Tensor ? viewAs(x.dtype, linearBuffer(), x.address, x.size) : x;
+  if (!(x instanceof Tensor)) return x;
+  if (x.device.kind === "cpu") return viewAs(x.dtype, linearBuffer(), x.address, x.size);
+  if (x.size === 0) return newArray(x.dtype, 0);
+  const pointer = Deno.UnsafePointer.create(BigInt(x.address))!;
+  return viewAs(x.dtype, Deno.UnsafePointerView.getArrayBuffer(pointer, x.bytes), 0, x.size);
+}
+
+/** Resolves when a GPU has done what was enqueued for these; null where there is none. */
+function settled(...data: Data[]): Promise<void> | null {
+  const tensor = data.find((x) => x instanceof Tensor && x.device.kind === "cuda");
+  return tensor ? (tensor as Tensor).device.stream.synchronize() : null;
 }
 
 function copy(from: TypedArray, to: TypedArray): void {
@@ -86,14 +97,19 @@ function starts(counts: Counts): number[] {
 function loopback(group: LoopbackGroup, rank: number, name: string): Communicator {
   let sequence = 0, splits = 0;
   const none: Counts = [];
-  const meet = (operation: string, send: Data, recv: Data, perform: Perform, counts?: Counts[]) =>
-    group.meet(rank, sequence++, {
-      operation,
-      send: host(send),
-      recv: host(recv),
-      sendCounts: counts?.[0] ?? none,
-      recvCounts: counts?.[1] ?? none,
-    }, perform);
+  const meet = (operation: string, send: Data, recv: Data, perform: Perform, counts?: Counts[]) => {
+    const number = sequence++;
+    const start = () =>
+      group.meet(rank, number, {
+        operation,
+        send: host(send),
+        recv: host(recv),
+        sendCounts: counts?.[0] ?? none,
+        recvCounts: counts?.[1] ?? none,
+      }, perform);
+    const before = settled(send, recv);
+    return before ? workOf(before.then(async () => await start()), () => false) : start();
+  };
   const box = (from: number, to: number, tag: number) => {
     const key = `${from} ${to} ${tag}`;
     if (!group.mail.has(key)) group.mail.set(key, { data: [], waiting: [] });
@@ -133,10 +149,15 @@ function loopback(group: LoopbackGroup, rank: number, name: string): Communicato
       }, [sendCounts, recvCounts]),
     send: (x, to, options) => {
       const { data, waiting } = box(rank, to, options?.tag ?? 0);
-      const message = host(x).slice();
-      const receiver = waiting.shift();
-      if (receiver) receiver(message);
-      else data.push(message);
+      const start = () => {
+        const message = host(x).slice();
+        const receiver = waiting.shift();
+        if (receiver) receiver(message);
+        else data.push(message);
+      };
+      const before = settled(x);
+      if (before) return workOf(before.then(start), () => false);
+      start();
       return workOf(Promise.resolve(), () => true);
     },
     recv: (out, from, options) => {
