@@ -1,6 +1,6 @@
-// libnccl for the CPU emulator: ranks are processes of one machine, a message is a file in a folder of their communicator, and every
-// operation is complete when its call returns, as everything in the emulator is. So it shows what the transport asks of NCCL and in
-// which order, on any machine; it is no model of asynchrony: operations of two communicators must come in one order on all ranks.
+// libnccl for the CPU emulator: ranks are processes of one machine, and a message is a file in a folder of their communicator. Operations
+// are work of the emulator's streams, which runs, and then waits for the peers, when the host asks about the stream. So it shows what the
+// transport asks of NCCL and in which order, on any machine; but two communicators must be used in one order on all ranks.
 
 #include <atomic>
 #include <chrono>
@@ -9,10 +9,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <string>
 #include <vector>
 
+#include <dlfcn.h>
 #include <fcntl.h>
+#include <link.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -85,6 +88,35 @@ int take(Comm* comm, int peer, void* data, size_t bytes) {
   if (done == bytes && size_t(about.st_size) == bytes) return SUCCESS;
   return fail(comm, INVALID_USAGE,
               std::to_string(about.st_size) + " bytes from rank " + std::to_string(peer) + " where " + std::to_string(bytes) + " are expected");
+}
+
+using Launch = int (*)(void* stream, void (*function)(void*), void* data);
+
+// The emulator's cudaLaunchHostFunc, wherever it was loaded from.
+Launch find_launch() {
+  Launch found = nullptr;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* out) {
+        if (!strstr(info->dlpi_name, "libemulator.so")) return 0;
+        void* library = dlopen(info->dlpi_name, RTLD_NOW | RTLD_NOLOAD);
+        *static_cast<Launch*>(out) = reinterpret_cast<Launch>(dlsym(library, "cudaLaunchHostFunc"));
+        return 1;
+      },
+      &found);
+  return found;
+}
+
+// Puts an operation on a stream; what goes wrong then is an asynchronous error of its communicator.
+int enqueue(void* stream, std::function<int()> work) {
+  static Launch launch = find_launch();
+  if (!launch) return fail(nullptr, SYSTEM_ERROR, "the emulator of CUDA is not loaded");
+  auto* kept = new std::function<int()>(std::move(work));
+  auto run = [](void* data) {
+    auto* operation = static_cast<std::function<int()>*>(data);
+    (*operation)();
+    delete operation;
+  };
+  return launch(stream, run, kept) == 0 ? SUCCESS : SYSTEM_ERROR;
 }
 
 // Every rank's bytes, in rank order.
@@ -169,6 +201,7 @@ struct Message {
   void* data;
   size_t bytes;
   int peer;
+  void* stream;
 };
 
 thread_local int depth = 0;
@@ -177,18 +210,21 @@ thread_local std::vector<Message> group;
 int run_group() {
   std::vector<Message> messages;
   messages.swap(group);
-  for (auto& m : messages)
-    if (!m.receive)
-      if (int code = post(m.comm, m.peer, m.data, m.bytes)) return code;
-  for (auto& m : messages)
-    if (m.receive)
-      if (int code = take(m.comm, m.peer, m.data, m.bytes)) return code;
-  return SUCCESS;
+  if (messages.empty()) return SUCCESS;
+  return enqueue(messages[0].stream, [messages]() -> int {
+    for (auto& m : messages)
+      if (!m.receive)
+        if (int code = post(m.comm, m.peer, m.data, m.bytes)) return code;
+    for (auto& m : messages)
+      if (m.receive)
+        if (int code = take(m.comm, m.peer, m.data, m.bytes)) return code;
+    return SUCCESS;
+  });
 }
 
-int message(Comm* comm, bool receive, void* data, size_t count, int type, int peer) {
+int message(Comm* comm, bool receive, void* data, size_t count, int type, int peer, void* stream) {
   if (!comm || peer < 0 || peer >= comm->size || type < 0 || type > BF16) return fail(comm, INVALID_ARGUMENT, "a wrong argument");
-  group.push_back({comm, receive, data, count * WIDTH[type], peer});
+  group.push_back({comm, receive, data, count * WIDTH[type], peer, stream});
   return depth > 0 ? SUCCESS : run_group();
 }
 
@@ -275,50 +311,62 @@ EXPORT int ncclGroupStart() {
   return SUCCESS;
 }
 EXPORT int ncclGroupEnd() { return --depth > 0 ? SUCCESS : run_group(); }
-EXPORT int ncclSend(const void* data, size_t count, int type, int peer, Comm* comm, void*) {
-  return message(comm, false, const_cast<void*>(data), count, type, peer);
+EXPORT int ncclSend(const void* data, size_t count, int type, int peer, Comm* comm, void* stream) {
+  return message(comm, false, const_cast<void*>(data), count, type, peer, stream);
 }
-EXPORT int ncclRecv(void* data, size_t count, int type, int peer, Comm* comm, void*) {
-  return message(comm, true, data, count, type, peer);
+EXPORT int ncclRecv(void* data, size_t count, int type, int peer, Comm* comm, void* stream) {
+  return message(comm, true, data, count, type, peer, stream);
 }
-EXPORT int ncclAllGather(const void* send, void* recv, size_t count, int type, Comm* comm, void*) {
-  return gather_all(comm, send, recv, count * WIDTH[type]);
+EXPORT int ncclAllGather(const void* send, void* recv, size_t count, int type, Comm* comm, void* stream) {
+  return enqueue(stream, [=]() -> int {
+    return gather_all(comm, send, recv, count * WIDTH[type]);
+  });
 }
-EXPORT int ncclAllReduce(const void* send, void* recv, size_t count, int type, int op, Comm* comm, void*) {
-  std::vector<char> all(size_t(comm->size) * count * WIDTH[type]);
-  if (int code = gather_all(comm, send, all.data(), count * WIDTH[type])) return code;
-  return reduce(all.data(), static_cast<char*>(recv), count, type, comm->size, op);
+EXPORT int ncclAllReduce(const void* send, void* recv, size_t count, int type, int op, Comm* comm, void* stream) {
+  return enqueue(stream, [=]() -> int {
+    std::vector<char> all(size_t(comm->size) * count * WIDTH[type]);
+    if (int code = gather_all(comm, send, all.data(), count * WIDTH[type])) return code;
+    return reduce(all.data(), static_cast<char*>(recv), count, type, comm->size, op);
+  });
 }
-EXPORT int ncclReduce(const void* send, void* recv, size_t count, int type, int op, int root, Comm* comm, void*) {
-  std::vector<char> all(size_t(comm->size) * count * WIDTH[type]);
-  if (int code = gather_all(comm, send, all.data(), count * WIDTH[type])) return code;
-  return comm->rank == root ? reduce(all.data(), static_cast<char*>(recv), count, type, comm->size, op) : SUCCESS;
+EXPORT int ncclReduce(const void* send, void* recv, size_t count, int type, int op, int root, Comm* comm, void* stream) {
+  return enqueue(stream, [=]() -> int {
+    std::vector<char> all(size_t(comm->size) * count * WIDTH[type]);
+    if (int code = gather_all(comm, send, all.data(), count * WIDTH[type])) return code;
+    return comm->rank == root ? reduce(all.data(), static_cast<char*>(recv), count, type, comm->size, op) : SUCCESS;
+  });
 }
-EXPORT int ncclReduceScatter(const void* send, void* recv, size_t count, int type, int op, Comm* comm, void*) {
-  size_t bytes = count * WIDTH[type], whole = size_t(comm->size) * bytes;
-  std::vector<char> all(size_t(comm->size) * whole), mine(all.size());
-  if (int code = gather_all(comm, send, all.data(), whole)) return code;
-  for (int r = 0; r < comm->size; r++) memcpy(mine.data() + size_t(r) * bytes, all.data() + size_t(r) * whole + size_t(comm->rank) * bytes, bytes);
-  return reduce(mine.data(), static_cast<char*>(recv), count, type, comm->size, op);
+EXPORT int ncclReduceScatter(const void* send, void* recv, size_t count, int type, int op, Comm* comm, void* stream) {
+  return enqueue(stream, [=]() -> int {
+    size_t bytes = count * WIDTH[type], whole = size_t(comm->size) * bytes;
+    std::vector<char> all(size_t(comm->size) * whole), mine(all.size());
+    if (int code = gather_all(comm, send, all.data(), whole)) return code;
+    for (int r = 0; r < comm->size; r++) memcpy(mine.data() + size_t(r) * bytes, all.data() + size_t(r) * whole + size_t(comm->rank) * bytes, bytes);
+    return reduce(mine.data(), static_cast<char*>(recv), count, type, comm->size, op);
+  });
 }
-EXPORT int ncclBroadcast(const void* send, void* recv, size_t count, int type, int root, Comm* comm, void*) {
-  size_t bytes = count * WIDTH[type];
-  if (comm->rank != root) return take(comm, root, recv, bytes);
-  for (int r = 0; r < comm->size; r++)
-    if (r != root)
-      if (int code = post(comm, r, send, bytes)) return code;
-  if (recv != send) memmove(recv, send, bytes);
-  return SUCCESS;
+EXPORT int ncclBroadcast(const void* send, void* recv, size_t count, int type, int root, Comm* comm, void* stream) {
+  return enqueue(stream, [=]() -> int {
+    size_t bytes = count * WIDTH[type];
+    if (comm->rank != root) return take(comm, root, recv, bytes);
+    for (int r = 0; r < comm->size; r++)
+      if (r != root)
+        if (int code = post(comm, r, send, bytes)) return code;
+    if (recv != send) memmove(recv, send, bytes);
+    return SUCCESS;
+  });
 }
 #ifndef LINA_OLD_NCCL
-EXPORT int ncclAlltoAll(const void* send, void* recv, size_t count, int type, Comm* comm, void*) {
-  size_t bytes = count * WIDTH[type];
-  const char* from = static_cast<const char*>(send);
-  char* to = static_cast<char*>(recv);
-  for (int r = 0; r < comm->size; r++)
-    if (int code = post(comm, r, from + size_t(r) * bytes, bytes)) return code;
-  for (int r = 0; r < comm->size; r++)
-    if (int code = take(comm, r, to + size_t(r) * bytes, bytes)) return code;
-  return SUCCESS;
+EXPORT int ncclAlltoAll(const void* send, void* recv, size_t count, int type, Comm* comm, void* stream) {
+  return enqueue(stream, [=]() -> int {
+    size_t bytes = count * WIDTH[type];
+    const char* from = static_cast<const char*>(send);
+    char* to = static_cast<char*>(recv);
+    for (int r = 0; r < comm->size; r++)
+      if (int code = post(comm, r, from + size_t(r) * bytes, bytes)) return code;
+    for (int r = 0; r < comm->size; r++)
+      if (int code = take(comm, r, to + size_t(r) * bytes, bytes)) return code;
+    return SUCCESS;
+  });
 }
 #endif
