@@ -15,6 +15,7 @@ enum { NOT_INITIALIZED = 1, INVALID = 7, NOT_SUPPORTED = 15, EXECUTION_FAILED = 
 
 struct Handle {
   int mode = 0;
+  void* stream = nullptr;
 };
 
 float from_bf16(uint16_t bits) {
@@ -88,7 +89,11 @@ EXPORT int cublasDestroy_v2(void* handle) {
   delete static_cast<Handle*>(handle);
   return 0;
 }
-EXPORT int cublasSetStream_v2(void* handle, void*) { return handle ? 0 : NOT_INITIALIZED; }
+EXPORT int cublasSetStream_v2(void* handle, void* stream) {
+  if (!handle) return NOT_INITIALIZED;
+  static_cast<Handle*>(handle)->stream = stream;
+  return 0;
+}
 EXPORT int cublasSetWorkspace_v2(void* handle, void*, size_t) { return handle ? 0 : NOT_INITIALIZED; }
 EXPORT int cublasSetMathMode(void* handle, int mode) {
   if (!handle) return NOT_INITIALIZED;
@@ -110,12 +115,16 @@ EXPORT int cublasGemmEx(void* handle, int ta, int tb, int m, int n, int k, const
   bool pair = type_a == type_b && ((type_a == BF16 && (type_c == BF16 || type_c == F32)) || (type_a == F32 && type_c == F32) || (type_a == F64 && type_c == F64));
   if (!pair) return NOT_SUPPORTED;
   if (m == 0 || n == 0) return 0;
+  void* stream = static_cast<Handle*>(handle)->stream;
+  // The factors are read now, the matrices when the stream comes to it.
   if (type_a == F64) {
     if (compute != 70 && compute != 71) return NOT_SUPPORTED;
-    multiply<double>(ta, tb, m, n, k, *static_cast<const double*>(alpha), a, type_a, lda, b, type_b, ldb, *static_cast<const double*>(beta), c, type_c, ldc);
+    double x = *static_cast<const double*>(alpha), y = *static_cast<const double*>(beta);
+    lina::enqueue(stream, [=] { multiply<double>(ta, tb, m, n, k, x, a, type_a, lda, b, type_b, ldb, y, c, type_c, ldc); });
   } else {
     if (compute != 68 && compute != 69 && compute != 77) return NOT_SUPPORTED;
-    multiply<float>(ta, tb, m, n, k, *static_cast<const float*>(alpha), a, type_a, lda, b, type_b, ldb, *static_cast<const float*>(beta), c, type_c, ldc);
+    float x = *static_cast<const float*>(alpha), y = *static_cast<const float*>(beta);
+    lina::enqueue(stream, [=] { multiply<float>(ta, tb, m, n, k, x, a, type_a, lda, b, type_b, ldb, y, c, type_c, ldc); });
   }
   return 0;
 }

@@ -1,5 +1,7 @@
 // libcudart and libcuda for the CPU emulator: device memory is host memory, filled with 0xFF bytes (NaNs) when it is new and with a closed
-// page behind each mapping; streams run what they are given at once; events are complete when recorded. Not a model of asynchrony.
+// page behind each mapping. A stream's work is kept until the host asks about the stream or an event of it, so work comes as late as it
+// may: what reads pinned memory that the host has changed since, or memory that another stream has not been waited for, shows. Nothing
+// runs beside the host.
 
 #include "emulator.h"
 
@@ -9,12 +11,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <vector>
 
 #include <dlfcn.h>
 #include <elf.h>
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
@@ -58,10 +63,50 @@ struct LoadedModule {
   std::map<std::string, LoadedKernel> kernels;
 };
 
-struct Event {
-  timespec at{};
-  bool timed, recorded = false;
+// Work is numbered from 1 in the order of its stream.
+struct Stream {
+  std::deque<std::function<void()>> work;
+  uint64_t enqueued = 0, done = 0;
 };
+
+// Where an event was recorded last; what waits for it keeps a copy.
+struct Point {
+  std::shared_ptr<Stream> stream;
+  uint64_t number = 0;
+};
+struct Event {
+  std::shared_ptr<timespec> at = std::make_shared<timespec>();
+  bool timed, recorded = false;
+  Point point;
+};
+
+std::recursive_mutex order;  // of all that concerns streams
+std::map<void*, std::shared_ptr<Stream>> streams;
+
+std::shared_ptr<Stream> stream_of(void* handle) {
+  auto& found = streams[handle];
+  if (!found) found = std::make_shared<Stream>();
+  return found;
+}
+
+// Runs a stream's work up to a number.
+void run_until(Stream& stream, uint64_t number) {
+  while (stream.done < number && !stream.work.empty()) {
+    auto work = std::move(stream.work.front());
+    stream.work.pop_front();
+    if (!lina::sticky()) work();
+    stream.done++;
+  }
+}
+
+void run_all() {
+  std::lock_guard<std::recursive_mutex> guard(order);
+  auto all = streams;
+  for (auto& [handle, stream] : all) run_until(*stream, stream->enqueued);
+}
+
+// A real queue holds about as many commands before the host has to wait.
+constexpr size_t LONGEST_QUEUE = 1024;
 
 const char* name_of(int code) {
   switch (code) {
@@ -116,6 +161,15 @@ void lina::fail_sticky(int status, std::string why) {
   int none = 0;
   sticky_status.compare_exchange_strong(none, status);
 }
+void lina::enqueue(void* handle, std::function<void()> work) {
+  std::lock_guard<std::recursive_mutex> guard(order);
+  auto stream = stream_of(handle);
+  stream->work.push_back(std::move(work));
+  stream->enqueued++;
+  const char* text = getenv("LINA_EMULATOR_DEFER");
+  if (text && text[0] == '0') run_until(*stream, stream->enqueued);
+  if (stream->work.size() > LONGEST_QUEUE) run_until(*stream, stream->enqueued - LONGEST_QUEUE);
+}
 void lina::forget_errors() {
   std::lock_guard<std::mutex> guard(lock);
   reasons.clear();
@@ -158,8 +212,12 @@ EXPORT int cudaDriverGetVersion(int* version) {
   *version = 13000;
   return 0;
 }
-EXPORT int cudaDeviceSynchronize() { return sticky(); }
+EXPORT int cudaDeviceSynchronize() {
+  run_all();
+  return sticky();
+}
 EXPORT int cudaDeviceReset() {
+  run_all();
   forget_errors();
   return 0;
 }
@@ -173,6 +231,19 @@ EXPORT int cudaPeekAtLastError() { return sticky(); }
 namespace {
 
 constexpr size_t QUARANTINE = 1024;
+
+// Whether memory can be read: the system looks, as reading it might end the process.
+bool is_open(const void* at, size_t bytes) {
+  static int pipes[2] = {-1, -1};
+  if (pipes[0] < 0 && pipe2(pipes, O_NONBLOCK | O_CLOEXEC) != 0) return true;
+  auto first = reinterpret_cast<uintptr_t>(at);
+  for (uintptr_t i : {first, first + bytes - 1}) {
+    char byte;
+    if (write(pipes[1], reinterpret_cast<const void*>(i), 1) != 1) return false;
+    if (read(pipes[0], &byte, 1) != 1) return false;
+  }
+  return true;
+}
 
 size_t rounded(size_t bytes) { return std::max<size_t>((bytes + 255) / 256 * 256, 256); }
 
@@ -238,14 +309,25 @@ EXPORT int cudaMalloc(void** out, size_t bytes) {
   return allocate(out, bytes, allocations, true);
 }
 EXPORT int cudaFree(void* at) {
+  run_all();
   STICKY;
   return release(at, allocations, true);
+}
+EXPORT int cudaFreeAsync(void* at, void* stream) {
+  STICKY;
+  {
+    std::lock_guard<std::mutex> guard(lock);
+    if (!allocations.count(reinterpret_cast<uintptr_t>(at))) return INVALID_VALUE;
+  }
+  enqueue(stream, [=] { release(at, allocations, true); });
+  return 0;
 }
 EXPORT int cudaHostAlloc(void** out, size_t bytes, unsigned) {
   STICKY;
   return allocate(out, bytes, host_allocations, false);
 }
 EXPORT int cudaFreeHost(void* at) {
+  run_all();
   STICKY;
   return release(at, host_allocations, false);
 }
@@ -256,15 +338,55 @@ EXPORT int cudaMemGetInfo(size_t* free, size_t* total) {
   *free = memory_bytes() - used;
   return 0;
 }
-EXPORT int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void*) {
-  STICKY;
-  if (kind < 0 || kind > 4) return invalid("cudaMemcpyAsync of kind " + std::to_string(kind));
-  if (bytes) memmove(to, from, bytes);
-  return 0;
+namespace {
+
+bool is_pinned(const void* at) {
+  std::lock_guard<std::mutex> guard(lock);
+  auto address = reinterpret_cast<uintptr_t>(at);
+  auto after = host_allocations.upper_bound(address);
+  if (after == host_allocations.begin()) return false;
+  --after;
+  return address < after->first + after->second;
 }
-EXPORT int cudaMemsetAsync(void* at, int value, size_t bytes, void*) {
+
+}  // namespace
+
+EXPORT int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* stream) {
   STICKY;
-  if (bytes) memset(at, value, bytes);
+  if (kind < 1 || kind > 3) return invalid("cudaMemcpyAsync of kind " + std::to_string(kind));
+  if (bytes == 0) return 0;
+  auto failed = [=](const char* why) { fail_sticky(ILLEGAL_ADDRESS, "cudaMemcpyAsync of " + std::to_string(bytes) + " bytes: " + why); };
+  auto copy = [=](const void* source) {
+    // A closed page would end the process here, outside of any kernel.
+    if (!is_open(source, bytes)) return failed("the source is not allocated");
+    if (!is_open(to, bytes)) return failed("the target is not allocated");
+    memmove(to, source, bytes);
+  };
+  if (kind == 1 && !is_pinned(from)) {
+    // Pageable memory is read before the call returns.
+    auto snapshot = std::make_shared<std::vector<uint8_t>>(static_cast<const uint8_t*>(from), static_cast<const uint8_t*>(from) + bytes);
+    enqueue(stream, [=] { copy(snapshot->data()); });
+    return 0;
+  }
+  enqueue(stream, [=] { copy(from); });
+  if (kind == 2 && !is_pinned(to)) {
+    // Pageable memory is written before the call returns.
+    std::lock_guard<std::recursive_mutex> guard(order);
+    auto mine = stream_of(stream);
+    run_until(*mine, mine->enqueued);
+  }
+  return sticky();
+}
+EXPORT int cudaMemsetAsync(void* at, int value, size_t bytes, void* stream) {
+  STICKY;
+  if (bytes == 0) return 0;
+  enqueue(stream, [=] {
+    if (is_open(at, bytes)) {
+      memset(at, value, bytes);
+    } else {
+      fail_sticky(ILLEGAL_ADDRESS, "cudaMemsetAsync of " + std::to_string(bytes) + " bytes: they are not allocated");
+    }
+  });
   return 0;
 }
 
@@ -272,19 +394,49 @@ EXPORT int cudaMemsetAsync(void* at, int value, size_t bytes, void*) {
 
 EXPORT int cudaStreamCreateWithPriority(void** stream, unsigned, int) {
   STICKY;
+  std::lock_guard<std::recursive_mutex> guard(order);
   *stream = new char;
+  stream_of(*stream);
   return 0;
 }
-EXPORT int cudaStreamDestroy(void* stream) {
-  delete static_cast<char*>(stream);
+EXPORT int cudaStreamDestroy(void* handle) {
+  std::lock_guard<std::recursive_mutex> guard(order);
+  auto stream = stream_of(handle);
+  run_until(*stream, stream->enqueued);
+  streams.erase(handle);
+  delete static_cast<char*>(handle);
   return sticky();
 }
-EXPORT int cudaStreamWaitEvent(void*, void* event, unsigned) {
+EXPORT int cudaStreamWaitEvent(void* stream, void* event, unsigned) {
   STICKY;
-  return event ? 0 : invalid("cudaStreamWaitEvent of a null event");
+  if (!event) return invalid("cudaStreamWaitEvent of a null event");
+  std::lock_guard<std::recursive_mutex> guard(order);
+  Point point = static_cast<Event*>(event)->point;
+  if (point.stream) enqueue(stream, [=] { run_until(*point.stream, point.number); });
+  return 0;
 }
-EXPORT int cudaStreamQuery(void*) { return sticky(); }
-EXPORT int cudaStreamSynchronize(void*) { return sticky(); }
+// The first question after new work is answered "not ready", so that callers have to wait as for a GPU.
+// Also how the emulated NCCL (nccl.cpp) puts its operations on a stream.
+EXPORT int cudaLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
+  STICKY;
+  enqueue(stream, [=] { function(data); });
+  return 0;
+}
+EXPORT int cudaStreamQuery(void* handle) {
+  STICKY;
+  std::lock_guard<std::recursive_mutex> guard(order);
+  auto stream = stream_of(handle);
+  bool idle = stream->work.empty();
+  run_until(*stream, stream->enqueued);
+  STICKY;
+  return idle ? 0 : 600;
+}
+EXPORT int cudaStreamSynchronize(void* handle) {
+  std::lock_guard<std::recursive_mutex> guard(order);
+  auto stream = stream_of(handle);
+  run_until(*stream, stream->enqueued);
+  return sticky();
+}
 EXPORT int cudaEventCreateWithFlags(void** event, unsigned flags) {
   STICKY;
   auto* made = new Event;
@@ -296,21 +448,42 @@ EXPORT int cudaEventDestroy(void* event) {
   delete static_cast<Event*>(event);
   return sticky();
 }
-EXPORT int cudaEventRecord(void* event, void*) {
+EXPORT int cudaEventRecord(void* handle, void* stream) {
   STICKY;
-  if (!event) return invalid("cudaEventRecord of a null event");
-  auto* mine = static_cast<Event*>(event);
-  if (mine->timed) clock_gettime(CLOCK_MONOTONIC, &mine->at);
-  mine->recorded = true;
+  if (!handle) return invalid("cudaEventRecord of a null event");
+  std::lock_guard<std::recursive_mutex> guard(order);
+  auto* event = static_cast<Event*>(handle);
+  event->at = std::make_shared<timespec>();
+  enqueue(stream, [at = event->at] { clock_gettime(CLOCK_MONOTONIC, at.get()); });
+  event->point = {stream_of(stream), stream_of(stream)->enqueued};
+  event->recorded = true;
   return 0;
 }
-EXPORT int cudaEventQuery(void*) { return sticky(); }
-EXPORT int cudaEventSynchronize(void*) { return sticky(); }
+EXPORT int cudaEventQuery(void* handle) {
+  STICKY;
+  std::lock_guard<std::recursive_mutex> guard(order);
+  Point& point = static_cast<Event*>(handle)->point;
+  if (!point.stream || point.stream->done >= point.number) return 0;
+  run_until(*point.stream, point.number);
+  STICKY;
+  return 600;
+}
+EXPORT int cudaEventSynchronize(void* handle) {
+  std::lock_guard<std::recursive_mutex> guard(order);
+  Point& point = static_cast<Event*>(handle)->point;
+  if (point.stream) run_until(*point.stream, point.number);
+  return sticky();
+}
 EXPORT int cudaEventElapsedTime(float* ms, void* start, void* end) {
   STICKY;
-  auto *a = static_cast<Event*>(start), *b = static_cast<Event*>(end);
-  if (!a->timed || !b->timed || !a->recorded || !b->recorded) return invalid("cudaEventElapsedTime of an event without a time");
-  *ms = float(double(b->at.tv_sec - a->at.tv_sec) * 1e3 + double(b->at.tv_nsec - a->at.tv_nsec) * 1e-6);
+  std::lock_guard<std::recursive_mutex> guard(order);
+  for (void* handle : {start, end}) {
+    auto* event = static_cast<Event*>(handle);
+    if (!event->timed || !event->recorded) return invalid("cudaEventElapsedTime of an event without a time");
+    if (event->point.stream->done < event->point.number) return 600;
+  }
+  timespec &a = *static_cast<Event*>(start)->at, &b = *static_cast<Event*>(end)->at;
+  *ms = float(double(b.tv_sec - a.tv_sec) * 1e3 + double(b.tv_nsec - a.tv_nsec) * 1e-6);
   return 0;
 }
 
@@ -367,6 +540,7 @@ EXPORT int cuMemSetAccess(uintptr_t at, size_t bytes, const void*, size_t) {
   return mprotect(reinterpret_cast<void*>(at), bytes, PROT_READ | PROT_WRITE) == 0 ? 0 : invalid("cuMemSetAccess of what is not mapped");
 }
 EXPORT int cuMemUnmap(uintptr_t at, size_t bytes) {
+  run_all();
   mmap(reinterpret_cast<void*>(at), bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
   return sticky();
 }
@@ -433,6 +607,7 @@ EXPORT int cuModuleGetFunction(void** out, void* module, const char* name) {
   return 0;
 }
 EXPORT int cuModuleUnload(void* module) {
+  run_all();
   auto* loaded = static_cast<LoadedModule*>(module);
   dlclose(loaded->library);
   delete loaded;
@@ -459,7 +634,7 @@ EXPORT const char* linaSignatures(void* module) {
   }
   return text.c_str();
 }
-EXPORT int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void*, void** parameters,
+EXPORT int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream, void** parameters,
                           void** extra) {
   STICKY;
   auto* kernel = static_cast<LoadedKernel*>(function);
@@ -477,11 +652,23 @@ EXPORT int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz,
   if (shared > size_t(kernel->most_shared)) {
     return invalid(name + ": " + std::to_string(shared) + " bytes of dynamic shared memory, of which cuFuncSetAttribute allowed " + std::to_string(kernel->most_shared));
   }
-  // A failure of the kernel is told by the next call, as on a GPU; the message is written now.
-  if (int status = launch(*kernel->module, *kernel->kernel, {gx, gy, gz}, {bx, by, bz}, shared, parameters)) {
-    fprintf(stderr, "CUDA emulator: %s: %s\n", name_of(status), why_failed(status).c_str());
+  // The driver copies the arguments.
+  const Kernel* code = kernel->kernel;
+  const Module* module = kernel->module;
+  auto bytes = std::make_shared<std::vector<std::vector<uint8_t>>>();
+  for (int i = 0; i < code->count; i++) {
+    auto* from = static_cast<const uint8_t*>(parameters[i]);
+    bytes->emplace_back(from, from + code->sizes[i]);
   }
-  return 0;
+  enqueue(stream, [=] {
+    std::vector<void*> values;
+    for (auto& each : *bytes) values.push_back(each.data());
+    // A failure is told by a later call, as on a GPU; the message is written now.
+    if (int status = launch(*module, *code, {gx, gy, gz}, {bx, by, bz}, shared, values.data())) {
+      fprintf(stderr, "CUDA emulator: %s: %s\n", name_of(status), why_failed(status).c_str());
+    }
+  });
+  return sticky();
 }
 EXPORT int cuTensorMapEncodeTiled(void*, int, unsigned, void*, const void*, const void*, const void*, const void*, int, int, int, int) {
   set_why(801, "the bulk tensor copy engine is not emulated");

@@ -241,6 +241,23 @@ test("faults end the kernel with the place", async () => {
   fails("elsewhere", [], "cudaErrorIllegalAddress", /not shared memory of this block/);
 });
 
+test("a kernel that waits for another thread by spinning is ended", async () => {
+  const kernels = await compile(
+    `extern "C" __global__ void spins(volatile int* x) { if (threadIdx.x == 0) { while (x[0] == 0); } else x[0] = 1; }`,
+  );
+  Deno.env.set("LINA_EMULATOR_LIMIT_S", "0");
+  try {
+    assertFails(
+      kernels,
+      ["spins", 1, 2, 0, new DeviceArray(new Int32Array(1))],
+      "cudaErrorLaunchTimeout",
+      /kernel spins, block \(0, 0, 0\), thread \(0, 0, 0\): the kernel ran for more than 0 s/,
+    );
+  } finally {
+    Deno.env.delete("LINA_EMULATOR_LIMIT_S");
+  }
+});
+
 test("impossible launches are refused, and nothing is broken by them", async () => {
   const kernels = await compile(`extern "C" __global__ void one(float* x) { x[0] = 1; }`);
   const x = f32(1);
@@ -277,11 +294,11 @@ test("allocations of the device are fenced", async () => {
     source,
     kernels: { put: ["ptr", "i32"], get: ["ptr", "ptr", "i32"] },
   } as const;
-  const { context } = (await testDevice([module]))!;
+  const { context, stream } = (await testDevice([module]))!;
   const put = context.kernel(module, "put"), get = context.kernel(module, "get");
-  const finds = (fn: () => void, message: RegExp) => {
+  const finds = async (message: RegExp) => {
     try {
-      assert.throws(fn, message);
+      await assert.rejects(stream.synchronize(), message);
     } finally {
       reset();
     }
@@ -291,15 +308,64 @@ test("allocations of the device are fenced", async () => {
   put.launch(1, 1, 1, 1, 0, x, 99);
   context.free(x);
   put.launch(1, 1, 1, 1, 0, x, 0);
-  finds(() => context.allocate(4), /kernel put.*freed/);
+  await finds(/kernel put.*freed/);
   const y = make();
   put.launch(1, 1, 1, 1, 0, y, 100); // rounding up to 256 bytes left room
-  finds(() => context.free(y), /byte 400 of an allocation of 400 bytes was written/);
+  context.free(y);
+  await finds(/byte 400 of an allocation of 400 bytes was written/);
   const z = make();
   put.launch(1, 1, 1, 1, 0, z, -1);
-  finds(() => context.free(z), /4 bytes before an allocation of 400 bytes was written/);
+  context.free(z);
+  await finds(/4 bytes before an allocation of 400 bytes was written/);
   const w = make();
   get.launch(1, 1, 1, 1, 0, w, out, 128);
-  finds(() => context.free(w), /kernel get.*behind the end of an allocation/);
+  await finds(/kernel get.*behind the end of an allocation/);
+  context.free(w);
   context.free(out);
+});
+
+test("work of a stream comes as late as it may", async () => {
+  const source =
+    `extern "C" __global__ void copy(float* to, const float* from) { to[0] = from[0]; }`;
+  const module = { name: "late", source, kernels: { copy: ["ptr", "ptr"] } } as const;
+  const device = (await testDevice([module]))!;
+  const { context, stream } = device;
+  const copy = context.kernel(module, "copy");
+  const { calls } = cudart();
+  const x = context.allocate(4), y = context.allocate(4);
+  // Pinned memory that changes before its copy was waited for.
+  using pinned = device.pinned(8);
+  const host = new Float32Array(pinned.buffer);
+  host[0] = 1;
+  calls.cudaMemcpyAsync(BigInt(x), BigInt(pinned.address), 4n, 1, stream.handle);
+  host[0] = 2;
+  copy.launch(1, 1, 1, 1, 0, y, x);
+  calls.cudaMemcpyAsync(BigInt(pinned.address) + 4n, BigInt(y), 4n, 2, stream.handle);
+  host[1] = 3;
+  assert.equal(host[1], 3); // nothing has run so far
+  await stream.synchronize();
+  assert.deepEqual([...host], [2, 2]);
+  // A second stream that waits for the first one sees its work, else it does not.
+  const other = device.createStream("other");
+  context.clear(y, 4);
+  calls.cudaMemcpyAsync(BigInt(pinned.address), BigInt(y), 4n, 2, other.handle);
+  await other.synchronize();
+  assert.equal(host[0], 2);
+  other.wait(stream.record());
+  calls.cudaMemcpyAsync(BigInt(pinned.address), BigInt(y), 4n, 2, other.handle);
+  await other.synchronize();
+  assert.equal(host[0], 0);
+  // Freed in the order of the compute stream: what the other stream has not been waited for finds it gone.
+  calls.cudaMemcpyAsync(BigInt(pinned.address), BigInt(y), 4n, 2, other.handle);
+  context.free(y);
+  await stream.synchronize();
+  try {
+    await assert.rejects(
+      other.synchronize(),
+      /cudaMemcpyAsync of 4 bytes: the source is not allocated/,
+    );
+  } finally {
+    reset();
+  }
+  context.free(x);
 });

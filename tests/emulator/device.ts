@@ -4,16 +4,22 @@
 //   const device = await testDevice();
 //   Deno.test({ name: "scale() doubles", ignore: !device, fn: … });
 //
-// The emulator finds wrong results, and what a GPU would not always show: device and shared memory that was never written holds NaNs (0xFF
-// bytes); asynchronous copies land only when they are waited for, NaNs are in their place until then; a barrier or warp operation that
-// can never complete, accesses behind the end of an allocation, after its free, or behind the dynamic shared memory, misaligned vector accesses, and indices out of a local
-// or static shared array end the kernel with an error that names kernel, block and thread: on standard error at once, and from
-// every later call, as on a GPU. Threads run one at a time until they wait, from the first to the last in even blocks and in the other
-// order in odd ones.
+// What it finds beside wrong results, and a GPU would not always show:
+// - Device and shared memory that was never written holds NaNs (0xFF bytes).
+// - Asynchronous copies land only when they are waited for; NaNs are in their place until then.
+// - Threads run one at a time until they wait, from first to last in even blocks, from last to first in odd ones: a missing barrier shows.
+// - Barriers and warp operations that can never complete, accesses behind the end of an allocation, after its free, or behind the dynamic
+//   shared memory, misaligned 16-byte accesses, indices out of a local or static shared array, division by zero, kernels that run for
+//   more than a minute: they end the kernel with an error that names kernel, block and thread, on standard error at once, and from every
+//   later call, as on a GPU.
+// - Streams run as late as they may: when the host asks about them. So host memory that is changed too early, streams that do not wait for
+//   each other, and memory that is freed under another stream's work show; so does host code that takes an answer for granted.
 //
 // Environment variables: LINA_EMULATOR=1 takes the emulator even if there is a GPU, =0 never takes it; LINA_EMULATOR_SEED=7 makes thread
-// and block order random; LINA_EMULATOR_FENCE=0 leaves allocations side by side in the arena, where accesses beyond one are not noticed; LINA_EMULATOR_CAPABILITY=80, LINA_EMULATOR_MULTIPROCESSORS=4, LINA_EMULATOR_MEMORY_MIB=8192 describe the device;
-// LINA_EMULATOR_KEEP=1 keeps sources and preprocessed sources of kernels in the folder that LINA_EMULATOR_CACHE names.
+// and block order random; LINA_EMULATOR_FENCE=0 leaves allocations side by side in the arena, where accesses beyond one are not noticed;
+// LINA_EMULATOR_DEFER=0 runs streams at once; LINA_EMULATOR_LIMIT_S=60 bounds a kernel's time; LINA_EMULATOR_CAPABILITY=80,
+// LINA_EMULATOR_MULTIPROCESSORS=4, LINA_EMULATOR_MEMORY_MIB=8192 describe the device; LINA_EMULATOR_KEEP=1 keeps the sources of kernels in
+// the folder that LINA_EMULATOR_CACHE names.
 //
 // In kernels: `extern __shared__ alignas(1024) u8 name[];` (any type and alignment up to 64 KiB) works on both sides. Inline assembly does
 // not: give it a name in common.cuh, as mma_bf16 has, with its emulation in kernel.h.
@@ -25,6 +31,7 @@ import { buildEmulator } from "./build.ts";
 /** Whether {@linkcode testDevice} gave the emulator: then tests keep their sizes small. */
 export let emulated = false;
 
+let fenced = false;
 let loaded: Promise<boolean> | undefined;
 
 /**
@@ -39,7 +46,12 @@ export async function testDevice(
 ): Promise<CudaDevice | null> {
   if (!await (loaded ??= loadCuda())) return null;
   const { cudaDevice } = await import("../../tensor/cuda/device.ts");
-  return await cudaDevice({ modules });
+  const device = await cudaDevice({ modules });
+  if (fenced) {
+    const { fenceDevice } = await import("./fence.ts");
+    fenceDevice(device.context);
+  }
+  return device;
 }
 
 /**
@@ -70,6 +82,7 @@ export async function loadCuda(): Promise<boolean> {
   if (Deno.env.get("LINA_EMULATOR_FENCE") !== "0") {
     const { fenceAllocations } = await import("./fence.ts");
     fenceAllocations();
+    fenced = true;
   }
   return true;
 }

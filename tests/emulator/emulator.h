@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -45,6 +46,9 @@ enum Status {
 
 // Runs a kernel to its end; returns SUCCESS or what it failed with. One at a time per process.
 int launch(const Module& module, const Kernel& kernel, Dim grid, Dim block, size_t shared, void** parameters);
+
+// Puts work at the end of a stream; it runs when the host next asks about the stream (cuda.cpp).
+void enqueue(void* stream, std::function<void()> work);
 
 // The first error of a kernel; every later call returns it, as after a fault on a GPU.
 int sticky();

@@ -6,6 +6,7 @@
 
 #include "emulator.h"
 
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -674,13 +675,38 @@ EXPORT void lina_copy_wait(int groups) {
 
 namespace {
 
-const int SIGNALS[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP};
-struct sigaction before[5];
+// SIGXCPU is what the watchdog sends.
+const int SIGNALS[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGXCPU};
+constexpr int SIGNAL_COUNT = 6;
+struct sigaction before[SIGNAL_COUNT];
+std::atomic<uint64_t> launches{0};  // odd while a kernel runs
+
+uint64_t limit_s() {
+  const char* text = getenv("LINA_EMULATOR_LIMIT_S");
+  return text && *text ? strtoull(text, nullptr, 10) : 60;
+}
+
+// Looks twice a second whether the same kernel still runs.
+void* watch(void*) {
+  uint64_t seen = 0, since = 0;
+  for (;; since++) {
+    usleep(500'000);
+    uint64_t now = launches;
+    if (now != seen || now % 2 == 0) {
+      seen = now;
+      since = 0;
+    } else if (since >= 2 * limit_s()) {
+      pthread_kill(runner, SIGXCPU);
+      since = 0;
+    }
+  }
+}
 
 void on_fault(int signal, siginfo_t* info, void* context) {
   if (!running || !pthread_equal(pthread_self(), runner)) {
+    if (signal == SIGXCPU) return;
     // Not ours: as if this handler were not there.
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < SIGNAL_COUNT; i++) {
       if (SIGNALS[i] != signal) continue;
       if (before[i].sa_flags & SA_SIGINFO) {
         before[i].sa_sigaction(signal, info, context);
@@ -693,6 +719,7 @@ void on_fault(int signal, siginfo_t* info, void* context) {
     return;
   }
   void* at = info->si_addr;
+  if (signal == SIGXCPU) abandon(lina::TIMEOUT, "the kernel ran for more than %llu s: it waits for what only another thread or block can do, or is too large here", static_cast<unsigned long long>(limit_s()));
   if (signal == SIGFPE) abandon(lina::LAUNCH_FAILED, "integer division by zero");
   if (signal == SIGILL || signal == SIGTRAP) {
     // -fsanitize-trap: the check's number follows the instruction: ud1l N(%eax), %eax is 67 0f b9 40 N; brk #(0x5500 + N) on aarch64.
@@ -731,12 +758,18 @@ class FaultGuard {
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     runner = pthread_self();
-    for (int i = 0; i < 5; i++) sigaction(SIGNALS[i], &action, &before[i]);
+    for (int i = 0; i < SIGNAL_COUNT; i++) sigaction(SIGNALS[i], &action, &before[i]);
+    static pthread_t watchdog;
+    static bool watched = pthread_create(&watchdog, nullptr, watch, nullptr) == 0;
+    (void)watched;
     running = true;
+    launches++;
   }
   ~FaultGuard() {
+    launches++;
     running = false;
-    for (int i = 0; i < 5; i++) sigaction(SIGNALS[i], &before[i], nullptr);
+    // SIGXCPU stays ours: the watchdog may have sent it at the last moment.
+    for (int i = 0; i < SIGNAL_COUNT - 1; i++) sigaction(SIGNALS[i], &before[i], nullptr);
     if (old_.ss_flags & SS_ONSTACK) old_.ss_flags = 0;
     sigaltstack(&old_, nullptr);
   }

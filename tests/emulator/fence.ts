@@ -5,10 +5,18 @@
 import { addressOf } from "../../ffi/address.ts";
 import { checkCudart, cudart } from "../../ffi/cudart.ts";
 import { Arena } from "../../tensor/cuda/arena.ts";
+import type { CudaContext } from "../../tensor/cuda/context.ts";
+
+/** Stream of each arena's device: memory is freed in its order. */
+const streams = new WeakMap<Arena, bigint>();
+let making = 0n;
 
 /** Replaces the arena's addresses in this process. */
 export function fenceAllocations(): void {
-  const { calls } = cudart();
+  const { calls, path } = cudart();
+  const table = { cudaFreeAsync: { parameters: ["u64", "u64"], result: "i32" } } as const;
+  // deno-lint-ignore lina/dlopen-in-ffi
+  const { cudaFreeAsync } = Deno.dlopen(path, table).symbols;
   const { allocate, free } = Arena.prototype;
   const cell = new BigUint64Array(new ArrayBuffer(8));
   /** The arena's own address by the one that was given out. */
@@ -18,6 +26,7 @@ export function fenceAllocations(): void {
     checkCudart(calls.cudaMalloc(addressOf(cell.buffer), BigInt(bytes)), "cudaMalloc");
     const address = Number(cell[0]);
     inner.set(address, own);
+    if (making !== 0n) streams.set(this, making);
     return address;
   };
   Arena.prototype.free = function (address: number): void {
@@ -25,6 +34,14 @@ export function fenceAllocations(): void {
     if (own === undefined) return free.call(this, address); // it says what is wrong
     inner.delete(address);
     free.call(this, own);
-    checkCudart(calls.cudaFree(BigInt(address)), "cudaFree");
+    const code = cudaFreeAsync(BigInt(address), streams.get(this) ?? 0n);
+    checkCudart(code, "cudaFreeAsync");
   };
+}
+
+/** Tells which stream the memory of a new device is freed in. */
+export function fenceDevice(context: CudaContext): void {
+  making = context.stream;
+  context.free(context.allocate(1));
+  making = 0n;
 }
