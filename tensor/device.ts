@@ -297,7 +297,8 @@ export interface Kernels {
   ): void;
   /**
    * Gradient of {@linkcode Kernels.combineRows}: `dY[slots[n,k]] = weights[n,k] · dOut[n]` and
-   * `dWeights[n,k] = dOut[n] · y[slots[n,k]]`, in the dtype of the weights. Every row of y belongs to at most one (n, k).
+   * `dWeights[n,k] = dOut[n] · y[slots[n,k]]`, in the dtype of the weights. Every row of y belongs to at most one (n, k), and to exactly one where
+   * there are as many rows as slots; the gradient of a row that belongs to none is 0.
    */
   combineRowsBackward(
     dOut: Tensor,

@@ -102,7 +102,7 @@ export function combineRows(
  *
  * @param dOut [N, D].
  * @param y [R, D].
- * @param slots i32 [N, K]; every row of y in at most one place.
+ * @param slots i32 [N, K]; every row of y in at most one place, in exactly one where there are as many rows as places.
  * @param weights [N, K], in the dtype of y; in f32, too, if that has 16 bits.
  * @param dY [R, D].
  * @param dWeights [N, K], in the dtype of the weights.
