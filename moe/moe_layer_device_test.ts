@@ -130,6 +130,7 @@ async function pass(
   using dOut = part("dOut");
   using residual = part("residual");
   const step = plainStep(device, { training: true, number: 5, firstPass: c.firstPass });
+  layer.auxScale = 0.5;
   const forward = await layer.forward(x, step, c.residual ? residual : undefined);
   using out = forward.out_ND;
   using dX = await layer.backward(dOut, forward.saved, step);
