@@ -4,10 +4,12 @@
 import assert from "node:assert/strict";
 import { buildEmulator } from "./emulator/build.ts";
 import { buildNccl } from "./emulator/nccl.ts";
+import { Folder, launch } from "./launch_support.ts";
 import { type RunOptions, runRanks } from "./_ranks.ts";
 
 const program = new URL("./_collectives_ranks.ts", import.meta.url);
-const library = await buildEmulator() && await buildNccl(false);
+const emulator = await buildEmulator();
+const library = emulator && await buildNccl(false);
 const oldLibrary = library && await buildNccl(true);
 if (library === null) {
   const message = "Cannot emulate NCCL as there must be clang on Linux";
@@ -84,5 +86,37 @@ Deno.test({
       assert.match(result!.message, /operation 1 of world/);
       assert.match(result!.message, /rank 1 called broadcast\(f32, 8 elements, root 0\)/);
     }
+  },
+});
+
+Deno.test({
+  name: "nccl: the launcher's ranks use GPUs if each gets one, or share one by wish",
+  ignore,
+  fn: async () => {
+    using folder = new Folder();
+    const script = folder.script(`await using world = await init();
+      const x = Float32Array.of(world.rank);
+      await world.allReduce(x);
+      console.log(world.backend, world.device.kind, x[0]);`);
+    const env = {
+      LINA_CUDART: emulator!,
+      LINA_CUDA: emulator!,
+      LINA_NVRTC: emulator!,
+      LINA_CUBLAS: emulator!,
+      LINA_NCCL_LIB: library!,
+      LINA_EMULATOR_MEMORY_MIB: "256",
+    };
+    const shared = await launch(["-n", "2", "--device", "cuda", "--share-gpu", script], env);
+    assert.equal(shared.code, 0, shared.stderr);
+    assert.deepEqual(shared.stdout.trim().split("\n").sort(), [
+      "[0] nccl cuda 1",
+      "[1] nccl cuda 1",
+    ]);
+    assert.match(shared.stderr, /^\[0\] lina: ranks share a GPU, which is for testing/m);
+    const refused = await launch(["-n", "2", "--device", "cuda", script], env);
+    assert.match(refused.stderr, /1 GPU is not enough for 2 ranks.*--share-gpu allows it/);
+    const missing = { ...env, LINA_NCCL_LIB: "/nowhere/libnccl.so.2" };
+    const without = await launch(["-n", "2", "--backend", "nccl", "--share-gpu", script], missing);
+    assert.match(without.stderr, /Cannot use backend nccl .*Cannot open NCCL/);
   },
 });

@@ -56,6 +56,8 @@ export function jobEnvironment(
   env.LINA_DEVICE = options.device;
   env.LINA_SHARE_GPU = options.shareGpu ? "1" : "0";
   env.LINA_GPUS = String(place.gpus);
+  // Ranks that share a GPU by MPS have few hardware queues each, and streams on one queue wait for each other falsely.
+  if (options.shareGpu) env.CUDA_DEVICE_MAX_CONNECTIONS ??= "8";
   env.LINA_RESTART = String(place.attempt);
   env.LINA_STARTED = place.started;
   env.MASTER_ADDR = place.hostname;

@@ -12,6 +12,7 @@ import {
 } from "../../ffi/nccl.ts";
 import type { CudaStream } from "../../tensor/cuda/streams.ts";
 import type { BootContext } from "../transport.ts";
+import { timeoutOf } from "../watchdog.ts";
 
 /** What an environment variable of NCCL is set to unless the user has. */
 const SETTINGS: Readonly<Record<string, string>> = {
@@ -53,6 +54,50 @@ export async function meet(context: BootContext): Promise<NcclComm> {
   if (rank === 0) await store.set(key, id = uniqueId());
   else id = new Uint8Array(await store.get(key, timeout_ms));
   return await initRank(id, rank, size);
+}
+
+/** How often a rank that connects looks whether another has left, in ms. */
+const LOOK_MS = 100;
+/** How long what a rank that has left began may still take, in ms. */
+const DEPARTED_MS = 1000;
+
+/**
+ * Bounds what all ranks must do together before there is anything that could watch: it would wait for ever for a rank that never comes.
+ *
+ * @param work What waits for the others.
+ * @param what Its name in errors: `world/dup1`.
+ * @param context This rank.
+ * @returns What the work gives.
+ * @throws {Error} If a rank has left, or it takes longer than the time-out.
+ */
+export async function together<T>(
+  work: Promise<T>,
+  what: string,
+  { rank, timeout_ms, departed }: BootContext,
+): Promise<T> {
+  const start = performance.now();
+  const limit_ms = timeoutOf(timeout_ms);
+  const failed = Promise.withResolvers<never>();
+  const fail = (rule: string, value: string) =>
+    failed.reject(
+      new Error(`Cannot connect as ${rule} on rank ${rank}: current value is ${value}`),
+    );
+  let departed_ms = 0;
+  const timer = setInterval(() => {
+    const waited_ms = performance.now() - start;
+    const [lost] = departed ?? [];
+    if (lost !== undefined) departed_ms ||= waited_ms;
+    if (lost !== undefined && waited_ms - departed_ms > DEPARTED_MS) {
+      fail(`all ranks must join ${what}`, `that rank ${lost[0]} ${lost[1]}`);
+    } else if (waited_ms > limit_ms) {
+      fail(`all ranks must join ${what} within ${limit_ms} ms`, "still waiting");
+    }
+  }, LOOK_MS);
+  try {
+    return await Promise.race([work, failed.promise]);
+  } finally {
+    clearInterval(timer);
+  }
 }
 
 /** Where {@linkcode connect} works. */

@@ -21,7 +21,7 @@ import type {
   Region,
   Transport,
 } from "../transport.ts";
-import { connect, meet, prepareEnvironment } from "./connect.ts";
+import { connect, meet, prepareEnvironment, together } from "./connect.ts";
 import { DeviceFlight, HostFlight, type Tower } from "./flight.ts";
 import { enqueue, enqueueMessages, type Message, type Place } from "./operations.ts";
 import { type Staged, Staging } from "./staging.ts";
@@ -78,9 +78,9 @@ export async function openNccl(context: BootContext): Promise<Transport> {
   }
   prepareEnvironment();
   const job = { nccl: nccl(), device: device as CudaDevice, context, anchored_us: -Infinity };
-  const trunk = await meet(context);
-  const comm = await splitComm(trunk, 0, rank);
   const members = Array.from({ length: size }, (_, r) => r);
+  const trunk = await together(meet(context), "world", context);
+  const comm = await together(splitComm(trunk, 0, rank), "world", context);
   // The world carries what the model waits for, dispatch and combine: its kernels go first.
   return await NcclTransport.open(
     job,
@@ -126,7 +126,8 @@ class NcclTransport implements Transport, Tower {
     stream.wait(job.device.stream.record()); // the memory is in the order of that stream
     const { rank, members: { length: size } } = membership;
     const { comm } = communicators;
-    await connect({ nccl: job.nccl, comm, rank, size, stream }, BigInt(scratch));
+    const wiring = { nccl: job.nccl, comm, rank, size, stream };
+    await together(connect(wiring, BigInt(scratch)), membership.id, job.context);
     return new NcclTransport(job, communicators, membership, stream, scratch);
   }
 
@@ -322,20 +323,21 @@ class NcclTransport implements Transport, Tower {
   async split(members: readonly number[], id: string): Promise<Transport> {
     const rank = members.indexOf(this.#place.rank);
     const color = Math.min(...members); // one for all members, another for every other group
-    const trunk = await this.#split(color, rank);
-    const comm = await splitComm(trunk!, 0, rank);
+    const trunk = await this.#split(color, rank, id);
+    const comm = await together(splitComm(trunk!, 0, rank), id, this.#job.context);
     const ranks = members.map((r) => this.#watch.members[r]);
     const communicators = { trunk: trunk!, comm: comm! };
     return await NcclTransport.open(this.#job, communicators, { members: ranks, id, rank }, false);
   }
 
   async abstain(): Promise<void> {
-    await this.#split(-1, 0);
+    await this.#split(-1, 0, "the others' group");
   }
 
-  async #split(color: number, key: number): Promise<NcclComm | null> {
+  async #split(color: number, key: number, id: string): Promise<NcclComm | null> {
     if (this.#failure) throw this.#failure;
-    return await splitComm(this.#communicators.trunk, color, key);
+    const { trunk } = this.#communicators;
+    return await together(splitComm(trunk, color, key), id, this.#job.context);
   }
 
   abort(why: string): void {
