@@ -35,9 +35,15 @@ async function read(x: Tensor): Promise<Float64Array> {
   return Float64Array.from(await wide.toArray() as Float32Array);
 }
 
-function close(got: ArrayLike<number>, want: ArrayLike<number>, bound: number, what: string): void {
+function close(
+  got: ArrayLike<number>,
+  want: ArrayLike<number>,
+  bound: number,
+  what: string,
+  least = 1e-30,
+): void {
   assert.equal(got.length, want.length, what);
-  let most = 1e-30;
+  let most = least;
   for (let i = 0; i < want.length; i++) most = Math.max(most, Math.abs(want[i]));
   for (let i = 0; i < want.length; i++) {
     assert.ok(
@@ -255,7 +261,8 @@ Deno.test("choices, weights, record and gradient are the host's", options, async
           { ...o, auxLoss: router.auxLoss * 0.5, zLoss: router.zLoss * 0.5, ranks: 2 },
           dLogits_NE,
         );
-        close(await read(dLogits_NE), dLogits, 5e-6, "dLogits");
+        // Differences of weights' gradients near 1: what is left of them may be far smaller.
+        close(await read(dLogits_NE), dLogits, 5e-6, "dLogits", 0.3);
       },
     ),
     { numRuns: runs },
