@@ -62,7 +62,7 @@ async function layerRow(world: World): Promise<CpuRow> {
 async function stepRow(world: World): Promise<CpuRow> {
   const options = parseTrainOptions(["--demo"]);
   const { device, size: ranks } = world;
-  const config = options.model(256);
+  const config = options.model(256, "f32");
   const sequence = options.number("seq"), batch = options.number("batch");
   using model = new Transformer({ device, comm: world, config, seed: 1 });
   const next = random(1, "text");

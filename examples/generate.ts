@@ -26,7 +26,8 @@ const HELP = `Generates text with a model that train.ts has saved, on any number
   --top-p X         likeliest tokens that are kept (default: 0.95)
   --context N       tokens that the model looks back on (default: as it was trained)
   --seed N          seed of the choices (default: 0)
-  --tokenizer FILE  the tokenizer.json that the model was trained with (default: bytes)`;
+  --tokenizer FILE  the tokenizer.json that the model was trained with (default: bytes)
+  --device NAME     auto, cpu or cuda (default: the launcher's --device, or auto)`;
 
 interface Options {
   readonly path: string;
@@ -37,6 +38,7 @@ interface Options {
   readonly context?: number;
   readonly seed: number;
   readonly tokenizer?: string;
+  readonly device?: "auto" | "cpu" | "cuda";
 }
 
 function parse(args: readonly string[]): Options {
@@ -53,11 +55,17 @@ function parse(args: readonly string[]): Options {
       context: text,
       seed: text,
       tokenizer: text,
+      device: text,
     },
   });
   if (positionals.length !== 1) {
     throw new TypeError(
       `Cannot generate as one folder must be named: current value is ${positionals.length} of them`,
+    );
+  }
+  if (values.device !== undefined && !["auto", "cpu", "cuda"].includes(values.device)) {
+    throw new TypeError(
+      `Cannot generate as --device must be auto, cpu or cuda: current value is ${values.device}`,
     );
   }
   const number = (name: "tokens" | "temperature" | "top-p" | "context" | "seed", least: number) => {
@@ -83,11 +91,12 @@ function parse(args: readonly string[]): Options {
     context: number("context", 1),
     seed: number("seed", 0) ?? 0,
     tokenizer: values.tokenizer,
+    device: values.device as Options["device"],
   };
 }
 
 async function main(options: Options, begun: () => void): Promise<void> {
-  await using world = await init();
+  await using world = await init({ device: options.device });
   const inner = join(options.path, CHECKPOINTS);
   const found = existsSync(join(options.path, "manifest.json"))
     ? await loadCheckpoint(options.path, { model: [], comm: world })

@@ -23,6 +23,7 @@ import { byteTokenizer, type Tokenizer } from "../moe/tokenizer.ts";
 import { Trainer } from "../moe/trainer.ts";
 import { trainingData } from "../moe/training_data.ts";
 import { writeTrace } from "../trace/perfetto.ts";
+import { peakTflops, stepFlops } from "./lib/flops.ts";
 import { runProgram } from "./lib/program.ts";
 import { tokenizerOf } from "./lib/tokenizer.ts";
 import { StepBudget } from "./lib/step_budget.ts";
@@ -38,13 +39,15 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
   const { text, number, has } = options;
   const tokenizerFile = text("tokenizer");
   const tokenizer = tokenizerFile ? await tokenizerOf(tokenizerFile) : byteTokenizer;
-  const config = options.model(tokenizer.vocabularySize);
+  options.model(tokenizer.vocabularySize, "f32"); // impossible sizes are refused before ranks meet
   if (number("sample") > 0 && tokenizer.encode(text("prompt")!).length === 0) {
     throw new Error(
       "Cannot train as --prompt must hold a token for the sample: current value is none",
     );
   }
-  await using world = await init();
+  await using world = await init({ device: options.device });
+  const gpu = world.device.kind === "cuda";
+  const config = options.model(tokenizer.vocabularySize, gpu ? "bf16" : "f32");
   const file = text("data") ?? join(import.meta.dirname!, "data", "austen.txt");
   const data = await loadText(file, {
     sequence: number("seq"),
@@ -61,6 +64,7 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     config,
     seed: number("seed"),
     placement: replicatedPlacement(number("replicas")),
+    recompute: options.recompute,
   });
   await using trainer = await Trainer.create({
     world,
@@ -78,6 +82,7 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     adamW: { weightDecay: number("weight-decay") },
     accumulate: number("accumulate"),
     clip: number("clip"),
+    shardOptimizer: has("shard-optimizer"),
   });
   const keeps = has("resume") || await continues(world, directory);
   const checkpoint = keeps ? await trainer.resume(join(directory, CHECKPOINTS)) : null;
@@ -101,13 +106,19 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     : NaN;
   using progress = new Progress(budget.steps, { rank: world.rank, start: trainer.steps });
   progress.message(
-    `${world.size} ranks (${world.backend}), ${config.layers} layers, ${
-      config.experts > 0 ? `${config.experts} experts, ` : ""
-    }${millions(total)} parameters, ${millions(active)} per token; ${
+    `${world.size} ranks (${world.backend}${
+      gpu ? `, ${world.device.name}, ${config.dtype}` : ""
+    }), ${config.layers} layers, ${config.experts > 0 ? `${config.experts} experts, ` : ""}${
+      millions(total)
+    } parameters, ${millions(active)} per token; ${
       (data.train.length / 1e6).toFixed(2)
     } M training tokens${checkpoint ? `; from step ${checkpoint.step}` : ""}`,
   );
   const traceFrom = trainer.steps + 21, traceSteps = number("trace-steps");
+  const deviceTrace = traceSteps > 0 ? await deviceTraceOf(world) : null;
+  if (traceFrom === trainer.steps + 1) deviceTrace?.begin();
+  const peak = gpu ? peakTflops(world.device.name) : undefined;
+  const flops = stepFlops(config, number("batch"), number("seq"));
   const rows = await run(trainer, {
     world,
     directory,
@@ -117,12 +128,16 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     checkpointEvery: number("checkpoint-every"),
     keep: number("keep"),
     state: () => ({ ...budget.settled, tokenizer: tokenizer.name }),
+    idealStep_s: peak && flops / (peak * 1e12 * world.size),
     trace: traceSteps > 0 ? [traceFrom, traceFrom + traceSteps] : undefined,
     onStep: async (row) => {
+      if (row.step === traceFrom - 1) deviceTrace?.begin();
+      if (row.step === traceFrom + traceSteps - 1) await deviceTrace?.end();
       if (await budget.onStep(row)) {
         trainer.learningRate = course(options, budget.steps);
       }
-      progress.update({ ...row, total: budget.steps });
+      const peak_bytes = gpu ? row.peak_bytes : undefined;
+      progress.update({ ...row, peak_bytes, total: budget.steps });
     },
   });
   const val_loss = data.validation.length > 0 ? await trainer.validate() : NaN;
@@ -158,6 +173,13 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
       console.log(`\nreplayed routing: loss ${given.toFixed(6)}, of its own ${own.toFixed(6)}`);
     }
   }
+}
+
+/** Device times for the trace, on a GPU. */
+async function deviceTraceOf({ device }: World) {
+  if (device.kind !== "cuda") return null;
+  const { DeviceTrace } = await import("../tensor/cuda/trace.ts");
+  return new DeviceTrace(device as ConstructorParameters<typeof DeviceTrace>[0]);
 }
 
 function course(options: TrainOptions, steps: number) {
@@ -290,8 +312,8 @@ function summary(shown: {
 }): string {
   const { rows, options: { number }, data } = shown;
   const tokens = rows.length * number("batch") * number("seq");
-  const median = (key: "tokens_per_s" | "a2a_share" | "load_imbalance") => {
-    const values = rows.map((row) => row[key]).sort((a, b) => a - b);
+  const median = (key: "tokens_per_s" | "step_ms" | "mfu" | "a2a_share" | "load_imbalance") => {
+    const values = rows.map((row) => row[key] ?? NaN).sort((a, b) => a - b);
     return values[Math.floor(values.length / 2)] ?? NaN;
   };
   const perByte = (loss: number) =>
@@ -302,6 +324,11 @@ function summary(shown: {
     ["validation loss", perByte(shown.val_loss)],
     ["bigram baseline", perByte(shown.bigram)],
     ["tokens/s", median("tokens_per_s").toFixed(0)],
+    ["step", `${median("step_ms").toFixed(1)} ms`],
+    ...(Number.isFinite(median("mfu"))
+      ? [["MFU", `${(100 * median("mfu")).toFixed(1)} %`] as [string, string]]
+      : []),
+    ["peak memory", `${((rows.at(-1)?.peak_bytes ?? NaN) / 2 ** 30).toFixed(2)} GiB`],
     ["all-to-all share", `${(100 * median("a2a_share")).toFixed(1)} %`],
     ["load imbalance", median("load_imbalance").toFixed(2)],
     ["time", `${((performance.now() - shown.started) / 1000).toFixed(1)} s`],

@@ -1,5 +1,6 @@
 // The matrix product of every projection, and its gradients. No bias: the models here have none.
 
+import type { DType } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
 import type { Parameter } from "./parameter.ts";
@@ -10,10 +11,11 @@ import { gradientBeta, type Step } from "./step.ts";
  *
  * @param x_NI Input, N rows of I.
  * @param weight Weights [O, I].
+ * @param dtype Element type of the output: that of x, or f32 where that has 16 bits. @default {that of x}
  * @returns A new tensor [N, O].
  */
-export function linear(x_NI: Tensor, weight: Tensor): Tensor {
-  const out_NO = empty(x_NI.device, [x_NI.shape[0], weight.shape[0]], x_NI.dtype);
+export function linear(x_NI: Tensor, weight: Tensor, dtype: DType = x_NI.dtype): Tensor {
+  const out_NO = empty(x_NI.device, [x_NI.shape[0], weight.shape[0]], dtype);
   ops.gemm(x_NI, weight, out_NO, { transposeB: true });
   return out_NO;
 }

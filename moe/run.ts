@@ -9,6 +9,8 @@ import type { StepMetrics, Trainer } from "./trainer.ts";
 export interface MetricsRow extends StepMetrics {
   /** Loss on validation batches after the step, where it was measured; nats per token. */
   readonly val_loss?: number;
+  /** Part of the device's peak that the step's arithmetic has reached, where the application knows it. */
+  readonly mfu?: number;
 }
 
 /** How a run goes. */
@@ -31,6 +33,8 @@ export interface RunOptions {
   readonly state?: () => object;
   /** Steps whose spans are recorded: the first and the one after the last. @default {none} */
   readonly trace?: readonly [number, number];
+  /** Model FLOPs of a step / FLOPs per second that all devices of the job can do at most: gives `mfu`. @default {not known} */
+  readonly idealStep_s?: number;
   /** Called after every step, on every rank. */
   readonly onStep?: (row: MetricsRow) => void | Promise<void>;
 }
@@ -58,9 +62,12 @@ export async function run(trainer: Trainer, options: RunOptions): Promise<readon
     recorder.capturing = false;
     const last = number >= options.steps();
     const validates = validateEvery > 0 && (last || number % validateEvery === 0);
-    const row: MetricsRow = validates
-      ? { ...shown, val_loss: await trainer.validate(options.validationBatches) }
-      : shown;
+    const { idealStep_s } = options;
+    const row: MetricsRow = {
+      ...shown,
+      ...(idealStep_s !== undefined && { mfu: idealStep_s * 1000 / shown.step_ms }),
+      ...(validates && { val_loss: await trainer.validate(options.validationBatches) }),
+    };
     rows.push(row);
     if (file) writeAll(file, metrics, JSON.stringify(row) + "\n");
     await options.onStep?.(row);

@@ -73,6 +73,8 @@ export interface StepMetrics {
   readonly step_ms: number;
   /** Time in ms until the host had enqueued the whole step: a GPU still works then, a CPU is done. */
   readonly host_ms: number;
+  /** Most memory of this rank's device that was in use at once so far, in bytes. */
+  readonly peak_bytes: number;
   /** Time of all-to-alls / time of the step; mean over ranks. */
   readonly a2a_share: number;
   /** Rows of the most loaded expert / mean rows; mean over layers and passes. */
@@ -253,6 +255,7 @@ export class Trainer implements AsyncDisposable {
       tokens_per_s: tokens / step_us * 1e6,
       step_ms: step_us / 1000,
       host_ms: (enqueued - began) / 1000,
+      peak_bytes: device.memory().peak_bytes,
       a2a_share: sums[ALL_TO_ALL] / world.size / step_us,
       load_imbalance: imbalance,
       grad_norm: norm,

@@ -18,7 +18,7 @@ import { linear } from "./linear.ts";
 import { headLoss } from "./loss.ts";
 import { MoeLayer } from "./moe_layer.ts";
 import { Norm } from "./norm.ts";
-import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
+import { createParameter, freeParameter, gradientDtype, type Parameter } from "./parameter.ts";
 import { staticPlacement } from "./placement.ts";
 import { dropShown, type MoeShown, type Shown } from "./shown.ts";
 import type { Step } from "./step.ts";
@@ -232,7 +232,7 @@ export class Transformer implements Disposable {
    * @param tokens Tokens of the sequences, i32 [N].
    * @param offsets First row of each sequence and, last, N.
    * @param step A step of inference.
-   * @returns Logits [sequences, V].
+   * @returns Logits [sequences, V], in f32 at least.
    */
   async logits(tokens: Int32Array, offsets: Int32Array, step: Step): Promise<Tensor> {
     using ids = fromArray(this.#device, tokens);
@@ -245,7 +245,7 @@ export class Transformer implements Disposable {
     using ends = empty(this.#device, [offsets.length - 1, this.config.width], x.dtype);
     ops.gatherRows(x, lastRows, ends);
     const last = this.#norm.forward(ends);
-    const logits = linear(last.out_ND, this.#head.value);
+    const logits = linear(last.out_ND, this.#head.value, gradientDtype(x.dtype));
     last.out_ND[Symbol.dispose]();
     last.invRms_N[Symbol.dispose]();
     return logits;

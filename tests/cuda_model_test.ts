@@ -273,3 +273,21 @@ Deno.test({
     }
   },
 });
+
+for (const dtype of ["f32", "bf16"] as const) {
+  Deno.test({
+    name: `cuda model: ${dtype} logits are f32, and the CPU's`,
+    ignore,
+    async fn() {
+      using host = modelOn(cpu, modelConfig({ ...SMALL, ...MOE }));
+      using model = modelOn(cuda!, modelConfig({ ...SMALL, ...MOE, dtype }));
+      await share(host, model);
+      const { tokens, offsets } = batchOf(0, 5, 6, 15);
+      using want = await host.logits(tokens, offsets, plainStep(cpu));
+      using got = await model.logits(tokens, offsets, plainStep(cuda!));
+      const [a, b] = [await got.toArray(), await want.toArray()] as Float32Array[];
+      assert(a instanceof Float32Array && a.length === 3 * 40);
+      assert(distance(a, b) < (dtype === "f32" ? 1e-5 : 0.03), `${distance(a, b)}`);
+    },
+  });
+}

@@ -1,6 +1,7 @@
 // The flags of `train.ts`: names, defaults and help in one table, read strictly. Nothing runs here.
 
 import { parseArgs } from "node:util";
+import type { Recompute } from "../../moe/block.ts";
 import { type ModelConfig, modelConfig } from "../../moe/config.ts";
 import type { RouterOptions } from "../../moe/router.ts";
 
@@ -8,6 +9,25 @@ type Flag = readonly [name: string, value: string, standard: string | undefined,
 
 /** Flags with a value: name, what the value is, default, help. */
 const FLAGS: readonly Flag[] = [
+  [
+    "preset",
+    "NAME",
+    undefined,
+    "large: 12 layers, width 1024, 16 experts, 32,000 ids, for a GPU (flags beside it win)",
+  ],
+  [
+    "device",
+    "NAME",
+    undefined,
+    "auto, cpu or cuda (default: the launcher's --device, or auto: a GPU if each rank gets one)",
+  ],
+  ["dtype", "NAME", undefined, "f32 or bf16 (default: bf16 on a GPU, else f32)"],
+  [
+    "recompute",
+    "WHAT",
+    "none",
+    "what is computed again in the backward pass to save memory: none, activation or block",
+  ],
   ["layers", "N", "4", "layers"],
   ["width", "N", "128", "model width"],
   ["heads", "N", "4", "query heads; divides the width"],
@@ -30,6 +50,7 @@ const FLAGS: readonly Flag[] = [
   ["z-loss", "X", "0.001", "coefficient of the router's z loss"],
   ["jitter", "X", "0", "half width of the noise that multiplies the router's logits"],
   ["replicas", "N", "1", "copies of each expert; divides the number of ranks"],
+  ["vocab", "N", undefined, "ids of the model, if more than the tokenizer has"],
   ["data", "FILE", undefined, "text to learn (default: the bundled one)"],
   ["tokenizer", "FILE", undefined, "a tokenizer.json (default: bytes)"],
   ["val-fraction", "X", "0.1", "part of the text, from its end, that is only measured"],
@@ -78,6 +99,10 @@ const FLAGS: readonly Flag[] = [
 ];
 
 const SWITCHES: readonly (readonly [name: string, help: string])[] = [
+  [
+    "shard-optimizer",
+    "each rank keeps the optimizer's state of a part of the weights that all ranks have (ZeRO-1)",
+  ],
   ["demo", "the demo: sizes and a time budget that suit a small CPU"],
   ["tied", "the head shares the embedding's weights"],
   [
@@ -101,10 +126,31 @@ const DEMO: Readonly<Record<string, string>> = {
   "time-budget": "80",
 };
 
+/** What each `--preset` changes; flags given beside it win. */
+const PRESETS: Readonly<Record<string, Readonly<Record<string, string>>>> = {
+  large: {
+    "layers": "12",
+    "width": "1024",
+    "heads": "16",
+    "experts": "16",
+    "top-k": "2",
+    "hidden": "2816",
+    "vocab": "32000",
+    "seq": "1024",
+    "batch": "16",
+    "lr": "0.0006",
+    "warmup": "100",
+  },
+};
+
 /** The flags, read. */
 export interface TrainOptions {
-  /** Sizes; `vocab` is the tokenizer's, and to be filled in. */
-  readonly model: (vocab: number) => ModelConfig;
+  /** Sizes, for the tokenizer's ids and the element type that suits the device. */
+  readonly model: (vocab: number, dtype: "f32" | "bf16") => ModelConfig;
+  /** Which device was asked for; undefined leaves it to the launcher. */
+  readonly device: "auto" | "cpu" | "cuda" | undefined;
+  /** What is computed again in the backward pass. */
+  readonly recompute: Recompute;
   /** A flag's text, if it was given or has a default. */
   readonly text: (name: string) => string | undefined;
   /** A flag's number. */
@@ -131,8 +177,10 @@ export function parseTrainOptions(args: readonly string[]): TrainOptions {
     ]),
   });
   const given = values as Record<string, string | boolean | undefined>;
+  const preset = oneOf<string>("preset", given.preset, Object.keys(PRESETS));
+  const changed = preset === undefined ? {} : PRESETS[preset];
   const text = (name: string) => {
-    const value = given[name] ?? (given.demo ? DEMO[name] : undefined);
+    const value = given[name] ?? (given.demo ? DEMO[name] : undefined) ?? changed[name];
     return value === undefined ? FLAGS.find((flag) => flag[0] === name)![2] : String(value);
   };
   const number = (name: string) => {
@@ -162,9 +210,17 @@ export function parseTrainOptions(args: readonly string[]): TrainOptions {
   if (given.resume && text("run") === undefined) {
     throw new TypeError("Cannot resume as --run must name a run: current value is unset");
   }
-  const model = (vocab: number) =>
+  const dtype = oneOf("dtype", given.dtype, ["f32", "bf16"] as const);
+  const device = oneOf("device", given.device, ["auto", "cpu", "cuda"] as const);
+  const recompute = oneOf(
+    "recompute",
+    text("recompute"),
+    ["none", "activation", "block"] as const,
+  )!;
+  const model = (vocab: number, standard: "f32" | "bf16") =>
     modelConfig({
-      vocab,
+      vocab: Math.max(vocab, optional("vocab") ?? 0),
+      dtype: dtype ?? standard,
       width: number("width"),
       layers: number("layers"),
       heads: number("heads"),
@@ -178,7 +234,19 @@ export function parseTrainOptions(args: readonly string[]): TrainOptions {
       tied: given.tied === true,
     });
   if (given.demo && given.run === undefined) given.overwrite = true;
-  return { model, text, number, has: (name) => given[name] === true };
+  return { model, device, recompute, text, number, has: (name) => given[name] === true };
+}
+
+/** A flag's value, which must be one of some words. */
+function oneOf<T extends string>(
+  name: string,
+  value: string | boolean | undefined,
+  words: readonly T[],
+): T | undefined {
+  if (value === undefined || words.includes(value as T)) return value as T | undefined;
+  throw new TypeError(
+    `Cannot train as --${name} must be ${words.join(", ")}: current value is ${value}`,
+  );
 }
 
 function routerOf(

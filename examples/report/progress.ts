@@ -13,6 +13,12 @@ export interface ProgressValues {
   readonly val_loss?: number;
   /** Tokens per second over all ranks. */
   readonly tokens_per_s?: number;
+  /** Time of the step in ms. */
+  readonly step_ms?: number;
+  /** Part of the device's peak that the step's arithmetic has reached, 0 to 1. */
+  readonly mfu?: number;
+  /** Most memory in use, in bytes; shown for GPUs. */
+  readonly peak_bytes?: number;
   /** All-to-all time / step time, 0 to 1. */
   readonly a2a_share?: number;
   /** Most loaded expert / mean load; 1 is perfect balance. */
@@ -152,6 +158,9 @@ export class Progress implements Disposable {
     if (v.loss !== undefined) words.push(`loss ${v.loss.toFixed(3)}`);
     if (v.val_loss !== undefined) words.push(`val ${v.val_loss.toFixed(3)}`);
     if (v.tokens_per_s !== undefined) words.push(`${compact(v.tokens_per_s)} tokens/s`);
+    if (v.step_ms !== undefined) words.push(`${v.step_ms.toFixed(v.step_ms < 10 ? 1 : 0)} ms`);
+    if (v.mfu !== undefined) words.push(`MFU ${(v.mfu * 100).toFixed(1)}%`);
+    if (v.peak_bytes !== undefined) words.push(`${(v.peak_bytes / 2 ** 30).toFixed(1)} GiB`);
     if (v.a2a_share !== undefined) words.push(`all-to-all ${(v.a2a_share * 100).toFixed(0)}%`);
     if (v.load_imbalance !== undefined) words.push(`max/mean load ${v.load_imbalance.toFixed(2)}`);
     const time = this.#time();
