@@ -194,7 +194,7 @@ EXPORT int cudaDeviceGetAttribute(int* value, int attribute, int) {
     case 8: *value = 48 * 1024; return 0;                                        // shared memory of a block
     case 10: *value = 32; return 0;                                              // warp
     case 12: *value = 65536; return 0;                                           // registers of a block
-    case 16: *value = int(setting("LINA_EMULATOR_MULTIPROCESSORS", 4)); return 0;
+    case 16: *value = int(setting("LINA_EMULATOR_MULTIPROCESSORS", 2)); return 0;
     case 38: *value = 32 << 20; return 0;                                        // L2
     case 39: *value = 2048; return 0;                                            // threads of a multiprocessor
     case 75: *value = capability / 10; return 0;

@@ -85,6 +85,28 @@ test("a missing barrier gives a wrong result, whichever it is", async () => {
   assert.equal(await rotates([true, false]), false);
 });
 
+test("a warp that runs ahead overwrites what the others have yet to read", async () => {
+  // All warps would be in step if they took turns at their shuffles.
+  const source = (barrier: string) =>
+    `extern "C" __global__ void sums(float* x) {
+    __shared__ float tile[128];
+    int t = threadIdx.x;
+    for (int r = 0; r < 2; r++) {
+      tile[t] = t + r * 1000;
+      __syncthreads();
+      float v = __shfl_xor_sync(0xffffffffu, tile[(t + 32) % 128], 1);
+      x[r * 128 + t] = __shfl_xor_sync(0xffffffffu, v, 1);
+      ${barrier}
+    }
+  }`;
+  for (const [barrier, good] of [["__syncthreads();", true], ["", false]] as const) {
+    const x = f32(256);
+    (await compile(source(barrier))).run("sums", 1, 128, 0, x);
+    const right = x.read().every((value, i) => value === (i + 32) % 128 + (i >> 7) * 1000);
+    assert.equal(right, good);
+  }
+});
+
 test("a missing __syncwarp gives a wrong result", async () => {
   const source = (sync: string) =>
     `extern "C" __global__ void shift(float* x) {

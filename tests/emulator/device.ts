@@ -7,7 +7,8 @@
 // What it finds beside wrong results, and a GPU would not always show:
 // - Device and shared memory that was never written holds NaNs (0xFF bytes).
 // - Asynchronous copies land only when they are waited for; NaNs are in their place until then.
-// - Threads run one at a time until they wait, from first to last in even blocks, from last to first in odd ones: a missing barrier shows.
+// - Threads run one at a time until they wait, and one warp runs ahead of the others as far as it can, the first in even blocks, the last in
+//   odd ones: a missing barrier shows.
 // - Barriers and warp operations that can never complete, accesses behind the end of an allocation, after its free, or behind the dynamic
 //   shared memory, misaligned 16-byte accesses, indices out of a local or static shared array, division by zero, kernels that run for
 //   more than a minute: they end the kernel with an error that names kernel, block and thread, on standard error at once, and from every
@@ -18,7 +19,7 @@
 // Environment variables: LINA_EMULATOR=1 takes the emulator even if there is a GPU, =0 never takes it; LINA_EMULATOR_SEED=7 makes thread
 // and block order random; LINA_EMULATOR_FENCE=0 leaves allocations side by side in the arena, where accesses beyond one are not noticed;
 // LINA_EMULATOR_DEFER=0 runs streams at once; LINA_EMULATOR_LIMIT_S=60 bounds a kernel's time; LINA_EMULATOR_CAPABILITY=80,
-// LINA_EMULATOR_MULTIPROCESSORS=4, LINA_EMULATOR_MEMORY_MIB=8192 describe the device; LINA_EMULATOR_KEEP=1 keeps the sources of kernels in
+// LINA_EMULATOR_MULTIPROCESSORS=2, LINA_EMULATOR_MEMORY_MIB=8192 describe the device; LINA_EMULATOR_KEEP=1 keeps the sources of kernels in
 // the folder that LINA_EMULATOR_CACHE names.
 //
 // In kernels: `extern __shared__ alignas(1024) u8 name[];` (any type and alignment up to 64 KiB) works on both sides. Inline assembly does

@@ -1,8 +1,8 @@
 // Runs a kernel's blocks one after another on the calling thread, each CUDA thread as a fiber that runs until it waits: at a barrier of the
 // block, or for the lanes of its warp (shuffles, votes, mma, ldmatrix). Detects barriers and warp operations that can never complete,
 // faults, misaligned accesses, and writes behind the dynamic shared memory. Not parallel and not preemptive, so a missing barrier shows
-// because a thread runs ahead as far as it can: blocks of even index start with thread 0, those of odd index with the last one, and
-// LINA_EMULATOR_SEED makes every choice random.
+// because one warp runs ahead of the others as far as it can: in blocks of even index the first one, in those of odd index the last.
+// LINA_EMULATOR_SEED makes order and haste of the warps random.
 
 #include "emulator.h"
 
@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include <pthread.h>
@@ -150,7 +151,8 @@ std::mutex launching;
 std::vector<Thread> threads(lina::MOST_THREADS);
 Warp warps[32];
 Named named[16];
-unsigned ready[lina::MOST_THREADS + 1], ready_at, ready_count;  // a ring
+uint32_t ready_lanes[32], ready_warps;  // bits of what can run
+unsigned haste[32];                     // warps in the order in which they run, in random mode
 std::vector<uint8_t*> stacks;
 unsigned stacks_made;
 
@@ -210,20 +212,37 @@ void abandon(int code, const char* format, ...) {
 
 void push_ready(unsigned t) {
   threads[t].state = READY;
-  ready[(ready_at + ready_count++) % lina::MOST_THREADS] = t;
+  ready_lanes[t / 32] |= 1u << t % 32;
+  ready_warps |= 1u << t / 32;
 }
 
-unsigned pop_ready() {
-  if (seed && ready_count > 1) {
-    unsigned other = (ready_at + random_next() % ready_count) % lina::MOST_THREADS;
-    unsigned t = ready[other];
-    ready[other] = ready[ready_at];
-    ready[ready_at] = t;
+// The next set bit behind `at`, around the end.
+unsigned next_bit(uint32_t bits, unsigned at) {
+  uint32_t behind = at == 31 ? 0 : bits & ~0u << (at + 1);
+  return unsigned(__builtin_ctz(behind ? behind : bits));
+}
+
+// Takes a thread that can run: of the same warp if there is one, or, to let others go first, of the next.
+unsigned pop_ready(bool away) {
+  unsigned warp = current / 32, lane;
+  if (seed) {
+    // The hastiest warp runs; now and then two warps change places.
+    if (random_next() % 16 == 0) std::swap(haste[random_next() % 32], haste[random_next() % 32]);
+    unsigned i = 0;
+    while (!(ready_warps >> haste[i] & 1)) i++;
+    warp = away ? next_bit(ready_warps, warp) : haste[i];
+    lane = next_bit(ready_lanes[warp], unsigned(random_next() % 32));
+  } else {
+    if (away) {
+      warp = next_bit(ready_warps, warp);
+    } else if (!(ready_warps >> warp & 1)) {
+      warp = descending ? 31 - unsigned(__builtin_clz(ready_warps)) : unsigned(__builtin_ctz(ready_warps));
+    }
+    lane = next_bit(ready_lanes[warp], current % 32);
   }
-  unsigned t = ready[ready_at];
-  ready_at = (ready_at + 1) % lina::MOST_THREADS;
-  ready_count--;
-  return t;
+  ready_lanes[warp] &= ~(1u << lane);
+  if (!ready_lanes[warp]) ready_warps &= ~(1u << warp);
+  return warp * 32 + lane;
 }
 
 uint8_t* take_stack() {
@@ -259,7 +278,7 @@ unsigned birth() {
 
 void thread_main();
 
-bool may_begin() { return begun < total && (ready_count == 0 || (seed && random_next() % 4 == 0)); }
+bool may_begin() { return begun < total && (ready_warps == 0 || (seed && random_next() % 4 == 0)); }
 
 [[noreturn]] void deadlock() {
   char text[700];
@@ -287,7 +306,7 @@ bool may_begin() { return begun < total && (ready_count == 0 || (seed && random_
 }
 
 // Leaves the current thread, whose state says what it waits for, for another one.
-void wait() {
+void wait(bool away = false) {
   unsigned self = current;
   if (may_begin()) {
     unsigned t = birth();
@@ -296,8 +315,8 @@ void wait() {
     set_current(t);
     lina_switch(&threads[self].sp, threads[t].sp);
   } else {
-    if (ready_count == 0) deadlock();
-    unsigned t = pop_ready();
+    if (ready_warps == 0) deadlock();
+    unsigned t = pop_ready(away);
     if (t == self) return;
     set_current(t);
     lina_switch(&threads[self].sp, threads[t].sp);
@@ -331,8 +350,8 @@ void thread_main() {
       continue;
     }
     stacks.push_back(stack);
-    if (ready_count) {
-      unsigned t = pop_ready();
+    if (ready_warps) {
+      unsigned t = pop_ready(false);
       set_current(t);
       lina_switch(&unused, threads[t].sp);
     }
@@ -609,8 +628,7 @@ EXPORT int lina_barrier(int predicate, int kind) {
   }
   barrier_arrived = 0;
   int result = barrier_result = barrier_value;
-  for (unsigned i = 0; i < total; i++) {
-    unsigned t = descending ? total - 1 - i : i;
+  for (unsigned t = 0; t < total; t++) {
     if (t != current) push_ready(t);
   }
   maybe_yield();
@@ -641,7 +659,7 @@ EXPORT void lina_barrier_named(int id, int count) {
 
 EXPORT void lina_yield() {
   push_ready(current);
-  wait();
+  wait(true);
 }
 
 EXPORT void lina_trap() { abandon(lina::LAUNCH_FAILED, "__trap()"); }
@@ -790,7 +808,15 @@ void open_shared(size_t bytes) {
 
 void run_block() {
   begun = exited = 0;
-  ready_at = ready_count = 0;
+  ready_warps = 0;
+  for (uint32_t& each : ready_lanes) each = 0;
+  if (seed) {
+    for (unsigned i = 0; i < 32; i++) {
+      unsigned j = unsigned(random_next() % (i + 1));
+      haste[i] = haste[j];
+      haste[j] = i;
+    }
+  }
   barrier_arrived = 0;
   for (Named& each : named) each.waiting.clear();
   unsigned count = (total + 31) / 32;
