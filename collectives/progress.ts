@@ -85,6 +85,7 @@ export class PendingWork implements Work {
     onDone?: ((value: void) => A | PromiseLike<A>) | null,
     onError?: ((reason: unknown) => B | PromiseLike<B>) | null,
   ): Promise<A | B> {
+    this.#operation.completion.awaited?.();
     if (this.#state < State.Done) this.#spin();
     if (this.#state === State.Done) return resolved.then(onDone, onError);
     if (this.#state === State.Failed) return Promise.reject(this.#error).then(onDone, onError);

@@ -65,6 +65,8 @@ export interface Completion {
    * Called repeatedly by a host that has nothing else to do, while `poll()` is false: yields or waits natively, for at most 50 ms.
    */
   idle(spins: number): void;
+  /** Called when somebody awaits the operation, so that an error will be heard. */
+  awaited?(): void;
   /** Orders a GPU stream after the operation; absent on the CPU. */
   waitOn?(stream: Stream): void;
   /** Host-clock times in µs at which the device began and ended it, once it is complete; absent on the CPU, where the host's are right. */

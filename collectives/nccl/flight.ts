@@ -20,8 +20,10 @@ const never = new Int32Array(new SharedArrayBuffer(4));
 export interface Tower {
   /** Enqueues messages that wait for others to share a group with. */
   flush(): void;
-  /** Notices what the device has passed; throws once the transport has failed. */
-  look(): void;
+  /** Notices what the device has passed; throws once the transport has failed. @param heard Whether somebody gets the error. */
+  look(heard: boolean): void;
+  /** Somebody gets the error of a transport that has failed. */
+  hear(): void;
   /** Looks for ranks that have gone and for errors of NCCL's own threads. */
   inspect(): void;
 }
@@ -43,6 +45,7 @@ export class HostFlight implements Completion {
   /** Its transport. */
   protected readonly tower: Tower;
   #asked = false;
+  #awaited = false;
   #waits = 0;
 
   /** @param request The operation. @param index Its number. @param tower Its transport. */
@@ -57,13 +60,25 @@ export class HostFlight implements Completion {
     if (this.landed) return true;
     if (this.#asked && this.end === undefined) this.tower.flush();
     this.#asked = true;
-    if (this.end !== undefined) this.tower.look();
+    if (this.end !== undefined) this.tower.look(this.#awaited);
     return this.landed;
+  }
+
+  /** Somebody awaits it. */
+  awaited(): void {
+    this.#awaited = true;
+    if (!this.landed) this.tower.hear();
   }
 
   /** Polls, offers the processor, or sleeps for at most a millisecond. */
   idle(spins: number): void {
-    for (let i = 0; i < POLLS_PER_IDLE; i++) if (this.poll()) return;
+    for (let i = 0; i < POLLS_PER_IDLE; i++) {
+      try {
+        if (this.poll()) return;
+      } catch {
+        return; // the next poll tells
+      }
+    }
     libc().sched_yield();
     if (spins < SLEEP_AFTER_SPINS) return;
     this.tower.inspect();

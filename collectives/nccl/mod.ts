@@ -14,6 +14,7 @@ import { libc } from "../../ffi/libc.ts";
 import type { CudaDevice } from "../../tensor/cuda/device.ts";
 import type { CudaStream } from "../../tensor/cuda/streams.ts";
 import { now, recorder } from "../../trace/mod.ts";
+import { progress } from "../progress.ts";
 import type {
   BootContext,
   CollectiveRequest,
@@ -29,6 +30,8 @@ import { Watch } from "./watch.ts";
 
 /** Operations in flight per transport; CUDA's own queue holds about 1024 commands and blocks beyond. */
 const MOST_IN_FLIGHT = 128;
+/** Operations between two looks at those that nobody awaits. */
+const LET_GO = 64;
 /** Longest time that a call waits for the oldest of them, in ms. */
 const HOLD_MS = 40;
 /** How long a transport that closes waits for operations that others may never join, in ms. */
@@ -261,11 +264,15 @@ class NcclTransport implements Transport, Tower {
     }
   }
 
-  look(): void {
+  look(heard: boolean): void {
     this.#retire();
     if (!this.#failure) return;
-    this.#watch.told = true;
+    if (heard) this.#watch.told = true;
     throw this.#failure;
+  }
+
+  hear(): void {
+    if (this.#failure) this.#watch.told = true;
   }
 
   inspect(): void {
@@ -292,6 +299,8 @@ class NcclTransport implements Transport, Tower {
 
   /** Bounds how far the host runs ahead of the device. */
   #holdBack(): void {
+    // Nobody may ever await what only streams wait for: the progress engine lets go of it here.
+    if (this.#begun % LET_GO === 0) queueMicrotask(progress);
     this.#retire();
     if (this.#inFlight.length < MOST_IN_FLIGHT) return;
     const end_ms = performance.now() + HOLD_MS;
