@@ -171,6 +171,12 @@ export class MoeLayer implements Disposable {
     // While the rows travel: shared experts and the router.
     const dShared_ND = saved.shared && this.#shared!.backward(dOut_ND, saved.shared, step);
     using dLogits_NE = await routed.logitsGradient(dWeights_NK, this.auxScale);
+    const dX_ND = dShared_ND ?? empty(device, x_ND.shape, x_ND.dtype);
+    let written = dShared_ND !== null;
+    if (routed.gateFirst) {
+      routed.gateBackward(dLogits_NE, dX_ND, written ? 1 : 0);
+      written = true;
+    }
     using dY_MD = await arriving;
     const { gradients, parameters } = this.store;
     const dX_MD = expertsBackward(dY_MD, saved.experts, this.#groups(placed), {
@@ -185,9 +191,8 @@ export class MoeLayer implements Disposable {
       this.#transfer(step, "backward", "dispatch"),
     );
     // The gradient of giving a token to its K experts is the sum over them.
-    const dX_ND = dShared_ND ?? empty(device, x_ND.shape, x_ND.dtype);
-    ops.combineRows(dX_SD, placed.slots_NK, null, dX_ND, dShared_ND ?? undefined);
-    routed.gateBackward(dLogits_NE, dX_ND);
+    ops.combineRows(dX_SD, placed.slots_NK, null, dX_ND, written ? dX_ND : undefined);
+    if (!routed.gateFirst) routed.gateBackward(dLogits_NE, dX_ND, 1);
     for (const { name } of this.#shared?.parameters ?? []) step.gradientReady(name);
     step.gradientReady(this.gate.name);
     this.release(saved);

@@ -115,6 +115,7 @@ export async function routeOnDevice(
     placed,
     weights_NK,
     shown,
+    gateFirst: true,
     logitsGradient(dWeights_NK, scale) {
       const dLogits_NE = empty(device, [N, E]);
       routing.routeBackward(dWeights_NK, saved, {
@@ -125,8 +126,8 @@ export async function routeOnDevice(
       }, dLogits_NE);
       return Promise.resolve(dLogits_NE);
     },
-    gateBackward(dLogits_NE, dX_ND) {
-      routing.gateBackward(dLogits_NE, x_ND, gate.value, dX_ND, gate.grad);
+    gateBackward(dLogits_NE, dX_ND, beta) {
+      routing.gateBackward(dLogits_NE, x_ND, gate.value, dX_ND, gate.grad, { beta });
     },
     release() {
       placed[Symbol.dispose]();

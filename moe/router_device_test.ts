@@ -130,12 +130,18 @@ for (const dtype of ["bf16", "f32"] as const) {
         for (let i = 0; i < dGate.length; i++) dGate[i] += first[i];
         const oldWide = Float32Array.from(old.values);
         const outcomes: Float64Array[] = [];
-        for (let again = 0; again < 2; again++) {
+        for (let beta = 1; beta >= 0; beta--) {
           using dX_ND = fromArray(device!, dtype === "bf16" ? old.bits : oldWide, [N, D]);
           using dLogits_NE = fromArray(device!, Float32Array.from(dL), [N, E]);
           using dGate_ED = fromArray(device!, Float32Array.from(first), [E, D]);
-          routing.gateBackward(dLogits_NE, x_ND, gate_ED, dX_ND, dGate_ED);
-          close(await read(dX_ND), dX, dtype === "bf16" ? 2 ** -8 : 2e-6, "dX");
+          routing.gateBackward(dLogits_NE, x_ND, gate_ED, dX_ND, dGate_ED, { beta: beta as 0 | 1 });
+          const want = beta === 1 ? dX : dX.map((v, i) => v - old.values[i]);
+          close(
+            await read(dX_ND),
+            want,
+            dtype === "bf16" ? 2 ** -8 * Math.ceil(E / 64) : 2e-6,
+            "dX",
+          );
           outcomes.push(await read(dGate_ED));
         }
         close(outcomes[0], dGate, 3e-6, "dGate");

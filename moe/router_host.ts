@@ -50,8 +50,10 @@ export interface Routed {
   readonly shown: Shown;
   /** Gradient of the logits [N, E], a new tensor, from the weights' [N, K]; `scale` is the factor of the losses. */
   logitsGradient(dWeights_NK: Tensor, scale: number): Promise<Tensor>;
-  /** Adds the gate's part to the gradient of the tokens, and to the gate's gradient. */
-  gateBackward(dLogits_NE: Tensor, dX_ND: Tensor): void;
+  /** Whether the gate's part of the tokens' gradient comes first, while rows travel, and not last. */
+  readonly gateFirst: boolean;
+  /** Adds the gate's part to the gradient of the tokens, or with beta 0 overwrites that, and adds to the gate's gradient. */
+  gateBackward(dLogits_NE: Tensor, dX_ND: Tensor, beta: 0 | 1): void;
   /** Frees what is owned. */
   release(): void;
 }
@@ -105,6 +107,7 @@ export async function routeOnHost(
       auxLoss: global.losses.aux + global.losses.z,
       stats: statsOf(global.chosen_E, global.dropped, plan.rowsPerRank),
     },
+    gateFirst: false,
     async logitsGradient(dWeights_NK, scale) {
       const dLogits_NE = routeBackward(router, routing, await hostNumbers(dWeights_NK), {
         sums: global.sums,
@@ -112,7 +115,8 @@ export async function routeOnHost(
       });
       return toDevice(x_ND, dLogits_NE, [x_ND.shape[0], router.experts], dtype);
     },
-    gateBackward(dLogits_NE, dX_ND) {
+    gateBackward(dLogits_NE, dX_ND, beta) {
+      if (beta === 0) ops.fill(dX_ND, 0);
       using x = widened(x_ND, dtype);
       if (x.tensor === x_ND) {
         linearBackward(dLogits_NE, x_ND, gate, { dX_NI: dX_ND });

@@ -185,8 +185,15 @@ export interface RouteBackwardOptions extends RouteOptions {
 export interface RoutingKernels {
   /** `logits = x gateᵀ`, x [N, D] f32 or bf16, gate [E, D] f32, logits f32 [N, E], exact to f32 rounding. */
   gate(x: Tensor, gate: Tensor, logits: Tensor): void;
-  /** `dX += dLogits gate`, `dGate += dLogitsᵀ x`: dLogits f32 [N, E], dX like x, dGate f32 [E, D]. */
-  gateBackward(dLogits: Tensor, x: Tensor, gate: Tensor, dX: Tensor, dGate: Tensor): void;
+  /** `dX = dLogits gate + beta · dX`, beta being 1 by default, `dGate += dLogitsᵀ x`: dLogits f32 [N, E], dX like x, dGate f32 [E, D]. */
+  gateBackward(
+    dLogits: Tensor,
+    x: Tensor,
+    gate: Tensor,
+    dX: Tensor,
+    dGate: Tensor,
+    options?: { readonly beta?: 0 | 1 },
+  ): void;
   /**
    * Scores and chooses in one pass: experts i32 [N, K], best first; weights f32 [N, K]; lse f32 [N]; the record. `bias` f32 [E] is the
    * selection bias of a sigmoid router, or null.

@@ -159,12 +159,12 @@ extern "C" __global__ void gate_plain_bf16(const bf16* x, const float* gate, flo
   gate_plain<bf16>(x, gate, logits, tokens, experts, width);
 }
 
-// dX += dLogits gate for the K * 16 experts from `first_expert` on. A warp owns 32 columns and keeps their weights in registers while tokens go
+// dX = dLogits gate, plus dX where `adds`, for the K * 16 experts from `first_expert` on. A warp owns 32 columns and keeps their weights in registers while tokens go
 // by, 32 at a time. Which column an accumulator stands for is chosen so that a lane has 8 neighbours: one access of 16 bytes per token.
 // Blocks of 128 threads (128 columns, `per_block` tokens).
 template <int K>
 DEVICE void gate_dx(const float* d_logits, const float* gate, bf16* d_x, int tokens, int experts, int first_expert,
-                    int width, int per_block) {
+                    int width, int per_block, int adds) {
   int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   int base = blockIdx.x * 128 + threadIdx.x / 32 * 32;
   u32 weights[K][4][2][2];  // [step][tile][term][register]
@@ -192,7 +192,7 @@ DEVICE void gate_dx(const float* d_logits, const float* gate, bf16* d_x, int tok
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       int row = n + i / 2 * 16 + i % 2 * 8 + g;
-      if (row < end && column < width) {
+      if (adds && row < end && column < width) {
         held[i / 2][i % 2] = *reinterpret_cast<const Pack<bf16, 8>*>(d_x + (i64)row * width + column);
       }
     }
@@ -229,7 +229,8 @@ DEVICE void gate_dx(const float* d_logits, const float* gate, bf16* d_x, int tok
       Pack<bf16, 8> out;
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        out.at[j] = to_bf16(to_f32(held[i / 2][i % 2].at[j]) + sums[i / 2][j / 2][i % 2 * 2 + j % 2]);
+        float old = adds ? to_f32(held[i / 2][i % 2].at[j]) : 0.0f;
+        out.at[j] = to_bf16(old + sums[i / 2][j / 2][i % 2 * 2 + j % 2]);
       }
       *reinterpret_cast<Pack<bf16, 8>*>(d_x + (i64)row * width + column) = out;
     }
@@ -238,8 +239,8 @@ DEVICE void gate_dx(const float* d_logits, const float* gate, bf16* d_x, int tok
 #define GATE_DX(K)                                                                                                     \
   extern "C" __global__ void __launch_bounds__(128)                                                                    \
       gate_dx_##K(const float* d_logits, const float* gate, bf16* d_x, int tokens, int experts, int first_expert,     \
-                  int width, int per_block) {                                                                          \
-    gate_dx<K>(d_logits, gate, d_x, tokens, experts, first_expert, width, per_block);                                  \
+                  int width, int per_block, int adds) {                                                                \
+    gate_dx<K>(d_logits, gate, d_x, tokens, experts, first_expert, width, per_block, adds);                            \
   }
 GATE_DX(1)
 GATE_DX(2)
@@ -247,7 +248,8 @@ GATE_DX(4)
 
 // The same for 4 tokens and one column per thread; blocks of 128 threads (4 tokens, 128 columns).
 template <typename X>
-DEVICE void gate_dx_plain(const float* d_logits, const float* gate, X* d_x, i64 tokens, int experts, int width) {
+DEVICE void gate_dx_plain(const float* d_logits, const float* gate, X* d_x, i64 tokens, int experts, int width,
+                          int adds) {
   int d = blockIdx.y * 128 + threadIdx.x;
   i64 first = (i64)blockIdx.x * 4;
   if (d >= width) return;
@@ -263,16 +265,16 @@ DEVICE void gate_dx_plain(const float* d_logits, const float* gate, X* d_x, i64 
   for (int i = 0; i < 4; i++) {
     if (first + i >= tokens) continue;
     X* at = d_x + (first + i) * width + d;
-    *at = from_f32<X>(to_f32(*at) + sums[i]);
+    *at = from_f32<X>((adds ? to_f32(*at) : 0.0f) + sums[i]);
   }
 }
 extern "C" __global__ void gate_dx_plain_f32(const float* d_logits, const float* gate, float* d_x, i64 tokens,
-                                             int experts, int width) {
-  gate_dx_plain<float>(d_logits, gate, d_x, tokens, experts, width);
+                                             int experts, int width, int adds) {
+  gate_dx_plain<float>(d_logits, gate, d_x, tokens, experts, width, adds);
 }
 extern "C" __global__ void gate_dx_plain_bf16(const float* d_logits, const float* gate, bf16* d_x, i64 tokens,
-                                              int experts, int width) {
-  gate_dx_plain<bf16>(d_logits, gate, d_x, tokens, experts, width);
+                                              int experts, int width, int adds) {
+  gate_dx_plain<bf16>(d_logits, gate, d_x, tokens, experts, width, adds);
 }
 
 // parts[split][experts][width] = dLogitsᵀ x over the tokens of a split, for 128 columns and M * 16 experts per block: blocks (columns,

@@ -10,7 +10,9 @@ import { Sorter } from "./sort.ts";
 
 const GATE: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32"];
 const GATE_PLAIN: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i64", "i32", "i32"];
-const GATE_DX: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32", "i32", "i32"];
+// deno-fmt-ignore
+const GATE_DX: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32", "i32", "i32", "i32"];
+const GATE_DX_PLAIN: readonly ParameterType[] = [...GATE_PLAIN, "i32"];
 const GATE_DW: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32", "i32"];
 
 /** Tiles of 8 experts in a block of the gate and the slices it has in flight; steps of 16 experts in those of its gradients. */
@@ -28,7 +30,7 @@ export const gateModule: ModuleSource = {
     ]),
     ...["f32", "bf16"].flatMap((dtype) => [
       [`gate_plain_${dtype}`, GATE_PLAIN] as const,
-      [`gate_dx_plain_${dtype}`, GATE_PLAIN] as const,
+      [`gate_dx_plain_${dtype}`, GATE_DX_PLAIN] as const,
       [`gate_dw_plain_${dtype}`, GATE_DW] as const,
     ]),
     ["gate_dw_sum", ["ptr", "ptr", "i64", "i32"] as const],
@@ -146,21 +148,21 @@ export function routingKernels(context: CudaContext): RoutingKernels {
       // deno-fmt-ignore
       kernels.gate.launch(Math.ceil(N / 32), Math.ceil(E / 4), 1, 256, 0, x.address, gate.address, logits.address, N, E, D);
     },
-    gateBackward(dLogits, x, gate, dX, dGate) {
+    gateBackward(dLogits, x, gate, dX, dGate, options) {
       const kernels = plainOf("take the gate's gradient", x), [N, D] = x.shape, E = gate.shape[0];
       if (x.size === 0) return;
-      const wide = fits(x, gate);
+      const wide = fits(x, gate), adds = options?.beta === 0 ? 0 : 1;
       if (wide && dX.address % 16 === 0) {
         const perBlock = Math.max(32, Math.ceil(N * Math.ceil(D / 128) / 1024 / 32) * 32);
         for (let first = 0; first < E; first += 64) {
           const way = E - first <= 16 ? 0 : E - first <= 32 ? 1 : 2;
           // deno-fmt-ignore
           gateDx[way].launch(Math.ceil(D / 128), Math.ceil(N / perBlock), 1, 128, 0,
-            dLogits.address, gate.address, dX.address, N, E, first, D, perBlock);
+            dLogits.address, gate.address, dX.address, N, E, first, D, perBlock, first > 0 ? 1 : adds);
         }
       } else {
         // deno-fmt-ignore
-        kernels.dx.launch(Math.ceil(N / 4), Math.ceil(D / 128), 1, 128, 0, dLogits.address, gate.address, dX.address, N, E, D);
+        kernels.dx.launch(Math.ceil(N / 4), Math.ceil(D / 128), 1, 128, 0, dLogits.address, gate.address, dX.address, N, E, D, adds);
       }
       const tensorCores = wide && E % 4 === 0 && dLogits.address % 16 === 0;
       const way = E <= 16 ? 0 : E <= 32 ? 1 : 2, experts = tensorCores ? [16, 32, 64][way] : 8;

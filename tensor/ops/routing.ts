@@ -63,13 +63,14 @@ export function gate(x: Tensor, gate: Tensor, logits: Tensor): void {
 }
 
 /**
- * `dX += dLogits gate`, `dGate += dLogitsᵀ x`.
+ * `dX = dLogits gate + beta · dX`, `dGate += dLogitsᵀ x`.
  *
  * @param dLogits f32 [N, E].
  * @param x [N, D], f32 or bf16.
  * @param gate f32 [E, D].
- * @param dX Like x; added to.
+ * @param dX Like x.
  * @param dGate f32 [E, D]; added to.
+ * @param options Factor of the old contents of dX; 0 never reads them. @default {{beta: 1}}
  * @throws {RangeError} If shapes or devices do not fit.
  * @throws {TypeError} If dtypes do not fit.
  */
@@ -79,6 +80,7 @@ export function gateBackward(
   gate: Tensor,
   dX: Tensor,
   dGate: Tensor,
+  options?: { readonly beta?: 0 | 1 },
 ): void {
   const op = "take the gate's gradient", kernels = kernelsOf(op, x);
   lead(op, "x", x);
@@ -92,7 +94,7 @@ export function gateBackward(
   disjoint(op, "x", dX, x);
   disjoint(op, "gate", dGate, gate);
   const start = now();
-  kernels.gateBackward(dLogits, x, gate, dX, dGate);
+  kernels.gateBackward(dLogits, x, gate, dX, dGate, options);
   ran("gateBackward", "gemm", start);
 }
 
