@@ -98,16 +98,13 @@ extern "C" __global__ void fill_pattern(u8* x, i64 bytes, u32 low, u32 high) {
 }
 
 // Copies as units of 16 bytes, or of the largest power of two that divides both addresses and the size.
-template <typename T>
-DEVICE void copy_units(const u8* x, u8* out, i64 bytes) {
-  map<1>((const T*)x, (T*)out, bytes / (i64)sizeof(T), [](T unit) { return unit; });
-}
 extern "C" __global__ void copy_bytes(const u8* x, u8* out, i64 bytes) {
   using Unit = Pack<u32, 4>;
   u64 both = (u64)x | (u64)out;
   if (both % 16 == 0) {
-    i64 whole = bytes / 16 * 16;
-    copy_units<Unit>(x, out, whole);
+    // Not by map(): the NVRTC of CUDA 12 never ends compiling that.
+    i64 whole = bytes / 16 * 16, at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < whole / 16) ((Unit*)out)[at] = ((const Unit*)x)[at];
     if (blockIdx.x == 0 && threadIdx.x < bytes - whole) out[whole + threadIdx.x] = x[whole + threadIdx.x];
     return;
   }
