@@ -4,6 +4,7 @@
 
 import {
   abortComm,
+  asyncError,
   destroyComm,
   type Nccl,
   nccl,
@@ -150,8 +151,13 @@ class NcclTransport implements Transport, Tower {
     const size = members.length;
     this.#place = { nccl: job.nccl, comm, rank, size, stream, scratch: BigInt(scratch) };
     this.#watch = new Watch(
-      { context: job.context, members, id, rank, comm },
-      { flights: this.#inFlight, begun: () => this.#begun, fail: (error) => this.#fail(error) },
+      { context: job.context, members, id, rank },
+      {
+        flights: this.#inFlight,
+        begun: () => this.#begun,
+        asyncError: () => asyncError(comm),
+        fail: (error) => this.#fail(error),
+      },
     );
   }
 

@@ -2,7 +2,6 @@
 // waits for a lost peer for ever, and with it everything that is ordered after it, so this runs by a timer, whether or not anybody
 // awaits. What it finds fails the transport; an error that nobody polls for within a second ends the process.
 
-import { asyncError, type NcclComm } from "../../ffi/nccl.ts";
 import type { BootContext } from "../transport.ts";
 import { timeoutError, timeoutOf } from "../watchdog.ts";
 import type { HostFlight } from "./flight.ts";
@@ -30,8 +29,6 @@ export interface Watched {
   readonly id: string;
   /** This rank, in the transport. */
   readonly rank: number;
-  /** The communicator. */
-  readonly comm: NcclComm;
 }
 
 /** The transport's side. */
@@ -40,6 +37,8 @@ export interface Hooks {
   readonly flights: readonly HostFlight[];
   /** Collectives begun so far. */
   begun(): number;
+  /** What NCCL's own threads have met, or null. */
+  asyncError(): Error | null;
   /** Fails the transport. */
   fail(error: Error): void;
 }
@@ -94,7 +93,7 @@ export class Watch {
       if (now_ms - this.#departed_ms > DEPARTED_MS) return this.#fail(this.#lossOf(oldest, lost));
     }
     if (this.#error === undefined) {
-      const error = asyncError(this.#watched.comm);
+      const error = this.#hooks.asyncError();
       if (error === null) return this.#checkAge(oldest, now_ms);
       this.#error = error;
       this.#error_ms = now_ms;
