@@ -160,9 +160,9 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     console.log(`\n${summary({ data, rows, options, total, active, val_loss, bigram, started })}`);
     if (sample) console.log(`\nA sample:\n${sample}`);
     console.log(
-      `\nFiles in ${directory}: metrics.jsonl, loss.svg, ${CHECKPOINTS}/${
-        traceSteps > 0 ? ", trace.json (open it at ui.perfetto.dev)" : ""
-      }`,
+      `\nFiles in ${directory}: metrics.jsonl, loss.svg${
+        number("keep") > 0 ? `, ${CHECKPOINTS}/` : ""
+      }${traceSteps > 0 ? ", trace.json (open it at ui.perfetto.dev)" : ""}`,
     );
   }
   if (recording) await recordRouting(recording, { world, model, trainer });

@@ -67,6 +67,7 @@ export class AdamW implements Disposable {
   readonly #settings: Required<AdamWSettings>;
   /** What was updated last, and the updates: made anew only when experts have moved. */
   #updated: readonly Parameter[] = [];
+  #gradients: readonly Tensor[] = [];
   #overwritten: readonly AdamWUpdate[] = [];
   #added: readonly AdamWUpdate[] = [];
 
@@ -115,6 +116,18 @@ export class AdamW implements Disposable {
     ops.adamW(this.#added, { ...options, zeroGradient: true });
   }
 
+  /**
+   * Adds the squared norms of the gradients that this rank answers for: each gradient is counted by one rank, however many hold it, so
+   * that all ranks get the same sum to the bit and weights cannot drift apart.
+   *
+   * @param counts Whether this rank is the one that counts a parameter.
+   * @param sum f64 [1], where the squares are added: to be summed over ranks.
+   */
+  addSquaredNorms(counts: (parameter: Parameter) => boolean, sum: Tensor): void {
+    this.#prepare();
+    ops.sumSquares(this.#gradients.filter((_, i) => counts(this.#updated[i])), sum);
+  }
+
   #prepare(): void {
     const parameters = this.#parameters();
     const last = this.#updated;
@@ -128,6 +141,7 @@ export class AdamW implements Disposable {
       }));
     this.#overwritten = updates(true);
     this.#added = updates(false);
+    this.#gradients = parameters.map(({ grad }) => grad);
     this.#updated = parameters;
   }
 
@@ -135,20 +149,4 @@ export class AdamW implements Disposable {
   [Symbol.dispose](): void {
     this.#moments.forEach(freeMoments);
   }
-}
-
-/**
- * Adds the squared norms of the gradients that this rank answers for: each gradient is counted by one rank, however many hold it, so
- * that all ranks get the same sum to the bit and weights cannot drift apart.
- *
- * @param parameters The rank's parameters.
- * @param counts Whether this rank is the one that counts a parameter.
- * @param sum f64 [1], where the squares are added: to be summed over ranks.
- */
-export function addSquaredNorms(
-  parameters: readonly Parameter[],
-  counts: (parameter: Parameter) => boolean,
-  sum: Tensor,
-): void {
-  ops.sumSquares(parameters.filter(counts).map(({ grad }) => grad), sum);
 }

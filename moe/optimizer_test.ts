@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { cpuDevice } from "../tensor/cpu/device.ts";
 import { fromArray, zeros } from "../tensor/tensor.ts";
-import { AdamW, addSquaredNorms, learningRate } from "./optimizer.ts";
+import { AdamW, learningRate } from "./optimizer.ts";
 import type { Parameter } from "./parameter.ts";
 
 const device = cpuDevice();
@@ -63,9 +63,10 @@ Deno.test("norm: each gradient is counted by one rank", async () => {
     parameter("e0", [1, 2], expert(0)),
     parameter("e1", [7, 7], expert(1)),
   ];
+  using adam = new AdamW(() => all);
   const norms = async (counts: (parameter: Parameter) => boolean) => {
     using sum = zeros(device, [1], "f64");
-    addSquaredNorms(all, counts, sum);
+    adam.addSquaredNorms(counts, sum);
     return [...await sum.toArray() as Float64Array];
   };
   assert.deepEqual(await norms((p) => p.expert?.id !== 1), [30]);

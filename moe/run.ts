@@ -25,9 +25,9 @@ export interface RunOptions {
   readonly validateEvery: number;
   /** Global batches of a validation. */
   readonly validationBatches: number;
-  /** Steps between checkpoints; 0 for none. The last step is saved in any case. */
+  /** Steps between checkpoints; 0 for none but that of the last step. */
   readonly checkpointEvery: number;
-  /** Complete checkpoints that stay. @default {2} */
+  /** Complete checkpoints that stay; with 0 none is saved at all. @default {2} */
   readonly keep?: number;
   /** More to put into each checkpoint, besides the step. */
   readonly state?: () => object;
@@ -73,7 +73,8 @@ export async function run(trainer: Trainer, options: RunOptions): Promise<readon
     await options.onStep?.(row);
     // The number of steps may have been settled in onStep.
     const ends = trainer.steps >= options.steps();
-    if (ends || (checkpointEvery > 0 && number % checkpointEvery === 0)) {
+    const due = ends || (checkpointEvery > 0 && number % checkpointEvery === 0);
+    if (due && options.keep !== 0) {
       const state = options.state?.() ?? {};
       await trainer.save(`${directory}/${CHECKPOINTS}`, { keep: options.keep, state });
     }

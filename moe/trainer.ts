@@ -17,13 +17,7 @@ import { CheckpointError } from "./manifest.ts";
 import { mixtralConfig } from "./mixtral_config.ts";
 import { dropShown, type MoeShown, readTogether, type Shown } from "./shown.ts";
 import { summaryOf, type Transformer } from "./transformer.ts";
-import {
-  AdamW,
-  type AdamWSettings,
-  addSquaredNorms,
-  learningRate,
-  type LearningRateOptions,
-} from "./optimizer.ts";
+import { AdamW, type AdamWSettings, learningRate, type LearningRateOptions } from "./optimizer.ts";
 import type { Parameter } from "./parameter.ts";
 import { OptimizerShards } from "./shards.ts";
 import { plainStep } from "./step.ts";
@@ -222,7 +216,7 @@ export class Trainer implements AsyncDisposable {
     const counts = (parameter: Parameter) =>
       (this.#shards !== null && parameter.group === "world") ||
       model.ownerOf(parameter) === world.rank;
-    addSquaredNorms(this.#updated, counts, sum(SQUARES));
+    this.optimizer.addSquaredNorms(counts, sum(SQUARES));
     await world.allReduce(this.#sums).wait(device.stream);
     const lr = learningRate(number, this.learningRate);
     ops.clipScale(sum(SQUARES), clip, this.#gradScale);

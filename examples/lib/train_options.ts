@@ -71,8 +71,8 @@ const FLAGS: readonly Flag[] = [
     "8",
     "batches of a validation; the last one takes the whole validation text",
   ],
-  ["checkpoint-every", "N", "0", "steps between checkpoints; the last step is always saved"],
-  ["keep", "N", "2", "checkpoints that stay"],
+  ["checkpoint-every", "N", "0", "steps between checkpoints; the last step is saved in any case"],
+  ["keep", "N", "2", "checkpoints that stay; 0 saves none at all"],
   ["run", "NAME", undefined, "name of the run (default: date and time)"],
   ["out", "DIR", "runs", "where runs lie"],
   ["trace-steps", "N", "3", "steps recorded in trace.json; 0 for none"],
@@ -200,7 +200,7 @@ export function parseTrainOptions(args: readonly string[]): TrainOptions {
     if (kind !== "N" && kind !== "X" && kind !== "S") continue;
     if (standard !== undefined || text(name) !== undefined) number(name);
   }
-  for (const name of ["steps", "seq", "batch", "accumulate", "keep"]) {
+  for (const name of ["steps", "seq", "batch", "accumulate"]) {
     if (number(name) < 1) {
       throw new TypeError(
         `Cannot train as --${name} must be at least 1: current value is ${text(name)}`,
