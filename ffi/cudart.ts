@@ -14,6 +14,13 @@ const SYMBOLS = {
   cudaGetDeviceCount: { parameters: ["u64"], result: "i32" },
   // cudaError_t cudaSetDevice(int device);
   cudaSetDevice: { parameters: ["i32"], result: "i32" },
+  // The same on another thread, where it makes the device's context without holding up this one.
+  cudaSetDeviceElsewhere: {
+    name: "cudaSetDevice",
+    parameters: ["i32"],
+    result: "i32",
+    nonblocking: true,
+  },
   // cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attr, int device);
   cudaDeviceGetAttribute: { parameters: ["u64", "i32", "i32"], result: "i32" },
   // cudaError_t cudaDeviceGetPCIBusId(char *pciBusId, int len, int device);
@@ -68,6 +75,8 @@ export interface CudartCalls {
   cudaGetDeviceCount(count: bigint): number;
   /** cudaError_t cudaSetDevice(int device) */
   cudaSetDevice(device: number): number;
+  /** The same on another thread; it is current there, and its context made for all. */
+  cudaSetDeviceElsewhere(device: number): Promise<number>;
   /** cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attr, int device) */
   cudaDeviceGetAttribute(value: bigint, attribute: number, device: number): number;
   /** cudaError_t cudaDeviceGetPCIBusId(char *pciBusId, int len, int device) */

@@ -13,7 +13,7 @@ import type { Tensor } from "../tensor.ts";
 import { Arena, type MemorySource } from "./arena.ts";
 import type { CudaContext, CudaKernel, CudaProperties, ModuleSource } from "./context.ts";
 import { CUDA_MODULES, cudaKernels, cudaRoutingKernels } from "./kernels.ts";
-import { Modules } from "./launch.ts";
+import { compileModules, Modules } from "./launch.ts";
 import { PinnedMemory, Staging } from "./pinned.ts";
 import { CudaStream, EventPool } from "./streams.ts";
 import { encodeTensorMap } from "./tensor_map.ts";
@@ -267,12 +267,12 @@ export class CudaDevice implements Device {
 const devices = new Map<number, Promise<CudaDevice>>();
 
 /**
- * A GPU of this process: made current, its kernels compiled or taken from the cache on disk.
+ * A GPU of this process: made current, its kernels compiled or taken from the cache on disk. A kernel that does not compile throws
+ * when it is first used, with the compiler's log.
  *
  * @param options Which GPU.
  * @returns The device, the same for every call.
  * @throws {Error} If CUDA cannot be used here; {@linkcode findCuda} tells beforehand.
- * @throws {CompileError} If a kernel does not compile.
  */
 export function cudaDevice(options: CudaDeviceOptions = {}): Promise<CudaDevice> {
   const { device = 0, modules = [] } = options;
@@ -298,13 +298,17 @@ async function make(index: number, extra: readonly ModuleSource[]): Promise<Cuda
       }`,
     );
   }
+  // The context takes a while: it is made on another thread, beside the compiler, then made current here.
+  const [compiled] = await Promise.all([
+    compileModules([...CUDA_MODULES, ...extra], level),
+    cudart().calls.cudaSetDeviceElsewhere(index),
+  ]);
   checkCudart(cudart().calls.cudaSetDevice(index), "cudaSetDevice");
   const code = cuda().calls.cuInit(0);
   if (code !== 0) throw cudaError(code, "cuInit");
   const pool = new EventPool();
   const stream = new CudaStream("compute", pool);
-  const modules = new Modules(level, stream.handle);
-  await modules.load([...CUDA_MODULES, ...extra]);
+  const modules = new Modules(compiled, stream.handle);
   return new CudaDevice(index, new Arena(memorySource(index)), pool, stream, modules);
 }
 

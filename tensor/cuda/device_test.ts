@@ -5,6 +5,7 @@ import fc from "fast-check";
 import { emulated, testDevice } from "../../tests/emulator/device.ts";
 import { now } from "../../trace/mod.ts";
 import { cpuDevice } from "../cpu/device.ts";
+import type { RoutingKernels } from "../device.ts";
 import { DTYPES, newArray, type TypedArray } from "../dtype.ts";
 import { empty, fromArray } from "../tensor.ts";
 import { OutOfMemoryError } from "./arena.ts";
@@ -64,6 +65,21 @@ test("findCuda() and properties", (cuda) => {
   assert.equal(cuda.name, properties.name);
   assert.ok(properties.capability >= 80 && properties.multiprocessors > 0);
   assert.ok(properties.sharedMemory_bytes >= 96 * 1024 && properties.memory_bytes > 2 ** 28);
+});
+
+test("every kernel of the contract is there", (cuda) => {
+  for (const name of Object.keys(cpuDevice().kernels)) {
+    assert.ok(Object.hasOwn(cuda.kernels, name), name);
+  }
+  const routing: Record<keyof RoutingKernels, true> = {
+    gate: true,
+    gateBackward: true,
+    route: true,
+    routeBackward: true,
+    placeRows: true,
+    majorOrders: true,
+  };
+  for (const name of Object.keys(routing)) assert.ok(Object.hasOwn(cuda.routing, name), name);
 });
 
 test("every dtype goes to the device and back, at odd sizes and inside a tensor", async (cuda) => {

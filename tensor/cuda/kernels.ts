@@ -54,7 +54,7 @@ const ROUTING_ROOMS: readonly ((context: CudaContext) => Partial<RoutingKernels>
   routingKernels,
 ];
 
-/** Joins what the rooms have; a kernel of a room that could not be made throws why when it is called. */
+/** Joins what the rooms have. If a room cannot be made, because a source of it does not compile, calls of its kernels throw why. */
 function join<T extends object>(
   context: CudaContext,
   rooms: readonly ((context: CudaContext) => Partial<T>)[],
@@ -67,17 +67,17 @@ function join<T extends object>(
       problems.push(error);
     }
   }
-  const missing = new Proxy({}, {
+  if (problems.length === 0) return joined as T;
+  const reasons = problems.map((problem) => problem instanceof Error ? problem.message : problem);
+  const broken = new Proxy({}, {
     get: (_, name) => () => {
-      throw new Error(
-        `Cannot run ${String(name)} on the GPU as its kernel must be built: it is not`,
-        {
-          cause: problems,
-        },
-      );
+      const message = `Cannot run ${String(name)} on the GPU as its kernels must compile: ${
+        reasons.join("\n")
+      }`;
+      throw new Error(message, { cause: problems });
     },
   });
-  return Object.setPrototypeOf(joined, missing);
+  return Object.setPrototypeOf(joined, broken);
 }
 
 /**

@@ -20,16 +20,22 @@ import type { CudaKernel, ModuleSource, ParameterType } from "./context.ts";
 /** CU_TENSOR_MAP structs ask for an alignment of 64 bytes; other parameters have 8 at most. */
 const STRUCT_ALIGNMENT = 64;
 
+/** The oldest NVRTC that knows the instructions of modules for one exact architecture; older ones do without these modules. */
+const EXACT_VERSION = 12.4;
+
 /**
  * Whether a module is for a GPU.
  *
  * @param module The module.
  * @param capability The GPU's compute capability times ten.
+ * @param version Version of NVRTC: `12.4`.
  * @returns True if it can be compiled for it.
  */
-export function isFor(module: ModuleSource, capability: number): boolean {
+export function isFor(module: ModuleSource, capability: number, version: string): boolean {
   const from = module.from ?? 80;
-  return module.exact ? capability === from : capability >= from;
+  return module.exact
+    ? capability === from && Number(version) >= EXACT_VERSION
+    : capability >= from;
 }
 
 /**
@@ -241,60 +247,70 @@ export class LoadedKernel implements CudaKernel {
   }
 }
 
-/** A module that was compiled for the GPU, or why it could not be. */
-interface LoadedModule {
-  readonly handle: CudaModuleHandle;
+/** What became of a module: its machine code, or why it has none. */
+export interface CompiledModule {
+  /** The module. */
+  readonly module: ModuleSource;
+  /** Machine code; the driver may read it as late as a kernel's first use. */
+  readonly code?: Uint8Array<ArrayBuffer>;
+  /** What the compiler said against it. */
+  readonly error?: unknown;
+}
+
+/**
+ * Compiles the modules that are for a GPU side by side, off the main thread, or takes them from the cache.
+ *
+ * @param modules The modules.
+ * @param capability The GPU's compute capability times ten.
+ * @returns Those that are for it. A module that does not compile has its error, which the first wish for one of its kernels throws:
+ * programs that need none of them run.
+ */
+export function compileModules(
+  modules: readonly ModuleSource[],
+  capability: number,
+): Promise<CompiledModule[]> {
+  const { version } = nvrtc();
+  const wanted = modules.filter((module) => isFor(module, capability, version));
+  return Promise.all(wanted.map(async (module): Promise<CompiledModule> => {
+    try {
+      const { code } = await compileModule(module, capability);
+      return { module, code };
+    } catch (error) {
+      return { module, error };
+    }
+  }));
+}
+
+interface LoadedModule extends CompiledModule {
+  readonly handle: CudaModuleHandle | null;
   readonly kernels: Map<string, LoadedKernel>;
-  /** The machine code; the driver may read it as late as a kernel's first use. */
-  readonly code: Uint8Array;
 }
 
 /** The modules of a GPU. */
 export class Modules {
   readonly #stream: CudaStreamHandle;
   readonly #loaded = new Map<ModuleSource, LoadedModule>();
-  readonly #failed = new Map<ModuleSource, unknown>();
-  readonly #capability: number;
 
   /**
-   * @param capability The GPU's compute capability times ten.
-   * @param stream The stream that kernels are launched on.
-   */
-  constructor(capability: number, stream: CudaStreamHandle) {
-    this.#capability = capability;
-    this.#stream = stream;
-  }
-
-  /**
-   * Compiles the modules that are for this GPU, side by side, and loads them.
+   * Loads machine code into the current GPU.
    *
-   * @param modules The modules.
-   * @returns How many had to be compiled; the others came from the cache.
-   * @throws {CompileError} If a source does not compile.
+   * @param compiled What {@linkcode compileModules} made.
+   * @param stream The stream that kernels are launched on.
+   * @throws {CudaError} If the GPU refuses the code.
    */
-  async load(modules: readonly ModuleSource[]): Promise<number> {
-    const wanted = modules.filter((module) =>
-      isFor(module, this.#capability) && !this.#loaded.has(module)
-    );
-    const results = await Promise.all(
-      wanted.map((module) =>
-        compileModule(module, this.#capability).catch((error) => {
-          this.#failed.set(module, error);
-          return null;
-        })
-      ),
-    );
+  constructor(compiled: readonly CompiledModule[], stream: CudaStreamHandle) {
+    this.#stream = stream;
     const { calls } = cuda();
     const cell = new BigUint64Array(new ArrayBuffer(8));
-    wanted.forEach((module, i) => {
-      if (results[i] === null) return;
-      const { code } = results[i];
-      const status = calls.cuModuleLoadData(addressOf(cell.buffer), addressOf(code.buffer));
-      if (status !== 0) throw cudaError(status, "cuModuleLoadData", `: ${module.name}.cu`);
-      const handle = cell[0] as CudaModuleHandle;
-      this.#loaded.set(module, { handle, kernels: new Map(), code });
-    });
-    return results.filter((result) => result?.compiled).length;
+    for (const entry of compiled) {
+      let handle: CudaModuleHandle | null = null;
+      if (entry.code) {
+        const code = calls.cuModuleLoadData(addressOf(cell.buffer), addressOf(entry.code.buffer));
+        if (code !== 0) throw cudaError(code, "cuModuleLoadData", `: ${entry.module.name}.cu`);
+        handle = cell[0] as CudaModuleHandle;
+      }
+      this.#loaded.set(entry.module, { ...entry, handle, kernels: new Map() });
+    }
   }
 
   /**
@@ -313,16 +329,17 @@ export class Modules {
    * @param module Its module.
    * @param name Its name.
    * @returns The kernel, the same for every call.
-   * @throws {RangeError} If the module has no such kernel or was not loaded.
+   * @throws {RangeError} If the module has no such kernel or is not for this GPU.
+   * @throws {CompileError} If the module does not compile.
    */
   kernel(module: ModuleSource, name: string): LoadedKernel {
     const loaded = this.#loaded.get(module);
     if (loaded === undefined) {
-      if (this.#failed.has(module)) throw this.#failed.get(module);
       throw new RangeError(
-        `Cannot take kernel ${name} as its module must be loaded on this GPU (sm_${this.#capability}): current value is ${module.name}`,
+        `Cannot take kernel ${name} as its module must be for this GPU and compiler: current value is ${module.name}`,
       );
     }
+    if (loaded.handle === null) throw loaded.error;
     const known = loaded.kernels.get(name);
     if (known !== undefined) return known;
     const types = module.kernels[name];

@@ -42,10 +42,13 @@ Deno.test({
 
 Deno.test("modules are for their capability and above, exact ones for theirs alone", () => {
   const of = (from?: number, exact?: boolean): ModuleSource => ({ ...module, from, exact });
-  const fits = (m: ModuleSource) => [75, 80, 86, 90, 100, 120].filter((level) => isFor(m, level));
+  const fits = (m: ModuleSource, version = "13.0") =>
+    [75, 80, 86, 90, 100, 120].filter((level) => isFor(m, level, version));
   assert.deepEqual(fits(module), [80, 86, 90, 100, 120]);
   assert.deepEqual(fits(of(90)), [90, 100, 120]);
   assert.deepEqual(fits(of(90, true)), [90]);
+  assert.deepEqual(fits(of(90, true), "12.4"), [90]);
+  assert.deepEqual(fits(of(90, true), "12.3"), [], "the compiler is too old");
   assert.equal(compileOptions(of(90, true), 90)[0], "--gpu-architecture=sm_90a");
   assert.equal(compileOptions(module, 86)[0], "--gpu-architecture=sm_86");
 });
