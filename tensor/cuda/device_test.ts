@@ -232,6 +232,7 @@ test("streams wait for each other's events; events pass once", async (cuda) => {
   other.wait(event); // has passed: nothing to wait for
   other.wait(cpuDevice().stream.record());
   assert.throws(() => other.wait({ done: () => false, time: () => 0 }), /CUDA event/);
+  other.destroy();
 });
 
 test("timed events lie on the host's clock, in order", async (cuda) => {

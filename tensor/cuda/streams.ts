@@ -267,6 +267,11 @@ export class CudaStream implements Stream {
     }
   }
 
+  /** Ends the stream once its work is done; nothing may be enqueued any more. Its events stay valid. */
+  destroy(): void {
+    checkCudart(this.#calls.cudaStreamDestroy(this.handle), "cudaStreamDestroy");
+  }
+
   /** @inheritdoc */
   synchronize(): Promise<void> {
     this.#pool.hostWaits++;
