@@ -222,3 +222,21 @@ export const ROUTERS: Readonly<Record<string, RouterOptions>> = {
   },
   "expert choice": { kind: "expertChoice", capacityFactor: 1.5, zLoss: 0.3 },
 };
+
+/** Checks that ranks over some backend have what one rank on the CPU has. @param outcomes What moe_program.ts gave each rank. */
+export async function likeOneRank(
+  outcomes: readonly Readonly<Record<string, RankOutcome>>[],
+  splits: readonly (readonly number[])[],
+  seed: number,
+  tolerance: number,
+): Promise<void> {
+  for (const [name, router] of Object.entries(ROUTERS)) {
+    const tokens = splits[0].reduce((a, b) => a + b, 0);
+    const one = await run({ router, sharedExperts: 1 }, inputs(tokens, seed));
+    for (const split of splits) {
+      for (const replicas of [1, 2]) {
+        alike(join(outcomes.map((own) => own[`${name} ${split} ${replicas}`])), one, tolerance);
+      }
+    }
+  }
+}

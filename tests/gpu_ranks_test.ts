@@ -2,9 +2,11 @@
 // sockets). Not run where there is no GPU; the same programs run on the emulator in nccl_test.ts.
 
 import assert from "node:assert/strict";
+import { likeOneRank, type RankOutcome } from "./_moe_case.ts";
 import { type RunOptions, runRanks } from "./_ranks.ts";
 
 const program = new URL("./_collectives_ranks.ts", import.meta.url);
+const moeProgram = new URL("./moe_program.ts", import.meta.url);
 const ignore = !await hasGpu();
 if (ignore) console.warn("skipped: Cannot test NCCL on a GPU as there must be one");
 
@@ -54,20 +56,13 @@ class Mps implements AsyncDisposable {
   }
 }
 
+const ENV = { LINA_TEST_BACKEND: "nccl", NCCL_SOCKET_IFNAME: "lo", NCCL_DEBUG: "WARN" };
+
 async function run<T>(name: string, size: number, options: RunOptions & { args?: object } = {}) {
   await using mps = await Mps.start();
-  const env = {
-    LINA_TEST_BACKEND: "nccl",
-    NCCL_SOCKET_IFNAME: "lo",
-    NCCL_DEBUG: "WARN",
-    ...mps.env,
-    ...options.env,
-  };
-  return await runRanks<T>(program, size, {
-    ...options,
-    env,
-    args: { program: name, ...options.args },
-  });
+  const env = { ...ENV, ...mps.env, ...options.env };
+  const args = { program: name, ...options.args };
+  return await runRanks<T>(program, size, { ...options, env, args });
 }
 
 Deno.test({
@@ -138,6 +133,18 @@ Deno.test({
       assert.match(result!.message, /allReduce 1 of world on rank \d.*not arrived: rank 3$/);
       assert(result!.ms < 8000 && result!.ticks > 10, `${result!.ms} ms, ${result!.ticks} ticks`);
     }
+  },
+});
+
+Deno.test({
+  name: "gpu: a MoE layer on four ranks has the loss and the gradients of one, with every router",
+  ignore,
+  fn: async () => {
+    await using mps = await Mps.start();
+    const env = { ...ENV, ...mps.env };
+    const args = { splits: [[10, 10, 10, 10], [0, 27, 1, 12]], seed: 3 };
+    const ranks = await runRanks<Record<string, RankOutcome>>(moeProgram, 4, { args, env });
+    await likeOneRank(ranks.map(({ result }) => result!), args.splits, args.seed, 1e-4);
   },
 });
 

@@ -1,7 +1,7 @@
 // The MoE layer on real ranks, over shared memory: the loss and every gradient are those of one rank, whatever the number of ranks, the
 // number of tokens on each and the number of replicas. The order check of the communicator is on.
 
-import { alike, inputs, join, type RankOutcome, ROUTERS, run } from "./_moe_case.ts";
+import { likeOneRank, type RankOutcome } from "./_moe_case.ts";
 import { runRanks } from "./_ranks.ts";
 
 const SPLITS: Record<number, number[][]> = {
@@ -16,17 +16,6 @@ for (const [size, splits] of Object.entries(SPLITS)) {
       Number(size),
       { args: { splits, seed: 3 }, env: { LINA_DEBUG: "1" } },
     );
-    for (const [name, router] of Object.entries(ROUTERS)) {
-      const one = await run({ router, sharedExperts: 1 }, inputs(40, 3));
-      for (const split of splits) {
-        for (const replicas of [1, 2]) {
-          alike(
-            join(ranks.map(({ result }) => result![`${name} ${split} ${replicas}`])),
-            one,
-            1e-12,
-          );
-        }
-      }
-    }
+    await likeOneRank(ranks.map(({ result }) => result!), splits, 3, 1e-12);
   });
 }

@@ -5,9 +5,11 @@ import assert from "node:assert/strict";
 import { buildEmulator } from "./emulator/build.ts";
 import { buildNccl } from "./emulator/nccl.ts";
 import { Folder, launch } from "./launch_support.ts";
+import { likeOneRank, type RankOutcome } from "./_moe_case.ts";
 import { type RunOptions, runRanks } from "./_ranks.ts";
 
 const program = new URL("./_collectives_ranks.ts", import.meta.url);
+const moeProgram = new URL("./moe_program.ts", import.meta.url);
 const emulator = await buildEmulator();
 const library = emulator && await buildNccl(false);
 const oldLibrary = library && await buildNccl(true);
@@ -18,14 +20,15 @@ if (library === null) {
 }
 const ignore = library === null;
 
+const ENV = {
+  LINA_TEST_BACKEND: "nccl",
+  LINA_EMULATOR: "1",
+  LINA_NCCL_LIB: library ?? "",
+  LINA_EMULATOR_MEMORY_MIB: "256",
+};
+
 function run<T>(name: string, size: number, options: RunOptions & { args?: object } = {}) {
-  const env = {
-    LINA_TEST_BACKEND: "nccl",
-    LINA_EMULATOR: "1",
-    LINA_NCCL_LIB: library!,
-    LINA_EMULATOR_MEMORY_MIB: "256",
-    ...options.env,
-  };
+  const env = { ...ENV, ...options.env };
   return runRanks<T>(program, size, { ...options, env, args: { program: name, ...options.args } });
 }
 
@@ -86,6 +89,17 @@ Deno.test({
       assert.match(result!.message, /operation 1 of world/);
       assert.match(result!.message, /rank 1 called broadcast\(f32, 8 elements, root 0\)/);
     }
+  },
+});
+
+Deno.test({
+  name:
+    "nccl: a MoE layer on two GPUs has the loss and the gradients of one rank, with every router",
+  ignore,
+  fn: async () => {
+    const args = { splits: [[20, 20], [0, 40]], seed: 3 };
+    const ranks = await runRanks<Record<string, RankOutcome>>(moeProgram, 2, { args, env: ENV });
+    await likeOneRank(ranks.map(({ result }) => result!), args.splits, args.seed, 1e-4);
   },
 });
 
