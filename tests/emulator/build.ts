@@ -1,8 +1,18 @@
-// Builds the CPU emulator of CUDA (engine.cpp, cuda.cpp, nvrtc.cpp, cublas.cpp) into one shared library that stands for libcudart, libcuda,
+// Builds the CPU emulator of CUDA (the .cpp files here but nccl.cpp) into one shared library that stands for libcudart, libcuda,
 // libnvrtc and libcublas, once per version of its sources: the folder's name is their hash. Started as a program it prints the path.
 
-const SOURCES = ["engine.cpp", "cuda.cpp", "nvrtc.cpp", "cublas.cpp"] as const;
-const HEADERS = ["emulator.h", "kernel.h"] as const;
+const SOURCES = [
+  "engine.cpp",
+  "warps.cpp",
+  "faults.cpp",
+  "device.cpp",
+  "memory.cpp",
+  "streams.cpp",
+  "modules.cpp",
+  "nvrtc.cpp",
+  "cublas.cpp",
+] as const;
+const HEADERS = ["emulator.h", "engine.h", "switch.h", "kernel.h"] as const;
 const COMPILERS = [Deno.env.get("CXX"), "clang++-19", "clang++", "clang++-20", "clang++-18"];
 const FLAGS = [
   "-std=c++17",

@@ -47,7 +47,7 @@ enum Status {
 // Runs a kernel to its end; returns SUCCESS or what it failed with. One at a time per process.
 int launch(const Module& module, const Kernel& kernel, Dim grid, Dim block, size_t shared, void** parameters);
 
-// Puts work at the end of a stream; it runs when the host next asks about the stream (cuda.cpp).
+// Puts work at the end of a stream; it runs when the host next asks about the stream (streams.cpp).
 void enqueue(void* stream, std::function<void()> work);
 
 // The first error of a kernel; every later call returns it, as after a fault on a GPU.
@@ -59,4 +59,22 @@ void set_why(int status, std::string why);
 // Forgets all errors (cudaDeviceReset).
 void forget_errors();
 
+// Runs all streams to their ends.
+void run_all();
+
+// A number from the environment.
+size_t setting(const char* name, size_t otherwise);
+// CUDA's name of a status.
+const char* name_of(int status);
+// INVALID_VALUE, with a reason.
+int invalid(const std::string& why);
+// Whether memory can be read.
+bool is_open(const void* at, size_t bytes);
+// Whether it is page-locked host memory.
+bool is_pinned(const void* at);
+
 }  // namespace lina
+
+// What nearly every call begins with.
+#define STICKY \
+  if (int failed = lina::sticky()) return failed

@@ -21,7 +21,7 @@
 
 typedef __SIZE_TYPE__ size_t;
 
-// ---- What the engine offers (engine.cpp) ----
+// ---- What the engine offers (engine.cpp, warps.cpp) ----
 
 struct uint3 {
   unsigned x, y, z;
