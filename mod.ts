@@ -2,7 +2,7 @@
 
 // The job: ranks, communicators, backends.
 export { init, type InitOptions, type World } from "./collectives/world.ts";
-export type { BackendChoice } from "./collectives/rendezvous/environment.ts";
+export type { BackendChoice, DeviceChoice } from "./collectives/rendezvous/environment.ts";
 export type { Store } from "./collectives/transport.ts";
 export type {
   AllReduceOptions,
@@ -22,14 +22,20 @@ export { bytesOf, type DType, dtypeOf, DTYPES, type TypedArray } from "./tensor/
 export type {
   Activation,
   AdamWOptions,
+  AdamWUpdate,
   AttentionShape,
   Device,
   GemmOptions,
   Kernels,
   MemoryStats,
+  RouteBackwardOptions,
+  RouteOptions,
+  RoutingKernels,
+  RowGroups,
   Stream,
   StreamEvent,
 } from "./tensor/device.ts";
+export type { RandomKey } from "./tensor/random.ts";
 
 // One Mixture-of-Experts layer and its parts.
 export { MoeLayer } from "./moe/moe_layer.ts";
@@ -43,11 +49,13 @@ export type {
   RoutingTap,
   Shown,
 } from "./moe/moe_types.ts";
+export type { PendingShown } from "./moe/shown.ts";
+export type { Routed } from "./moe/router_host.ts";
 export { plainStep, type Step } from "./moe/step.ts";
 export { normal, type Random, random } from "./moe/init.ts";
 export type { Moments, Parameter } from "./moe/parameter.ts";
 export type { ExpertStore } from "./moe/expert_store.ts";
-export type { ExpertMatrices, ExpertsSaved } from "./moe/experts.ts";
+export type { ExpertLists, ExpertMatrices, ExpertsSaved } from "./moe/experts.ts";
 export type {
   CommonRouterOptions,
   ExpertChoiceOptions,
@@ -64,7 +72,7 @@ export type { GlobalRouting } from "./moe/router_exchange.ts";
 export type { NoiseKey } from "./moe/router_noise.ts";
 export type { RouterSums } from "./moe/router_losses.ts";
 export type { SecondExpert } from "./moe/router_softmax.ts";
-export type { RoutingPlan } from "./moe/plan.ts";
+export type { PlanOutline, RoutingPlan } from "./moe/plan.ts";
 export type { PlacedPlan } from "./moe/dispatch.ts";
 export {
   type RoutingBlock,
