@@ -73,7 +73,8 @@ device.kernels; device.routing;
 console.log((performance.now() - start) / 1000);`;
   const { stdout } = await new Deno.Command(Deno.execPath(), {
     args: ["eval", code],
-    env: { LINA_CACHE: cache },
+    // NVRTC keeps a cache of its own, too.
+    env: { LINA_CACHE: `${cache}/lina`, CUDA_CACHE_PATH: `${cache}/nvidia` },
     stderr: "inherit",
   }).output();
   return Number(new TextDecoder().decode(stdout));
