@@ -36,6 +36,8 @@ interface PerDType {
 
 /** Most threads of a block of crossEntropy, and blocks that a multiprocessor is meant to hold (see its launch bounds). */
 const LOSS_THREADS = 512, LOSS_BLOCKS = 3;
+/** Part of a row that stays in shared memory between the two passes. */
+const STAGED_PART = 0.56;
 /** Shared memory that the kernel and the system take of a block besides the staged packs, in bytes. */
 const RESERVED_BYTES = 2048;
 
@@ -53,10 +55,18 @@ export function lossKernels(context: CudaContext): Loss {
     crossEntropy: context.kernel(lossModule, `cross_entropy_${dtype}`),
   });
   const f32 = perDType("f32", 4), bf16 = perDType("bf16", 8);
-  // A row that fits into its third of the shared memory is read once. One that does not gets half of it, so that its rest is in the L2 cache.
-  const third_bytes = Math.floor(context.properties.sharedMemory_bytes / LOSS_BLOCKS) -
-    RESERVED_BYTES;
-  const half_bytes = Math.floor(context.properties.sharedMemory_bytes / 2) - RESERVED_BYTES;
+  // Part of a row stays in shared memory, the rest in the L2 cache: together they are faster than either. Rows too long for that with
+  // LOSS_BLOCKS blocks on a multiprocessor get two, and half of the shared memory each (bench/NOTES.md).
+  const room_bytes = context.properties.sharedMemory_bytes;
+  const third_bytes = Math.floor(room_bytes / LOSS_BLOCKS) - RESERVED_BYTES;
+  const half_bytes = Math.floor(room_bytes / 2) - RESERVED_BYTES;
+
+  /** Packs of a row that stay in shared memory. */
+  function stagedOf(packs: number): number {
+    const wanted = Math.ceil(packs * STAGED_PART);
+    if (wanted * 16 <= third_bytes) return wanted;
+    return Math.min(packs, Math.floor(half_bytes / 16));
+  }
 
   function of(op: string, x: Tensor): PerDType {
     if (x.dtype === "bf16") return bf16;
@@ -90,9 +100,7 @@ export function lossKernels(context: CudaContext): Loss {
       const { crossEntropy, wide } = of("take the cross-entropy", logits);
       const [rows, width] = logits.shape;
       if (logits.size === 0) return;
-      const packs = Math.floor(width / wide);
-      const most = Math.floor((packs * 16 <= third_bytes ? third_bytes : half_bytes) / 16);
-      const staged = Math.min(packs, most);
+      const staged = stagedOf(Math.floor(width / wide));
       // deno-fmt-ignore
       crossEntropy.launch(rows, 1, 1, threads(width, wide, LOSS_THREADS), staged * 16,
         logits.address, targets.address, losses.address, width, scale, staged);

@@ -27,8 +27,8 @@ export const optimizerModule: ModuleSource = {
 const THREADS = 256;
 /** Elements of a block of a sum. Part of the result: it says which elements are added first. */
 const SUM_CHUNK = 32768;
-/** Elements of a block of AdamW: many where all parameters are, so that blocks are few, but enough blocks for a small model, too. */
-const SMALLEST_CHUNK = 2048, LARGEST_CHUNK = 16384;
+/** Elements of a block of AdamW: one pack per thread. More were slower (bench/NOTES.md). */
+const UPDATE_CHUNK = 4 * THREADS;
 /** Lists whose tables are kept. A step has few: parameters, their gradients, by group of ranks. */
 const TABLES = 16;
 
@@ -40,8 +40,6 @@ interface Table {
   address: number;
   /** How many bytes are allocated there. */
   bytes: number;
-  /** Elements of a block. */
-  chunk: number;
   /** Blocks of a launch. */
   chunks: number;
   /** When it was used last. */
@@ -54,8 +52,8 @@ interface Layout {
   readonly fields: number;
   /** Bytes per entry. */
   readonly entry_bytes: number;
-  /** Elements of a block, for so many in all. */
-  chunk(elements: number): number;
+  /** Elements of a block. */
+  readonly chunk: number;
   /** Writes an entry from its fields, and the first of its chunks. */
   write(to: DataView, offset: number, key: Float64Array, at: number, first: number): void;
 }
@@ -69,7 +67,7 @@ function setInteger(to: DataView, offset: number, value: number): void {
 const SUMMANDS: Layout = {
   fields: 3,
   entry_bytes: 24,
-  chunk: () => SUM_CHUNK,
+  chunk: SUM_CHUNK,
   write(to, offset, key, at, first) {
     setInteger(to, offset, key[at + 1]);
     setInteger(to, offset + 8, key[at]);
@@ -81,11 +79,7 @@ const SUMMANDS: Layout = {
 const PARAMETERS: Layout = {
   fields: 8,
   entry_bytes: 64,
-  chunk(elements) {
-    let chunk = SMALLEST_CHUNK;
-    while (chunk < LARGEST_CHUNK && elements / chunk > 4096) chunk *= 2;
-    return chunk;
-  },
+  chunk: UPDATE_CHUNK,
   write(to, offset, key, at, first) {
     for (let i = 0; i < 5; i++) setInteger(to, offset + 8 * i, key[at + 1 + i]);
     setInteger(to, offset + 40, key[at]);
@@ -124,10 +118,8 @@ class Tables {
   }
 
   #make(key: Float64Array): Table {
-    const { fields, entry_bytes } = this.#layout, entries = key.length / fields;
-    let elements = 0;
-    for (let i = 0; i < key.length; i += fields) elements += key[i];
-    const chunk = this.#layout.chunk(elements), bytes = entries * entry_bytes;
+    const { fields, entry_bytes, chunk } = this.#layout;
+    const entries = key.length / fields, bytes = entries * entry_bytes;
     const view = new DataView(new ArrayBuffer(bytes));
     let chunks = 0;
     for (let i = 0; i < entries; i++) {
@@ -136,14 +128,14 @@ class Tables {
     }
     const table = this.#place(bytes);
     this.#context.upload(view, table.address);
-    return Object.assign(table, { key, chunk, chunks, used: this.#clock });
+    return Object.assign(table, { key, chunks, used: this.#clock });
   }
 
   /** A table with memory for so many bytes: a new one, or, when there are many, the one unused for longest. */
   #place(bytes: number): Table {
     let table = this.#tables[0];
     if (this.#tables.length < TABLES) {
-      table = { key: new Float64Array(0), address: 0, bytes: 0, chunk: 0, chunks: 0, used: 0 };
+      table = { key: new Float64Array(0), address: 0, bytes: 0, chunks: 0, used: 0 };
       this.#tables.push(table);
     } else {
       for (const each of this.#tables) if (each.used < table.used) table = each;
@@ -241,10 +233,10 @@ export function optimizerKernels(context: CudaContext): Optimizer {
         key[3 * i + 1] = x.address;
         key[3 * i + 2] = x.dtype === "f32" ? 1 : 0;
       }
-      const { address: table, chunks, chunk } = summands.find(key, 3 * xs.length);
+      const { address: table, chunks } = summands.find(key, 3 * xs.length);
       if (chunks === 0) return;
       reduce(chunks, out, (address) => {
-        squarePartials.launch(chunks, 1, 1, THREADS, 0, table, xs.length, chunk, address);
+        squarePartials.launch(chunks, 1, 1, THREADS, 0, table, xs.length, SUM_CHUNK, address);
       });
     },
     clipScale(squares, limit, out) {
@@ -265,10 +257,10 @@ export function optimizerKernels(context: CudaContext): Optimizer {
         key[at + 6] = kindOf(each);
         key[at + 7] = each.weightDecay;
       }
-      const { address, chunks, chunk } = parameters.find(key, 8 * updates.length);
+      const { address, chunks } = parameters.find(key, 8 * updates.length);
       if (chunks === 0) return;
       // deno-fmt-ignore
-      update.launch(chunks, 1, 1, THREADS, 0, address, updates.length, chunk, gradScale.address, zeroGradient ? 1 : 0,
+      update.launch(chunks, 1, 1, THREADS, 0, address, updates.length, UPDATE_CHUNK, gradScale.address, zeroGradient ? 1 : 0,
         lr, beta1, beta2, 1 - beta1, 1 - beta2, eps, 1 / (1 - beta1 ** step), 1 / (1 - beta2 ** step));
     },
   };
