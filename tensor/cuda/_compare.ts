@@ -8,16 +8,20 @@ import { fromArray, Tensor } from "../tensor.ts";
 /** The dtypes of the kernels. */
 export type Dtype = "f32" | "bf16";
 
+const float = new Float32Array(1), bits = new Uint32Array(float.buffer);
+
 /** The bf16 that is nearest to a number, as bits. */
 function toBf16(x: number): number {
-  const float = Float32Array.of(x), bits = new Uint32Array(float.buffer);
+  float[0] = x;
   return (bits[0] + 0x7fff + (bits[0] >>> 16 & 1)) >>> 16;
 }
 
 /** Numbers of an array on the host; a `Uint16Array` holds bf16. */
 export function numbers(array: ArrayLike<number> | ArrayLike<bigint>): Float32Array {
   if (array instanceof Uint16Array) {
-    return new Float32Array(Uint32Array.from(array, (bits) => bits << 16).buffer);
+    const wide = new Uint32Array(array.length);
+    for (let i = 0; i < wide.length; i++) wide[i] = array[i] << 16;
+    return new Float32Array(wide.buffer);
   }
   return Float32Array.from(array as ArrayLike<number>);
 }
@@ -55,14 +59,14 @@ export class Case implements Disposable {
   /** A pair from numbers, in the dtype under test or another. */
   pair(shape: readonly number[], values: Float32Array, dtype: Dtype = this.#dtype): Pair {
     const size = values.length, shift = this.#shift;
-    const bits = dtype === "bf16"
+    const array = dtype === "bf16"
       ? new Uint16Array(size + shift).fill(0x7fc0)
       : new Float32Array(size + shift).fill(NaN);
     for (let i = 0; i < size; i++) {
-      bits[shift + i] = dtype === "bf16" ? toBf16(values[i]) : values[i];
+      array[shift + i] = dtype === "bf16" ? toBf16(values[i]) : values[i];
     }
-    const owner = fromArray(this.#gpu, bits),
-      cpu = fromArray(cpuDevice(), numbers(bits).slice(shift), shape);
+    const owner = fromArray(this.#gpu, array),
+      cpu = fromArray(cpuDevice(), numbers(array).slice(shift), shape);
     this.#owned.push(owner, cpu);
     return {
       cpu,
@@ -76,7 +80,7 @@ export class Case implements Disposable {
   /** Random numbers with mean 0 and deviation 1. */
   random(...shape: number[]): Pair {
     const size = shape.reduce((a, b) => a * b, 1);
-    return this.pair(shape, Float32Array.from({ length: size }, () => this.#noise()));
+    return this.pair(shape, new Float32Array(size).map(() => this.#noise()));
   }
 
   /** Room for a result; NaN, so that what is not written shows. */

@@ -23,8 +23,8 @@ const WIDTHS = [32, 64, 96, 128] as const;
 const GENERAL_WIDTHS = [64, 128, 256] as const;
 /** Hopper's kernels: warpgroups of a block of the forward pass, dQ, and dK with dV, and keys at a time of the forward pass. */
 const HOPPER = [
-  { width: 64, groups: [2, 2, 2], keys: 64 },
-  { width: 128, groups: [1, 2, 2], keys: 64 },
+  { width: 64, groups: [1, 1, 1], keys: 64 },
+  { width: 128, groups: [2, 2, 2], keys: 128 },
 ] as const;
 /** Rows of a tile of the general kernels, keys at a time in the forward pass, and in the gradient. */
 const GENERAL_ROWS = 32, GENERAL_KEYS = 16, GENERAL_STEP = 8;
@@ -157,12 +157,12 @@ function equal(a: Int32Array, b: Int32Array): boolean {
  * Attention and its gradient: on tensor cores in bf16 for heads of up to 128 columns (a multiple of 8), plainly in f32 and otherwise.
  *
  * @param context What the rooms of the device share.
- * @param hopper Whether Hopper's own instructions are used, where the GPU has them.
+ * @param hopper Whether Hopper's own instructions are used, where the GPU has them. @default {true}
  * @returns The kernels.
  */
 export function attentionKernels(
   context: CudaContext,
-  hopper = false,
+  hopper = true,
 ): Pick<Kernels, "attention" | "attentionBackward"> {
   const roomy = context.properties.sharedMemory_bytes >= 132 * 1024;
   const fast = WIDTHS.map((C): Launches => {

@@ -54,16 +54,8 @@ DEVICE void multiply_shared(float (&c)[8][4], u64 a, u64 b, int keep) {
       : "l"(a), "l"(b), "r"(keep));
 }
 
-// 2^x for x <= 0 on the units of multiply-adds, as the special-function units are what the forward pass waits for; 2^-126 below. Off by 3e-6.
-DEVICE float exp2_polynomial(float x) {
-  x = fmaxf(x, -126.0f);
-  float shifted = x + 12582912.0f, rest = x - (shifted - 12582912.0f);  // the nearest whole number is in the lowest bits of `shifted`
-  float power = fmaf(fmaf(fmaf(fmaf(0.0095701013f, rest, 0.0559178628f), rest, 0.2402474433f), rest, 0.6931217909f), rest, 0.9999992847f);
-  return __int_as_float(__float_as_int(power) + (__float_as_int(shifted) << 23));
-}
-
 // GROUPS: warpgroups of a block, with 64 queries each. Scores are kept times log2(e) / sqrt(C).
-template <int C, int GROUPS, int KEYS, int POLY>
+template <int C, int GROUPS, int KEYS>
 DEVICE void attention_forward_hopper(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* lse, const Tile* tiles, int H, int G,
                                      float scale) {
   constexpr int CHUNKS = C / 8, ROWS = GROUPS * 64, THREADS = GROUPS * 128, TILE = KEYS * CHUNKS, P = KEYS / 64;
@@ -131,14 +123,13 @@ DEVICE void attention_forward_hopper(const bf16* q, const bf16* k, const bf16* v
       high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, 2));
       factor[r] = exp2_fast((most[r] - high) * scale);
       most[r] = high;
-      float shift = high * scale, sum = 0;
+      float shift = high == MASKED ? 0 : high * scale, sum = 0;  // a warpgroup may be above the diagonal altogether
 #pragma unroll
       for (int n = 0; n < KEYS / 8; n++) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           float& score = scores[n / 8][n % 8][r * 2 + i];
-          score = fmaf(score, scale, -shift);
-          score = POLY > 0 && (2 * n + i) % POLY == POLY - 1 ? exp2_polynomial(score) : exp2_fast(score);
+          score = exp2_fast(fmaf(score, scale, -shift));
           sum += score;
         }
       }
@@ -206,10 +197,10 @@ DEVICE void attention_forward_hopper(const bf16* q, const bf16* k, const bf16* v
   store_rows<1, C>(q_tile, row, (const float(*)[CHUNKS][4])sums, inverse, out + offset, q_stride, rows, C);
 }
 
-#define ATTENTION_HOPPER(NAME, C, GROUPS, KEYS, BLOCKS, POLY)                                                                                   \
+#define ATTENTION_HOPPER(NAME, C, GROUPS, KEYS, BLOCKS)                                                                                   \
   extern "C" __global__ void __launch_bounds__(GROUPS * 128, BLOCKS) attention_hopper_##NAME(                                             \
       const bf16* q, const bf16* k, const bf16* v, bf16* out, float* lse, const Tile* tiles, int H, int G, int width, float scale) {      \
-    attention_forward_hopper<C, GROUPS, KEYS, POLY>(q, k, v, out, lse, tiles, H, G, scale);                                                     \
+    attention_forward_hopper<C, GROUPS, KEYS>(q, k, v, out, lse, tiles, H, G, scale);                                                     \
   }
 
 struct alignas(8) RowStatistics {
@@ -323,7 +314,7 @@ DEVICE void attention_queries_hopper(const bf16* d_out, const bf16* q, const bf1
 }
 
 // dK and dV, as attention_keys in attention_backward.cu.
-template <int C, int GROUPS, bool RESIDENT>
+template <int C, int GROUPS>
 DEVICE void attention_keys_hopper(const bf16* d_out, const bf16* q, const bf16* k, const bf16* v, bf16* dk, bf16* dv,
                                   const RowStatistics* statistics, const Tile* tiles, int slots, int H, int G, float scale) {
   constexpr int CHUNKS = C / 8, ROWS = GROUPS * 64, QUERIES = 64, THREADS = GROUPS * 128, TILE = QUERIES * CHUNKS;
@@ -354,7 +345,7 @@ DEVICE void attention_keys_hopper(const bf16* d_out, const bf16* q, const bf16* 
   copy(0, first, 0);
 
   float dk_sums[C / 64][8][4], dv_sums[C / 64][8][4], p[8][4], ds[8][4];
-  u32 left[4][4], right[4][4], own_keys[RESIDENT ? C / 16 : 1][4], own_values[RESIDENT ? C / 16 : 1][4];
+  u32 ps[4][4], dss[4][4];
 #pragma unroll
   for (int c = 0; c < C / 64; c++) {
 #pragma unroll
@@ -364,16 +355,6 @@ DEVICE void attention_keys_hopper(const bf16* d_out, const bf16* q, const bf16* 
     }
   }
   int own = row / 64 * 64;  // first row of the warpgroup
-  if (RESIDENT) {
-    static_assert(!RESIDENT || C == 64, "one panel");
-    copy_async_wait<0>();
-    __syncthreads();
-#pragma unroll
-    for (int c = 0; c < C / 16; c++) {
-      load_left<CHUNKS>(own_keys[RESIDENT ? c : 0], k_tile, row, c);
-      load_left<CHUNKS>(own_values[RESIDENT ? c : 0], v_tile, row, c);
-    }
-  }
   int stage = 0, block = first;
   for (int head = 0; head < heads;) {
     publish_copies();
@@ -388,22 +369,14 @@ DEVICE void attention_keys_hopper(const bf16* d_out, const bf16* q, const bf16* 
     multiply_begin();
 #pragma unroll
     for (int c = 0; c < C / 16; c++) {
-      u64 right = rows_descriptor(q_tile + c / 4 * QUERIES * 8 + c % 4 * 2);
-      if (RESIDENT) {
-        multiply<0>(p, own_keys[RESIDENT ? c : 0], right, c > 0);
-      } else {
-        multiply_shared(p, rows_descriptor(k_tile + c / 4 * ROWS * 8 + own * 8 + c % 4 * 2), right, c > 0);
-      }
+      multiply_shared(p, rows_descriptor(k_tile + c / 4 * ROWS * 8 + own * 8 + c % 4 * 2),
+                      rows_descriptor(q_tile + c / 4 * QUERIES * 8 + c % 4 * 2), c > 0);
     }
     multiply_commit();
 #pragma unroll
     for (int c = 0; c < C / 16; c++) {
-      u64 right = rows_descriptor(d_tile + c / 4 * QUERIES * 8 + c % 4 * 2);
-      if (RESIDENT) {
-        multiply<0>(ds, own_values[RESIDENT ? c : 0], right, c > 0);
-      } else {
-        multiply_shared(ds, rows_descriptor(v_tile + c / 4 * ROWS * 8 + own * 8 + c % 4 * 2), right, c > 0);
-      }
+      multiply_shared(ds, rows_descriptor(v_tile + c / 4 * ROWS * 8 + own * 8 + c % 4 * 2),
+                      rows_descriptor(d_tile + c / 4 * QUERIES * 8 + c % 4 * 2), c > 0);
     }
     multiply_commit();
     multiply_wait<1>();
@@ -420,12 +393,12 @@ DEVICE void attention_keys_hopper(const bf16* d_out, const bf16* q, const bf16* 
       }
     }
 #pragma unroll
-    for (int n = 0; n < 4; n++) as_left(left[n], p[2 * n], p[2 * n + 1]);
+    for (int n = 0; n < 4; n++) as_left(ps[n], p[2 * n], p[2 * n + 1]);
     multiply_begin();
 #pragma unroll
     for (int c = 0; c < C / 64; c++) {
 #pragma unroll
-      for (int n = 0; n < 4; n++) multiply<1>(dv_sums[c], left[n], rows_descriptor(d_tile + c * QUERIES * 8 + n * 128), 1);
+      for (int n = 0; n < 4; n++) multiply<1>(dv_sums[c], ps[n], rows_descriptor(d_tile + c * QUERIES * 8 + n * 128), 1);
     }
     multiply_commit();
     multiply_wait<1>();
@@ -436,12 +409,12 @@ DEVICE void attention_keys_hopper(const bf16* d_out, const bf16* q, const bf16* 
       for (int i = 0; i < 4; i++) ds[n][i] = p[n][i] * (ds[n][i] - (i % 2 ? pair.w : pair.y));
     }
 #pragma unroll
-    for (int n = 0; n < 4; n++) as_left(right[n], ds[2 * n], ds[2 * n + 1]);
+    for (int n = 0; n < 4; n++) as_left(dss[n], ds[2 * n], ds[2 * n + 1]);
     multiply_begin();
 #pragma unroll
     for (int c = 0; c < C / 64; c++) {
 #pragma unroll
-      for (int n = 0; n < 4; n++) multiply<1>(dk_sums[c], right[n], rows_descriptor(q_tile + c * QUERIES * 8 + n * 128), 1);
+      for (int n = 0; n < 4; n++) multiply<1>(dk_sums[c], dss[n], rows_descriptor(q_tile + c * QUERIES * 8 + n * 128), 1);
     }
     multiply_commit();
     multiply_wait<0>();
@@ -452,7 +425,7 @@ DEVICE void attention_keys_hopper(const bf16* d_out, const bf16* q, const bf16* 
   store_rows<1, C>(v_tile, row, (const float(*)[CHUNKS][4])dv_sums, one, dv + offset, k_stride, rows, C);
 }
 
-#define BACKWARD_HOPPER(NAME, C, QG, QB, KG, KB, RESIDENT)                                                                                          \
+#define BACKWARD_HOPPER(NAME, C, QG, QB, KG, KB)                                                                                          \
   extern "C" __global__ void __launch_bounds__(QG * 128, QB) attention_queries_hopper_##NAME(                                             \
       const bf16* d_out, const bf16* q, const bf16* k, const bf16* v, const bf16* out, const float* lse, bf16* dq, RowStatistics* rows,   \
       const Tile* tiles, int slots, int H, int G, int width, float scale) {                                                               \
@@ -461,10 +434,11 @@ DEVICE void attention_keys_hopper(const bf16* d_out, const bf16* q, const bf16* 
   extern "C" __global__ void __launch_bounds__(KG * 128, KB) attention_keys_hopper_##NAME(                                                \
       const bf16* d_out, const bf16* q, const bf16* k, const bf16* v, bf16* dk, bf16* dv, const RowStatistics* rows, const Tile* tiles,   \
       int slots, int H, int G, int width, float scale) {                                                                                  \
-    attention_keys_hopper<C, KG, RESIDENT>(d_out, q, k, v, dk, dv, rows, tiles, slots, H, G, scale);                                                \
+    attention_keys_hopper<C, KG>(d_out, q, k, v, dk, dv, rows, tiles, slots, H, G, scale);                                                \
   }
 
-ATTENTION_HOPPER(64, 64, 2, 64, 2, 0)
-ATTENTION_HOPPER(128, 128, 1, 64, 2, 0)
-BACKWARD_HOPPER(64, 64, 2, 1, 2, 1, false)
-BACKWARD_HOPPER(128, 128, 2, 1, 2, 1, false)
+// what was fastest on an H200; the registers of three or four small blocks fill a multiprocessor as those of one large one do
+ATTENTION_HOPPER(64, 64, 1, 64, 4)
+ATTENTION_HOPPER(128, 128, 2, 128, 1)
+BACKWARD_HOPPER(64, 64, 1, 3, 1, 3)
+BACKWARD_HOPPER(128, 128, 2, 1, 2, 1)

@@ -4,6 +4,7 @@ import type { Kernels, RoutingKernels } from "../device.ts";
 import {
   attentionBackwardModule,
   attentionGeneralModule,
+  attentionHopperModule,
   attentionKernels,
   attentionModule,
 } from "./attention.ts";
@@ -28,6 +29,7 @@ export const CUDA_MODULES: readonly ModuleSource[] = [
   attentionModule,
   attentionBackwardModule,
   attentionGeneralModule,
+  attentionHopperModule,
   gateModule,
   groupedModule,
   hopperModule,

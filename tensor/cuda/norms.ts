@@ -172,10 +172,10 @@ export function normsKernels(context: CudaContext): Norms {
       : packed
       ? per.joinPacked
       : per.joinGeneral;
-    // enough rows for a block that each thread makes about one angle, and few enough to fill the GPU
+    // enough rows for a block that angles are made for several heads at once, and few enough to fill the GPU
     const rows = Math.max(
       1,
-      Math.min(Math.ceil(256 / half), Math.ceil(N / (4 * multiprocessors))),
+      Math.min(Math.ceil(128 / half), Math.ceil(N / (4 * multiprocessors))),
     );
     // deno-fmt-ignore
     kernel.launch(Math.ceil(N / rows), 1, 1, 256, rows * half * 8, fused.address, q.address, k.address, v.address, positions.address,
