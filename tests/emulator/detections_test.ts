@@ -178,7 +178,7 @@ test("a copy that is not waited for, or overwrites what is still read, shows as 
 
 test("memory that was never written holds NaNs", async () => {
   const kernels = await compile(`extern "C" __global__ void look(float* out) {
-    extern __shared__ alignas(1024) float dynamic[];
+    extern __shared__ __align__(1024) float dynamic[];
     __shared__ float fixed[4];
     out[2 * blockIdx.x] = dynamic[3];
     out[2 * blockIdx.x + 1] = fixed[3];
@@ -296,6 +296,8 @@ test("impossible launches are refused, and nothing is broken by them", async () 
 
 test("a source that does not compile says where", async () => {
   await assert.rejects(compile(`\n\nextern "C" __global__ void f() { nonsense(); }`), /nonsense/);
+  const refused = `extern "C" __global__ void f() { extern __shared__ alignas(16) float tile[]; }`;
+  await assert.rejects(compile(refused), /NVRTC refuses alignas/);
 });
 
 test("memory has an end, and freed memory is gone", async () => {

@@ -22,7 +22,7 @@
 // LINA_EMULATOR_MULTIPROCESSORS=2, LINA_EMULATOR_MEMORY_MIB=8192 describe the device; LINA_EMULATOR_KEEP=1 keeps the sources of kernels in
 // the folder that LINA_EMULATOR_CACHE names.
 //
-// In kernels: `extern __shared__ alignas(1024) u8 name[];` (any type and alignment up to 64 KiB) works on both sides. Inline assembly does
+// In kernels: `extern __shared__ __align__(1024) u8 name[];` (any type and alignment up to 64 KiB) works on both sides. Inline assembly does
 // not: give it a name in common.cuh, as mma_bf16 has, with its emulation in kernel.h.
 
 import type { ModuleSource } from "../../tensor/cuda/context.ts";

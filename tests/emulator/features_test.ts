@@ -80,7 +80,7 @@ test("blocks and threads in three dimensions have their indices", async () => {
 test("barriers: shared memory is seen by all, predicates are joined", async () => {
   const kernels = await compile(`
     extern "C" __global__ void reverse(float* x, int rounds) {
-      extern __shared__ alignas(1024) float dynamic[];
+      extern __shared__ __align__(1024) float dynamic[];
       __shared__ float fixed[1024];
       int t = threadIdx.x, n = blockDim.x;
       float v = x[blockIdx.x * n + t];

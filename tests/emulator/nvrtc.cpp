@@ -94,7 +94,7 @@ void skip_group(const std::string& text, size_t& at) {
   } while (depth > 0 && at < text.size());
 }
 
-// `extern __shared__ [alignas(N)] TYPE NAME[];` becomes a pointer to the dynamic shared memory; `#pragma unroll` lines go, as unrolling
+// `extern __shared__ [__align__(N)] TYPE NAME[];` becomes a pointer to the dynamic shared memory; `#pragma unroll` lines go, as unrolling
 // only makes clang slow. Lines stay where they are.
 std::string rewrite(const std::string& source) {
   std::string out;
@@ -114,6 +114,9 @@ std::string rewrite(const std::string& source) {
       if (source.compare(next, 10, "__shared__") == 0) {
         size_t end = source.find(';', next);
         std::string declaration = source.substr(next + 10, end - next - 10);
+        if (declaration.find("alignas") != std::string::npos) {
+          out += "static_assert(false, \"NVRTC refuses alignas here: write extern __shared__ __align__(n)\");";
+        }
         for (size_t i; (i = declaration.find("alignas")) != std::string::npos || (i = declaration.find("__align__")) != std::string::npos;) {
           size_t stop = declaration.find('(', i);
           skip_group(declaration, stop);
