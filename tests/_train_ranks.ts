@@ -12,7 +12,9 @@ import { Fifo } from "../moe/fifo.ts";
 import { worldGradients } from "../moe/graph.ts";
 import type { Boundary, CollectiveScheduler, PlacementPlan } from "../moe/hooks.ts";
 import { cpuDevice } from "../tensor/cpu/device.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import type { Device } from "../tensor/device.ts";
+import * as ops from "../tensor/ops.ts";
+import { empty, type Tensor } from "../tensor/tensor.ts";
 import { rankMain } from "./_ranks.ts";
 
 /** What a test asks for. */
@@ -95,8 +97,7 @@ export function smallText(size: number): Uint8Array {
   return text;
 }
 
-async function train(comm: Communicator, args: TrainArgs): Promise<TrainResult> {
-  const device = cpuDevice();
+async function train(comm: Communicator, args: TrainArgs, device: Device): Promise<TrainResult> {
   const { steps, batch = 8, accumulate = 1, clip = 1, dataSeed = 5, sequence = SEQUENCE } = args;
   const config = modelConfig({ ...SMALL, ...args.model });
   const text = smallText(4000);
@@ -267,7 +268,9 @@ function inTurn({ experts, router }: ModelConfig) {
 
 /** A few numbers that change if any element does. */
 async function sketch(tensor: Tensor): Promise<number[]> {
-  const x = await tensor.toArray() as Float32Array;
+  using wide = empty(tensor.device, tensor.shape);
+  if (tensor.dtype !== "f32") ops.copy(tensor, wide);
+  const x = await (tensor.dtype === "f32" ? tensor : wide).toArray() as Float32Array;
   let sum = 0, weighted = 0, squares = 0;
   for (let i = 0; i < x.length; i++) {
     sum += x[i];
@@ -278,5 +281,7 @@ async function sketch(tensor: Tensor): Promise<number[]> {
 }
 
 if (import.meta.main) {
-  await rankMain(({ comm, args }) => train(comm, args as TrainArgs));
+  await rankMain(({ comm, args, device }) => {
+    return train(comm, args as TrainArgs, device ?? cpuDevice());
+  });
 }
