@@ -24,15 +24,57 @@ DEVICE void store_floats(T* to, const float in[N]) {
   }
 }
 
+// N elements as they lie in memory: 16 bytes in four registers, or one element. As floats only where they are added, which saves registers.
+template <typename T, int N>
+struct Unit {
+  T value;
+  DEVICE void clear() { value = T(); }
+  DEVICE void load(const T* from) { value = *from; }
+  DEVICE void floats(float out[1]) const { out[0] = to_f32(value); }
+};
+template <>
+struct Unit<float, 4> {
+  uint4 bits;
+  DEVICE void clear() { bits = make_uint4(0, 0, 0, 0); }
+  DEVICE void load(const float* from) { bits = *reinterpret_cast<const uint4*>(from); }
+  DEVICE void floats(float out[4]) const {
+    out[0] = __uint_as_float(bits.x);
+    out[1] = __uint_as_float(bits.y);
+    out[2] = __uint_as_float(bits.z);
+    out[3] = __uint_as_float(bits.w);
+  }
+};
+template <>
+struct Unit<bf16, 8> {
+  uint4 bits;
+  DEVICE void clear() { bits = make_uint4(0, 0, 0, 0); }
+  DEVICE void load(const bf16* from) { bits = *reinterpret_cast<const uint4*>(from); }
+  DEVICE void floats(float out[8]) const {
+    u32 words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      out[2 * i] = __uint_as_float(words[i] << 16);
+      out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
+};
+
 // Weights of choices: 1 without any (kind 0), f32 (1) or bf16 (2).
 DEVICE float weight_at(const void* weights, int kind, i64 i) {
   if (kind == 0) return 1.0f;
   return kind == 1 ? static_cast<const float*>(weights)[i] : to_f32(static_cast<const bf16*>(weights)[i]);
 }
 
+// Stores a unit, past the caches where `streams`: what is read may then stay there, as rows that are read again.
+template <typename U>
+DEVICE void store_unit(U* to, U value, bool streams) {
+  if (streams) __stcs(to, value);
+  else *to = value;
+}
+
 // out[i] = x[rows[i]], zeros for a negative row; 1 << shift threads per row of `units` units.
 template <typename U>
-DEVICE void gather_rows(const U* x, const int* rows, U* out, i64 count, i64 units, int shift) {
+DEVICE void gather_rows(const U* x, const int* rows, U* out, i64 count, i64 units, int shift, bool streams) {
   i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) >> shift;
   if (i >= count) return;
   i64 stride = (i64)1 << shift, u = threadIdx.x & (stride - 1), row = rows[i];
@@ -47,16 +89,16 @@ DEVICE void gather_rows(const U* x, const int* rows, U* out, i64 count, i64 unit
     }
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      if (u + j * stride < units) to[u + j * stride] = held[j];
+      if (u + j * stride < units) store_unit(to + u + j * stride, held[j], streams);
     }
   }
 }
-#define GATHER(NAME, U)                                                                                       \
-  extern "C" __global__ void NAME(const U* x, const int* rows, U* out, i64 count, i64 units, int shift) {    \
-    gather_rows<U>(x, rows, out, count, units, shift);                                                        \
+#define GATHER(NAME, U)                                                                                           \
+  extern "C" __global__ void __launch_bounds__(256, 6)                                                            \
+      NAME(const U* x, const int* rows, U* out, i64 count, i64 units, int shift, int streams) {                   \
+    gather_rows<U>(x, rows, out, count, units, shift, streams != 0);                                              \
   }
-typedef Pack<u32, 4> u128;
-GATHER(gather_rows_16, u128)
+GATHER(gather_rows_16, uint4)
 GATHER(gather_rows_4, u32)
 GATHER(gather_rows_2, u16)
 GATHER(gather_rows_1, u8)
@@ -80,20 +122,22 @@ DEVICE void scatter_add(const T* x, const int* keys, const int* order, O* out, i
     int item = at + lane < n ? order[at + lane] : 0;
     int run = __popc(__ballot_sync(0xffffffffu, mine == key));
     for (int j = 0; j < run; j += most) {
-      Pack<T, N> held[most];
+      Unit<T, N> held[most];
 #pragma unroll
       for (int i = 0; i < most; i++) {
         int from = __shfl_sync(0xffffffffu, item, (j + i) & 31);
         if (active && j + i < run) {
-          held[i] = *reinterpret_cast<const Pack<T, N>*>(x + (i64)from * width + column);
+          held[i].load(x + (i64)from * width + column);
         }
       }
       if (active) {
 #pragma unroll
         for (int i = 0; i < most; i++) {
           if (j + i >= run) break;
+          float values[N];
+          held[i].floats(values);
 #pragma unroll
-          for (int c = 0; c < N; c++) sums[c] += to_f32(held[i].at[c]);
+          for (int c = 0; c < N; c++) sums[c] += values[c];
         }
       }
     }
@@ -131,7 +175,7 @@ DEVICE void combine(const T* y, const int* slots, const void* weights, int kind,
       if (residual && u + j * stride < units) load_floats<T, N>(sums[j], residual + n * width + (u + j * stride) * N);
     }
     for (int first = 0; first < choices; first += C) {
-      Pack<T, N> held[C][U];
+      Unit<T, N> held[C][U];
       float weight[C];
 #pragma unroll
       for (int c = 0; c < C; c++) {
@@ -140,19 +184,18 @@ DEVICE void combine(const T* y, const int* slots, const void* weights, int kind,
         weight[c] = slot < 0 ? 0.0f : weight_at(weights, kind, choice);
 #pragma unroll
         for (int j = 0; j < U; j++) {
-#pragma unroll
-          for (int i = 0; i < N; i++) held[c][j].at[i] = T();
-          if (slot >= 0 && u + j * stride < units) {
-            held[c][j] = *reinterpret_cast<const Pack<T, N>*>(y + slot * width + (u + j * stride) * N);
-          }
+          held[c][j].clear();
+          if (slot >= 0 && u + j * stride < units) held[c][j].load(y + slot * width + (u + j * stride) * N);
         }
       }
 #pragma unroll
       for (int c = 0; c < C; c++) {
 #pragma unroll
         for (int j = 0; j < U; j++) {
+          float values[N];
+          held[c][j].floats(values);
 #pragma unroll
-          for (int i = 0; i < N; i++) sums[j][i] += weight[c] * to_f32(held[c][j].at[i]);
+          for (int i = 0; i < N; i++) sums[j][i] += weight[c] * values[i];
         }
       }
     }
@@ -163,8 +206,9 @@ DEVICE void combine(const T* y, const int* slots, const void* weights, int kind,
   }
 }
 #define COMBINE(NAME, T, N, C, U)                                                                                      \
-  extern "C" __global__ void NAME(const T* y, const int* slots, const void* weights, int kind, const T* residual,     \
-                                  T* out, i64 tokens, int choices, i64 width, int shift) {                             \
+  extern "C" __global__ void __launch_bounds__(256, 4)                                                                 \
+      NAME(const T* y, const int* slots, const void* weights, int kind, const T* residual, T* out, i64 tokens,        \
+           int choices, i64 width, int shift) {                                                                        \
     combine<T, N, C, U>(y, slots, weights, kind, residual, out, tokens, choices, width, shift);                        \
   }
 #define COMBINES(SUFFIX, T, N)                 \
@@ -195,30 +239,30 @@ DEVICE void combine_backward(const T* d_out, const T* y, const int* slots, const
       dot[c] = 0;
     }
     for (i64 u = lane; u < units; u += 32 * U) {
-      Pack<T, N> gradient[U], held[C][U];
+      Unit<T, N> gradient[U], held[C][U];
 #pragma unroll
       for (int j = 0; j < U; j++) {
         bool inside = u + 32 * j < units;
-        if (inside) gradient[j] = *reinterpret_cast<const Pack<T, N>*>(d_out + n * width + (u + 32 * j) * N);
+        if (inside) gradient[j].load(d_out + n * width + (u + 32 * j) * N);
 #pragma unroll
         for (int c = 0; c < C; c++) {
-          if (inside && slot[c] >= 0) {
-            held[c][j] = *reinterpret_cast<const Pack<T, N>*>(y + slot[c] * width + (u + 32 * j) * N);
-          }
+          if (inside && slot[c] >= 0) held[c][j].load(y + slot[c] * width + (u + 32 * j) * N);
         }
       }
 #pragma unroll
       for (int j = 0; j < U; j++) {
         if (u + 32 * j >= units) break;
+        float g[N];
+        gradient[j].floats(g);
 #pragma unroll
         for (int c = 0; c < C; c++) {
           if (slot[c] < 0) continue;
-          float out[N];
+          float out[N], values[N];
+          held[c][j].floats(values);
 #pragma unroll
           for (int i = 0; i < N; i++) {
-            float g = to_f32(gradient[j].at[i]);
-            dot[c] += g * to_f32(held[c][j].at[i]);
-            out[i] = weight[c] * g;
+            dot[c] += g[i] * values[i];
+            out[i] = weight[c] * g[i];
           }
           store_floats<T, N>(d_y + slot[c] * width + (u + 32 * j) * N, out);
         }
@@ -236,8 +280,9 @@ DEVICE void combine_backward(const T* d_out, const T* y, const int* slots, const
   }
 }
 #define COMBINE_BACKWARD(NAME, T, N, C, U)                                                                          \
-  extern "C" __global__ void NAME(const T* d_out, const T* y, const int* slots, const void* weights, int kind,     \
-                                  T* d_y, void* d_weights, i64 tokens, int choices, i64 width) {                    \
+  extern "C" __global__ void __launch_bounds__(256, 3)                                                              \
+      NAME(const T* d_out, const T* y, const int* slots, const void* weights, int kind, T* d_y, void* d_weights,   \
+           i64 tokens, int choices, i64 width) {                                                                    \
     combine_backward<T, N, C, U>(d_out, y, slots, weights, kind, d_y, d_weights, tokens, choices, width);           \
   }
 #define COMBINES_BACKWARD(SUFFIX, T, N)                          \

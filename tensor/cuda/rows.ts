@@ -13,7 +13,7 @@ type Rows = Pick<
   "gatherRows" | "scatterAddRows" | "combineRows" | "combineRowsBackward"
 >;
 
-const GATHER: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i64", "i64", "i32"];
+const GATHER: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i64", "i64", "i32", "i32"];
 const SCATTER: readonly ParameterType[] = ["ptr", "ptr", "ptr", "ptr", "i32", "i32", "i32"];
 // deno-fmt-ignore
 const COMBINE: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "ptr", "ptr", "i64", "i32", "i64", "i32"];
@@ -97,8 +97,10 @@ export function rowsKernels(context: CudaContext): Rows {
       let way = 0;
       while ((bytes | x.address % 16 | out.address % 16) % UNITS[way] !== 0) way++;
       const units = bytes / UNITS[way], shift = threadsShift(units, 4);
+      // More than the cache holds: then the rows of x, which may be read again, shall have it.
+      const streams = out.bytes > context.properties.l2_bytes / 2 ? 1 : 0;
       // deno-fmt-ignore
-      gathers[way].launch(blocks(count, shift), 1, 1, THREADS, 0, x.address, rows.address, out.address, count, units, shift);
+      gathers[way].launch(blocks(count, shift), 1, 1, THREADS, 0, x.address, rows.address, out.address, count, units, shift, streams);
     },
     scatterAddRows(x, rows, out) {
       const count = rows.size;
