@@ -38,17 +38,18 @@ export const hopperModule: ModuleSource = {
   exact: true,
 };
 
-/** As in grouped_hopper.cu: a tile, blocks of a cluster, stages, elements of the reduction in one. */
-const TILE_M = 128, TILE_N = 256, CLUSTER = 1, STAGES = 4, DEPTH = 64;
+/** As in grouped_hopper.cu: a tile, stages, elements of the reduction in one. */
+const TILE_M = 128, TILE_N = 256, STAGES = 4, DEPTH = 64;
 const THREADS = 384;
 /** Stages, two buffers of results per consumer, and room to begin at a multiple of 1024. */
 const SHARED = STAGES * (TILE_M + TILE_N) * DEPTH * 2 + 4 * 8192 + 1024;
 
-/** Rows of modes 0 and 1, and a cluster block's share of a weight of mode 0. */
+/** Rows of modes 0 and 1. */
 const ROWS: Box = { columns: DEPTH, rows: TILE_M };
-const WEIGHT: Box = { columns: DEPTH, rows: TILE_N / CLUSTER };
-/** Everything else: 64 by 64 elements. */
-const SQUARE: Box = { columns: 64, rows: 64 };
+/** A weight of mode 0. */
+const WEIGHT: Box = { columns: DEPTH, rows: TILE_N };
+/** Other bf16 operands and results: 64 by 64 elements; results in f32. */
+const SQUARE: Box = { columns: 64, rows: 64 }, SQUARE_F32: Box = { columns: 32, rows: 64 };
 const NO_MAP = new Uint8Array(MAP_BYTES);
 
 /**
@@ -63,7 +64,6 @@ export function hopperGrouped(context: CudaContext, tables: GroupTables): Hopper
   const kernels = [0, 1, 2].map((mode) => context.kernel(hopperModule, `grouped_${mode}`));
   const wide = context.kernel(hopperModule, "grouped_2_f32");
   const { multiprocessors } = context.properties;
-  const most = Math.max(CLUSTER, multiprocessors - multiprocessors % CLUSTER);
   // Tiles drawn and blocks finished; every launch leaves zeros.
   const counter = context.allocate(8);
   context.clear(counter, 8);
@@ -72,14 +72,17 @@ export function hopperGrouped(context: CudaContext, tables: GroupTables): Hopper
     const inner = mode === 2 ? m : k, f32 = mode === 2 && matrices[0].dtype === "f32";
     if (inner % 8 !== 0 || n % 8 !== 0 || a.address % 16 !== 0) return false;
     if ((b ?? out!).address % 16 !== 0) return false;
-    const table = tables.table(matrices, f32 ? null : mode === 0 ? WEIGHT : SQUARE);
+    const box = f32 ? SQUARE_F32 : mode === 0 ? WEIGHT : SQUARE;
+    const table = tables.table(matrices, box);
     if (!table.aligned) return false;
     const aMap = tables.map(a, mode === 2 ? SQUARE : ROWS);
     const bMap = mode === 2 ? tables.map(b!, SQUARE) : NO_MAP;
     const outMap = mode === 2 ? NO_MAP : tables.map(out!, SQUARE);
-    const units = Math.ceil(m / (TILE_M * CLUSTER)) * (mode === 2 ? matrices.length : 1) +
-      (mode === 2 ? 0 : matrices.length);
-    const blocks = Math.min(most, units * Math.ceil(n / TILE_N) * CLUSTER);
+    const tiles = Math.ceil(n / TILE_N) *
+      (mode === 2
+        ? matrices.length * Math.ceil(m / TILE_M)
+        : matrices.length + Math.ceil(m / TILE_M));
+    const blocks = Math.min(multiprocessors, tiles);
     // deno-fmt-ignore
     (f32 ? wide : kernels[mode]).launch(blocks, 1, 1, THREADS, SHARED, aMap, bMap, outMap, table.maps, counter,
       offsets.address, matrices.length, out?.address ?? 0, table.addresses, m, n, k, beta);

@@ -2,6 +2,7 @@
 // what they say, not by who asks: a table is made once per list of addresses, and the same list later costs a comparison. A
 // step's tensors come back at the addresses of the step before, so in steady state nothing is uploaded.
 
+import { bytesOf } from "../dtype.ts";
 import type { Tensor } from "../tensor.ts";
 import type { CudaContext } from "./context.ts";
 
@@ -76,7 +77,7 @@ export class GroupTables {
   }
 
   /**
-   * The tensor map of a bf16 matrix.
+   * The tensor map of a bf16 or f32 matrix.
    *
    * @param matrix The matrix; at a multiple of 16 bytes, its rows too.
    * @param box What is loaded or stored at once, always the same object for the same box.
@@ -121,10 +122,10 @@ export class GroupTables {
   #encode(matrix: Tensor, box: Box): Uint8Array {
     const [rows, columns] = matrix.shape;
     return this.#context.tensorMap({
-      dtype: "bf16",
+      dtype: matrix.dtype as "bf16" | "f32",
       address: matrix.address,
       sizes: [columns, rows],
-      strides_bytes: [2 * columns],
+      strides_bytes: [bytesOf(matrix.dtype) * columns],
       box: [box.columns, box.rows],
       swizzle: "128B",
     });
