@@ -21,32 +21,53 @@ DEVICE void split2(float low, float high, u32 out[2]) {
   }
 }
 
-// Logits of 64 tokens and T * 8 experts per block: x and gate pass through shared memory in slices of 64 columns, S of them in flight.
-// Of the 8 warps, two share the tokens and four the columns of a slice; their sums are added in order at the end.
+// The gate's weights as the tensor cores take them, for every 16 columns and 8 experts (step, tile): of each lane the first two terms, 16 bytes,
+// then of each lane the third, 8 bytes. `tiles` tiles per step; zeros beyond experts and width. One thread per lane.
+#define GATE_TILE_BYTES 768
+extern "C" __global__ void gate_split(const float* gate, u8* out, int experts, int width, int tiles, int steps) {
+  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= (i64)steps * tiles * 32) return;
+  int lane = i % 32, tile = i / 32 % tiles, step = i / 32 / tiles;
+  int expert = tile * 8 + lane / 4, column = step * 16 + lane % 4 * 2;
+  float value[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    int c = column + j % 2 + j / 2 * 8;
+    value[j] = expert < experts && c < width ? gate[(i64)expert * width + c] : 0.0f;
+  }
+  u32 low[3], high[3];
+  split3(value[0], value[1], low);
+  split3(value[2], value[3], high);
+  u8* at = out + ((i64)step * tiles + tile) * GATE_TILE_BYTES;
+  reinterpret_cast<uint4*>(at)[lane] = make_uint4(low[0], high[0], low[1], high[1]);
+  reinterpret_cast<uint2*>(at + 512)[lane] = make_uint2(low[2], high[2]);
+}
+
+// Logits of 64 tokens and T * 8 experts per block: tokens and split weights pass through shared memory in slices of 64 columns, S of them in
+// flight. Of the 8 warps, two share the tokens and four the columns of a slice; their sums are added in order at the end.
 template <int T, int S>
-DEVICE void gate_tokens(const bf16* x, const float* gate, float* logits, int tokens, int experts, int width) {
-  constexpr int X_ROW = 72, G_ROW = 72, E = T * 8;
-  constexpr int X_BYTES = 64 * X_ROW * 2, STAGE = X_BYTES + E * G_ROW * 4;
+DEVICE void gate_tokens(const bf16* x, const u8* split, float* logits, int tokens, int experts, int width, int tiles) {
+  constexpr int X_ROW = 72, E = T * 8;
+  constexpr int X_BYTES = 64 * X_ROW * 2, STAGE = X_BYTES + 4 * T * GATE_TILE_BYTES;
   extern __shared__ __align__(16) u8 gate_shared[];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % 4, half = warp / 4;
   int first = blockIdx.x * 64, first_expert = blockIdx.y * E;
   int slices = (width + 63) / 64;
   auto fetch = [&](int slice) {
     u8* stage = gate_shared + (slice % S) * STAGE;
-    int column = slice * 64;
+    if (slice < slices) {
+      int column = slice * 64;
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      int i = threadIdx.x + j * 256, row = i / 8, c = i % 8 * 8;
-      bool valid = slice < slices && first + row < tokens && column + c < width;
-      copy_async_16(stage + (row * X_ROW + c) * 2, valid ? x + (i64)(first + row) * width + column + c : x, valid);
-    }
-#pragma unroll
-    for (int j = 0; j < (E * 16 + 255) / 256; j++) {
-      int i = threadIdx.x + j * 256, row = i / 16, c = i % 16 * 4;
-      if (row >= E) break;
-      bool valid = slice < slices && first_expert + row < experts && column + c < width;
-      copy_async_16(stage + X_BYTES + (row * G_ROW + c) * 4,
-                    valid ? gate + (i64)(first_expert + row) * width + column + c : gate, valid);
+      for (int j = 0; j < 2; j++) {
+        int i = threadIdx.x + j * 256, row = i / 8, c = i % 8 * 8;
+        bool valid = first + row < tokens && column + c < width;
+        copy_async_16(stage + (row * X_ROW + c) * 2, valid ? x + (i64)(first + row) * width + column + c : x, valid);
+      }
+      constexpr int UNITS = T * GATE_TILE_BYTES / 16;  // of 16 columns
+      const u8* from = split + ((i64)slice * 4 * tiles + blockIdx.y * T) * GATE_TILE_BYTES;
+      for (int i = threadIdx.x; i < 4 * UNITS; i += 256) {
+        copy_async_16(stage + X_BYTES + i * 16, from + (i64)(i / UNITS) * tiles * GATE_TILE_BYTES + i % UNITS * 16, true);
+      }
     }
     copy_async_commit();
   };
@@ -60,7 +81,7 @@ DEVICE void gate_tokens(const bf16* x, const float* gate, float* logits, int tok
     fetch(slice + S - 1);
     const u8* stage = gate_shared + (slice % S) * STAGE;
     const bf16* xs = reinterpret_cast<const bf16*>(stage);
-    const float* gs = reinterpret_cast<const float*>(stage + X_BYTES);
+    const u8* weights = stage + X_BYTES + part * T * GATE_TILE_BYTES;
     u32 a[2][4];
 #pragma unroll
     for (int m = 0; m < 2; m++) {
@@ -69,24 +90,18 @@ DEVICE void gate_tokens(const bf16* x, const float* gate, float* logits, int tok
     }
 #pragma unroll
     for (int t = 0; t < T; t++) {
-      const float* g = gs + (t * 8 + lane / 4) * G_ROW + part * 16 + lane % 4 * 2;
-      Pack<float, 2> near = *reinterpret_cast<const Pack<float, 2>*>(g);
-      Pack<float, 2> far = *reinterpret_cast<const Pack<float, 2>*>(g + 8);
-      u32 low[3], high[3];
-      split3(near.at[0], near.at[1], low);
-      split3(far.at[0], far.at[1], high);
+      uint4 most = reinterpret_cast<const uint4*>(weights + t * GATE_TILE_BYTES)[lane];
+      uint2 least = reinterpret_cast<const uint2*>(weights + t * GATE_TILE_BYTES + 512)[lane];
+      u32 b[3][2] = {{least.x, least.y}, {most.z, most.w}, {most.x, most.y}};
+      // Tensor cores cut sums off: they only see one slice, and f32 additions round to nearest.
+      float c[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
 #pragma unroll
-      for (int m = 0; m < 2; m++) {
-        // Tensor cores cut sums off: they only see one slice, and f32 additions round to nearest.
-        float c[4] = {0, 0, 0, 0};
+      for (int term = 0; term < 3; term++) {
 #pragma unroll
-        for (int term = 2; term >= 0; term--) {
-          u32 b[2] = {low[term], high[term]};
-          mma_bf16(c, a[m], b);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) sums[m][t][i] += c[i];
+        for (int m = 0; m < 2; m++) mma_bf16(c[m], a[m], b[term]);
       }
+#pragma unroll
+      for (int i = 0; i < 8; i++) sums[i / 4][t][i % 4] += c[i / 4][i % 4];
     }
   }
   copy_async_wait<0>();
@@ -115,13 +130,13 @@ DEVICE void gate_tokens(const bf16* x, const float* gate, float* logits, int tok
 }
 #define GATE(T, S)                                                                                                    \
   extern "C" __global__ void __launch_bounds__(256)                                                                   \
-      gate_##T(const bf16* x, const float* gate, float* logits, int tokens, int experts, int width) {                 \
-    gate_tokens<T, S>(x, gate, logits, tokens, experts, width);                                                       \
+      gate_##T(const bf16* x, const u8* split, float* logits, int tokens, int experts, int width, int tiles) {        \
+    gate_tokens<T, S>(x, split, logits, tokens, experts, width, tiles);                                               \
   }
-GATE(1, 4)
-GATE(2, 4)
-GATE(4, 3)
-GATE(8, 3)
+GATE(1, 5)
+GATE(2, 5)
+GATE(4, 4)
+GATE(8, 4)
 
 // Logits of 4 tokens and 4 experts per warp. Blocks (32 tokens, 4 experts).
 template <typename X>

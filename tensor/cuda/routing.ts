@@ -8,7 +8,7 @@ import gateSource from "./gate.cu" with { type: "text" };
 import routingSource from "./routing.cu" with { type: "text" };
 import { Sorter } from "./sort.ts";
 
-const GATE: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32"];
+const GATE: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32", "i32"];
 const GATE_PLAIN: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i64", "i32", "i32"];
 // deno-fmt-ignore
 const GATE_DX: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32", "i32", "i32", "i32"];
@@ -16,7 +16,10 @@ const GATE_DX_PLAIN: readonly ParameterType[] = [...GATE_PLAIN, "i32"];
 const GATE_DW: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32", "i32"];
 
 /** Tiles of 8 experts in a block of the gate and the slices it has in flight; steps of 16 experts in those of its gradients. */
-const GATE_TILES = [[1, 4], [2, 4], [4, 3], [8, 3]], GRADIENT_TILES = [1, 2, 4];
+const GATE_TILES = [[1, 5], [2, 5], [4, 4], [8, 4]], GRADIENT_TILES = [1, 2, 4];
+
+/** Bytes of the split weights of 16 columns and 8 experts, as GATE_TILE_BYTES in gate.cu. */
+const TILE_BYTES = 768;
 
 /** The kernels of gate.cu. */
 export const gateModule: ModuleSource = {
@@ -33,6 +36,7 @@ export const gateModule: ModuleSource = {
       [`gate_dx_plain_${dtype}`, GATE_DX_PLAIN] as const,
       [`gate_dw_plain_${dtype}`, GATE_DW] as const,
     ]),
+    ["gate_split", ["ptr", "ptr", "i32", "i32", "i32", "i32"] as const],
     ["gate_dw_sum", ["ptr", "ptr", "i64", "i32"] as const],
   ]),
 };
@@ -82,7 +86,7 @@ export function routingKernels(context: CudaContext): RoutingKernels {
     dw: ofGate(`gate_dw_plain_${dtype}`),
   });
   const f32 = plain("f32"), bf16 = plain("bf16");
-  const gateDwSum = ofGate("gate_dw_sum");
+  const gateSplit = ofGate("gate_split"), gateDwSum = ofGate("gate_dw_sum");
   const routes = PER_LANE.map((n) => ofRouting(`route_${n}`));
   const backwards = PER_LANE.map((n) => ofRouting(`route_backward_${n}`));
   const routeRecord = ofRouting("route_record"), majorOrders = ofRouting("major_orders");
@@ -139,10 +143,16 @@ export function routingKernels(context: CudaContext): RoutingKernels {
       if (fits(x, gate)) {
         const found = GATE_TILES.findIndex(([tiles]) => tiles * 8 >= E);
         const way = found < 0 ? GATE_TILES.length - 1 : found;
-        const [tiles, stages] = GATE_TILES[way], experts = tiles * 8;
-        const shared = Math.max(stages * (64 * 72 * 2 + experts * 72 * 4), 4 * 64 * experts * 4);
+        const [tiles, stages] = GATE_TILES[way], parts = Math.ceil(E / (8 * tiles));
+        const steps = Math.ceil(D / 64) * 4, all = parts * tiles;
+        const split = context.allocate(steps * all * TILE_BYTES);
         // deno-fmt-ignore
-        gates[way].launch(Math.ceil(N / 64), Math.ceil(E / experts), 1, 256, shared, x.address, gate.address, logits.address, N, E, D);
+        gateSplit.launch(Math.ceil(steps * all / 8), 1, 1, 256, 0, gate.address, split, E, D, all, steps);
+        const stage = 64 * 72 * 2 + 4 * tiles * TILE_BYTES;
+        const shared = Math.max(stages * stage, 4 * 64 * tiles * 8 * 4);
+        // deno-fmt-ignore
+        gates[way].launch(Math.ceil(N / 64), parts, 1, 256, shared, x.address, split, logits.address, N, E, D, all);
+        context.free(split);
         return;
       }
       // deno-fmt-ignore
