@@ -160,6 +160,30 @@ Deno.test("train.ts: a killed rank is restarted from its checkpoint and gives th
   });
 });
 
+Deno.test("train.ts: a tokenizer of its own, a sharded optimizer, blocks computed again, no checkpoint", async () => {
+  await withFolder(async (folder) => {
+    const learn = fileURLToPath(new URL("../examples/data/tokenizer.ts", import.meta.url));
+    const learned = await ended(start([learn, join(folder, "text.txt"), "--vocab", "400"]));
+    assert.equal(learned.code, 0, learned.output);
+    assert.match(learned.output, /400 ids, \d\.\d\d bytes per token/);
+    const more = [
+      "--tokenizer",
+      folder,
+      "--shard-optimizer",
+      "--recompute",
+      "block",
+      "--keep",
+      "0",
+    ];
+    const args = [...flags(folder, "b"), ...more, "--vocab", "512", "--steps", "12"];
+    const { code, output } = await ended(start([LAUNCH, "-n", "2", TRAIN, ...args]));
+    assert.equal(code, 0, output);
+    const rows = metrics(folder, "b");
+    assert.ok(Math.abs(rows[0].loss - Math.log(512)) < 0.5 && rows[11].loss < rows[0].loss);
+    assert.throws(() => Deno.statSync(join(folder, "b", "checkpoint")), Deno.errors.NotFound);
+  });
+});
+
 Deno.test("train.ts: bad input ends with an error that names it", async () => {
   await withFolder(async (folder) => {
     await Deno.writeTextFile(join(folder, "empty.txt"), "");
@@ -172,6 +196,10 @@ Deno.test("train.ts: bad input ends with an error that names it", async () => {
       [["--steps", "0"], /--steps must be at least 1/],
       [["--lr", "fast"], /--lr must be a number >= 0: current value is fast/],
       [["--router", "best"], /--router must be softmax/],
+      [["--device", "tpu"], /--device must be auto, cpu, cuda: current value is tpu/],
+      [["--dtype", "f8"], /--dtype must be f32, bf16: current value is f8/],
+      [["--recompute", "all"], /--recompute must be none, activation, block: current value is all/],
+      [["--preset", "huge"], /--preset must be large: current value is huge/],
       [["--heads", "5"], /"heads" must be a divisor of the width 32: current value is 5/],
       [["--top-k", "5"], /experts per token must be .*current value is 5/],
       [file("none.txt"), /the file must exist/],
