@@ -16,7 +16,7 @@ import type { CollectiveScheduler, Schedule } from "./hooks.ts";
 import { CheckpointError } from "./manifest.ts";
 import { mixtralConfig } from "./mixtral_config.ts";
 import { dropShown, type MoeShown, readTogether, type Shown } from "./shown.ts";
-import { summaryOf, type Transformer } from "./transformer.ts";
+import { type Batch, summaryOf, type Transformer } from "./transformer.ts";
 import { AdamW, type AdamWSettings, learningRate, type LearningRateOptions } from "./optimizer.ts";
 import type { Parameter } from "./parameter.ts";
 import { OptimizerShards } from "./shards.ts";
@@ -93,6 +93,8 @@ export class Trainer implements AsyncDisposable {
   readonly #sums: Tensor;
   /** Factor of the gradients in the update. */
   readonly #gradScale: Tensor;
+  /** The next pass's rows, made while a GPU works on this step. */
+  #ahead: { readonly pass: number; readonly batch: Batch } | null = null;
   /** Time of all-to-alls that has been shown. */
   #allToAll_us = 0;
   /** Whether a step has begun and not succeeded. */
@@ -211,7 +213,8 @@ export class Trainer implements AsyncDisposable {
       const pass = (number - 1) * accumulate + i, firstPass = i === 0;
       const reduces = i === accumulate - 1 ? this.#reducer.begin(pass, { firstPass }) : null;
       const step = reduces ?? plainStep(device, { training: true, number: pass, firstPass });
-      passes.push(await model.pass(data.training(pass), step, { lossSum: sum(LOSS), ...scales }));
+      const batch = this.#ahead?.pass === pass ? this.#ahead.batch : data.training(pass);
+      passes.push(await model.pass(batch, step, { lossSum: sum(LOSS), ...scales }));
       await reduces?.finish();
     }
     await model.reduceReplicas();
@@ -229,6 +232,8 @@ export class Trainer implements AsyncDisposable {
     this.optimizer.update(lr, this.#gradScale);
     await this.#shards?.gatherWeights();
     const enqueued = now();
+    const next = number * accumulate; // while a GPU works
+    this.#ahead = { pass: next, batch: data.training(next) };
     const { sums, read } = await this.#read(passes.flat());
     const loss = sums[LOSS] / tokens, norm = Math.sqrt(sums[SQUARES]);
     if (!Number.isFinite(loss) || !Number.isFinite(norm)) {

@@ -14,7 +14,7 @@ export interface TrainingData {
   /** Order of the sequences. */
   readonly seed: number;
   /**
-   * This rank's part of a pass.
+   * This rank's part of a pass; it may be asked for before its time, also that of a step that will not be made.
    * @param pass Number of the forward and backward pass, from 0; a step has as many passes as it accumulates.
    */
   training(pass: number): Batch;
