@@ -15,7 +15,7 @@ import { cpuDevice } from "../tensor/cpu/device.ts";
 import type { Device } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, fromArray, type Tensor, zeros } from "../tensor/tensor.ts";
-import { testDevice } from "./emulator/device.ts";
+import { emulated, testDevice } from "./emulator/device.ts";
 
 const cuda = await testDevice();
 const cpu = cpuDevice();
@@ -291,3 +291,23 @@ for (const dtype of ["f32", "bf16"] as const) {
     },
   });
 }
+
+Deno.test({
+  name: "cuda model: memory stays as it is, over a thousand steps on a GPU",
+  ignore,
+  async fn() {
+    await train(cuda!, { dtype: "bf16" }, async (trainer) => {
+      const steps = emulated ? 8 : 1000;
+      for (let i = 0; i < steps / 4; i++) await trainer.step();
+      const before = cuda!.memory(), heap = Deno.memoryUsage().heapUsed;
+      cuda!.resetPeak();
+      for (let i = 0; i < steps; i++) await trainer.step();
+      const after = cuda!.memory();
+      assert.equal(after.used_bytes, before.used_bytes);
+      assert.equal(after.reserved_bytes, before.reserved_bytes);
+      assert(after.peak_bytes <= before.peak_bytes);
+      const grown = Deno.memoryUsage().heapUsed - heap;
+      assert(grown < 64 * 2 ** 20, `${grown} bytes more on the host`);
+    });
+  },
+});
