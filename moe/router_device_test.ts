@@ -7,7 +7,7 @@ import type { Device, RouteOptions } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
 import * as routing from "../tensor/ops/routing.ts";
 import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
-import { emulated, testDevice } from "../tests/emulator/device.ts";
+import { smallSizes, testDevice } from "../tests/emulator/device.ts";
 import { placeOutline } from "./dispatch.ts";
 import { normal, random } from "./init.ts";
 import { makePlan, outlinePlan } from "./plan.ts";
@@ -25,7 +25,7 @@ import { sumNormalisedScores } from "./router_losses.ts";
 
 const device = await testDevice() as Device | null;
 const options = { ignore: !device };
-const runs = emulated ? 25 : 60;
+const runs = smallSizes ? 25 : 60;
 
 /** Elements as f64; a `Uint16Array` holds bf16. */
 async function read(x: Tensor): Promise<Float64Array> {
@@ -77,7 +77,7 @@ const SHAPES: readonly (readonly [N: number, D: number, E: number])[] = [
   [33, 64, 100],
   [17, 33, 6],
   [0, 16, 4],
-  ...emulated ? [] : [[1031, 1024, 16], [515, 2048, 64], [259, 4096, 8], [130, 7168, 256], [
+  ...smallSizes ? [] : [[1031, 1024, 16], [515, 2048, 64], [259, 4096, 8], [130, 7168, 256], [
     500,
     999,
     40,
@@ -302,7 +302,7 @@ Deno.test(
 const anyChoices = fc.record({
   experts: fc.oneof(fc.integer({ min: 1, max: 9 }), fc.integer({ min: 10, max: 700 })),
   choices: fc.integer({ min: 1, max: 5 }),
-  tokens: fc.oneof(fc.nat(40), fc.nat(emulated ? 900 : 60_000)),
+  tokens: fc.oneof(fc.nat(40), fc.nat(smallSizes ? 900 : 60_000)),
   seed: fc.nat(),
   holes: fc.boolean(),
   skew: fc.boolean(),

@@ -1,7 +1,7 @@
 // The matrix product against the CPU's, at odd sizes, with every transpose, dtype, factor and offset.
 
 import assert from "node:assert/strict";
-import { emulated, testDevice } from "../../tests/emulator/device.ts";
+import { smallSizes, testDevice } from "../../tests/emulator/device.ts";
 import { cpuDevice } from "../cpu/device.ts";
 import type { Device } from "../device.ts";
 import { bytesOf, type DType } from "../dtype.ts";
@@ -123,7 +123,7 @@ Deno.test({
   name: "gemm takes no memory after the first call",
   ignore,
   async fn() {
-    const cuda = device!, n = emulated ? 64 : 4096;
+    const cuda = device!, n = smallSizes ? 64 : 4096;
     using a = fromArray(cuda, numbers(n * n, 1), [n, n]), out = empty(cuda, [n, n]);
     cuda.kernels.gemm(a, a, out);
     const before = cuda.memory(), waits = cuda.hostWaits;

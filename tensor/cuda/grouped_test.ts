@@ -1,7 +1,7 @@
 // Grouped products on the GPU (or its emulator) against the CPU: every way that serves a call, all three products, uneven and empty groups,
 // rows outside the groups, odd sizes, addresses that are not aligned, gradients in bf16 and f32.
 
-import { emulated, testDevice } from "../../tests/emulator/device.ts";
+import { smallSizes, testDevice } from "../../tests/emulator/device.ts";
 import { cpuDevice } from "../cpu/device.ts";
 import type { Tensor } from "../tensor.ts";
 import { Case, type Dtype, type Pair } from "./_compare.ts";
@@ -20,7 +20,7 @@ const SIZES: readonly (readonly [readonly number[], number, number, number, numb
   [[0, 0, 0], 5, 16, 8, 0],
   [[0, 0], 0, 16, 8, 0],
   // deno-fmt-ignore
-  ...emulated ? [] : [
+  ...smallSizes ? [] : [
     [[0, 128, 384], 384, 256, 512, 0],
     [[0, 300, 301, 302, 1000, 1001, 1001, 1064, 1192, 1500], 1501, 264, 520, 0],
     [[7, 231, 500], 600, 301, 215, 0],

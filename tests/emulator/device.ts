@@ -22,6 +22,9 @@
 // LINA_EMULATOR_MULTIPROCESSORS=2, LINA_EMULATOR_MEMORY_MIB=8192 describe the device; LINA_EMULATOR_KEEP=1 keeps the sources of kernels in
 // the folder that LINA_EMULATOR_CACHE names.
 //
+// On a GPU, for sanitize.ts: LINA_TEST_SMALL=1 makes tests choose the emulator's sizes; LINA_TEST_FENCE=1 makes every allocation one of
+// CUDA's own, so that compute-sanitizer knows its bounds.
+//
 // In kernels: `extern __shared__ __align__(1024) u8 name[];` (any type and alignment up to 64 KiB) works on both sides. Inline assembly does
 // not: give it a name in common.cuh, as mma_bf16 has, with its emulation in kernel.h.
 
@@ -29,8 +32,10 @@ import type { ModuleSource } from "../../tensor/cuda/context.ts";
 import type { CudaDevice } from "../../tensor/cuda/device.ts";
 import { buildEmulator } from "./build.ts";
 
-/** Whether {@linkcode testDevice} gave the emulator: then tests keep their sizes small. */
+/** Whether {@linkcode testDevice} gave the emulator. */
 export let emulated = false;
+/** Whether tests keep their sizes small, as on the emulator, or by wish. */
+export let smallSizes = Deno.env.get("LINA_TEST_SMALL") === "1";
 
 let fenced = false;
 let loaded: Promise<boolean> | undefined;
@@ -66,7 +71,10 @@ export async function loadCuda(): Promise<boolean> {
   if (wish !== "1" && await hasDriver()) {
     const { findCuda } = await import("../../tensor/cuda/device.ts");
     const found = findCuda();
-    if (found.ok) return true;
+    if (found.ok) {
+      if (Deno.env.get("LINA_TEST_FENCE") === "1") await fence("GPU");
+      return true;
+    }
     if (wish !== "0") {
       throw new Error(`Cannot test on the GPU (LINA_EMULATOR=1 emulates one): ${found.reason}`);
     }
@@ -79,13 +87,15 @@ export async function loadCuda(): Promise<boolean> {
     return false;
   }
   await loadEmulator(library);
-  emulated = true;
-  if (Deno.env.get("LINA_EMULATOR_FENCE") !== "0") {
-    const { fenceAllocations } = await import("./fence.ts");
-    fenceAllocations();
-    fenced = true;
-  }
+  emulated = smallSizes = true;
+  if (Deno.env.get("LINA_EMULATOR_FENCE") !== "0") await fence("emulator");
   return true;
+}
+
+async function fence(where: "emulator" | "GPU"): Promise<void> {
+  const { fenceAllocations } = await import("./fence.ts");
+  fenceAllocations(where);
+  fenced = true;
 }
 
 /** Whether an NVIDIA driver is at work; nothing is loaded, as that could not be undone. */
