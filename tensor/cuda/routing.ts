@@ -67,6 +67,8 @@ export const routingModule: ModuleSource = {
 const ROUTE_BLOCKS = 256;
 /** Blocks that the gate's gradient is split into. */
 const GRADIENT_BLOCKS = 264;
+/** Blocks of gate_dx that a multiprocessor holds, by their registers. */
+const GRADIENT_OCCUPANCY = [5, 3, 2];
 
 /**
  * The routing kernels.
@@ -163,9 +165,11 @@ export function routingKernels(context: CudaContext): RoutingKernels {
       if (x.size === 0) return;
       const wide = fits(x, gate), adds = options?.beta === 0 ? 0 : 1;
       if (wide && dX.address % 16 === 0) {
-        const perBlock = Math.max(32, Math.ceil(N * Math.ceil(D / 128) / 1024 / 32) * 32);
         for (let first = 0; first < E; first += 64) {
           const way = E - first <= 16 ? 0 : E - first <= 32 ? 1 : 2;
+          // One wave of blocks: each loads its weights once, and then tokens go by.
+          const blocks = context.properties.multiprocessors * GRADIENT_OCCUPANCY[way];
+          const perBlock = Math.max(32, Math.ceil(N * Math.ceil(D / 128) / blocks / 32) * 32);
           // deno-fmt-ignore
           gateDx[way].launch(Math.ceil(D / 128), Math.ceil(N / perBlock), 1, 128, 0,
             dLogits.address, gate.address, dX.address, N, E, first, D, perBlock, first > 0 ? 1 : adds);
