@@ -193,6 +193,11 @@ export class CudaDevice implements Device {
     return this.#pool.hostWaits;
   }
 
+  /** CUDA events of this device, in use or kept for the next use. */
+  get events(): number {
+    return this.#pool.created;
+  }
+
   /**
    * Makes another stream.
    *

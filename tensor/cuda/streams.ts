@@ -35,6 +35,8 @@ export class EventPool {
   #anchor_us = 0;
   /** Times that the host waited for the device, in all. */
   hostWaits = 0;
+  /** CUDA events made, in all; none is destroyed. */
+  created = 0;
 
   /** The device is current. */
   constructor() {
@@ -55,6 +57,7 @@ export class EventPool {
       this.#calls.cudaEventCreateWithFlags(addressOf(this.#cell.buffer), flags),
       "cudaEventCreateWithFlags",
     );
+    this.created++;
     return this.#cell[0] as CudaEventHandle;
   }
 

@@ -1,0 +1,131 @@
+// Training for long on a GPU (on its emulator for some steps) takes no more memory and no more time than it did at first: device memory,
+// JavaScript's heap, CUDA events, host waits.
+
+import assert from "node:assert/strict";
+import type { ModelOptions } from "../moe/config.ts";
+import { gpuRanksEnv, hasGpu, Mps } from "./_gpu_env.ts";
+import { runRanks } from "./_ranks.ts";
+import type { SoakArgs, SoakResult } from "./gpu_soak_ranks.ts";
+
+const PROGRAM = new URL("./gpu_soak_ranks.ts", import.meta.url);
+const env = await gpuRanksEnv();
+const onGpu = await hasGpu();
+const MIB = 2 ** 20;
+
+/** Bytes that JavaScript may allocate in a step. */
+const GARBAGE = MIB;
+/** Bytes by which its heap may be larger at the end: code that V8 has optimised meanwhile. */
+const HEAP_GROWTH = MIB / 2;
+/** Bytes by which the process may be larger at the end. */
+const PROCESS_GROWTH = 64 * MIB;
+
+const SMALL: ModelOptions = {
+  vocab: 64,
+  width: 32,
+  layers: 2,
+  heads: 2,
+  headDim: 16,
+  hidden: 32,
+  experts: 4,
+  initStd: 0.1,
+  dtype: "bf16",
+  router: { kind: "softmax", topK: 2, auxLoss: 0.01, zLoss: 0.001 },
+};
+/** As many kernels as a real model; sizes of no weight. */
+const DEEP: ModelOptions = {
+  ...SMALL,
+  width: 128,
+  layers: 12,
+  headDim: 64,
+  hidden: 128,
+  experts: 8,
+};
+
+const COMMON: SoakArgs = onGpu
+  ? { model: DEEP, sequence: 64, batch: 8, warm: 50, steps: 1000 }
+  : { model: SMALL, sequence: 16, batch: 4, warm: 10, steps: 30 };
+
+interface Soak {
+  readonly name: string;
+  readonly ranks?: number;
+  readonly args: Partial<SoakArgs>;
+}
+
+const SOAKS: readonly Soak[] = [
+  {
+    name: "a checkpoint saved on the way",
+    args: { saveAt: [COMMON.warm / 2, COMMON.steps / 2] },
+  },
+  {
+    name: "blocks computed again, two passes a step",
+    args: { recompute: "block", accumulate: 2, model: { ...COMMON.model, layers: onGpu ? 4 : 2 } },
+  },
+  {
+    name: "two ranks, optimizer sharded",
+    ranks: 2,
+    args: {
+      shardOptimizer: true,
+      recompute: "activation",
+      model: { ...COMMON.model, layers: 2 },
+      steps: onGpu ? 400 : 30,
+    },
+  },
+];
+
+for (const { name, ranks = 1, args } of SOAKS) {
+  Deno.test({
+    name: `soak: memory stays as it is (${name})`,
+    ignore: !env,
+    async fn() {
+      await using mps = await Mps.start();
+      const directory = await Deno.makeTempDir({ prefix: "lina-soak-" });
+      try {
+        const results = await runRanks<SoakResult>(PROGRAM, ranks, {
+          args: { ...COMMON, ...args, directory },
+          // A young generation of so many MiB is not collected between two of the program's own collections.
+          env: {
+            ...env,
+            ...mps.env,
+            DENO_V8_FLAGS: "--expose-gc,--min-semi-space-size=64,--max-semi-space-size=64",
+          },
+          timeout_ms: 180_000,
+        });
+        // One wait to read what the step has shown; among ranks, one a layer for the counts of its rows.
+        const { layers } = { ...COMMON, ...args }.model;
+        const waits = ranks === 1 ? 1 : 1 + layers!;
+        for (const { result } of results) check(result!, waits);
+      } finally {
+        await Deno.remove(directory, { recursive: true });
+      }
+    },
+  });
+}
+
+function check(
+  { held, waits, garbage_bytes, buffers_bytes, peak_bytes, loss, step_ms }: SoakResult,
+) {
+  const [warm, end] = held;
+  const kib = (bytes: number) => `${(bytes / 1024).toFixed(1)} KiB`;
+  console.log(
+    `${end.step} steps of ${step_ms.toFixed(2)} ms, loss ${loss.map((x) => x.toFixed(3))}; ` +
+      `device ${kib(end.used_bytes)} of ${kib(end.reserved_bytes)}, ${end.events} events; ` +
+      `heap ${kib(end.heap_bytes)} (${kib(end.heap_bytes - warm.heap_bytes)} more), ` +
+      `buffers ${kib(end.external_bytes - warm.external_bytes)} more, ` +
+      `process ${kib(end.rss_bytes - warm.rss_bytes)} more; ` +
+      `a step allocates ${kib(garbage_bytes)} and ${kib(buffers_bytes)} of buffers`,
+  );
+  assert(loss[1] < loss[0], `loss ${loss[0]} has become ${loss[1]}`);
+  assert.deepEqual(waits, [wanted, wanted], "host waits of a step, fewest and most");
+  for (const key of ["used_bytes", "reserved_bytes", "events"] as const) {
+    assert.equal(end[key], warm[key], `${key} after step ${end.step} as after step ${warm.step}`);
+  }
+  assert.equal(peak_bytes[1], peak_bytes[0], "peak of the device memory");
+  const grown = end.heap_bytes - warm.heap_bytes;
+  assert(grown <= HEAP_GROWTH, `the heap has grown by ${grown} bytes`);
+  const buffers = end.external_bytes - warm.external_bytes;
+  assert(buffers <= HEAP_GROWTH, `array buffers have grown by ${buffers} bytes`);
+  const process = end.rss_bytes - warm.rss_bytes;
+  assert(process <= PROCESS_GROWTH, `the process has grown by ${process} bytes`);
+  const garbage = garbage_bytes + buffers_bytes;
+  assert(garbage <= GARBAGE, `a step allocates ${garbage} bytes`);
+}
