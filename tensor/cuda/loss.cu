@@ -53,7 +53,9 @@ constexpr int BATCH = 4;
 template <typename T>
 DEVICE Tally tally_row(const Row<T>& row, Pack<T, Row<T>::N>* stage, int staged) {
   constexpr int N = Row<T>::N;
-  Tally tally = {row.edge >= 0 ? to_f32(row.at[row.edge]) : -INFINITE, row.edge >= 0 ? 1.0f : 0.0f};
+  Tally tally = {row.edge >= 0 ? to_f32(row.at[row.edge]) : -INFINITE, 0.0f};
+  // Nothing is summed while `most` is −∞, which an element may be, too; a NaN is, and makes the sum one.
+  if (tally.most != -INFINITE) tally.sum = 1.0f;
   for (int i = threadIdx.x; i < row.packs; i += BATCH * blockDim.x) {
     Pack<T, N> packs[BATCH];
     float most = tally.most;
@@ -180,6 +182,7 @@ DEVICE void put_gradient(Pack<T, N>* to, const Pack<T, N>& x, float shift, float
 
 // Rows of any width: a pass that tallies, and one that writes. The first `staged` packs are kept in shared memory between the two; those
 // behind are read again, from the end of the row, which the L2 cache has seen last.
+// A target that is no column cannot stop the host here: it makes loss and gradient of its row NaN.
 template <typename T>
 DEVICE void cross_entropy(T* logits, const int* targets, float* losses, int width, float scale, int staged) {
   constexpr int N = Row<T>::N;
@@ -190,9 +193,12 @@ DEVICE void cross_entropy(T* logits, const int* targets, float* losses, int widt
   int target = targets[n];
   Row<T> row(logits, n, width);
   if (target < 0) return ignore_row(row, losses + n);
-  float edge = row.edge >= 0 ? to_f32(row.at[row.edge]) : 0.0f, chosen = threadIdx.x == 0 ? to_f32(row.at[target]) : 0.0f;
   if (staged > row.packs) staged = row.packs;
-  Tally tally = join_tallies(tally_row(row, stage, staged), scratch);
+  Tally tally = tally_row(row, stage, staged);
+  float chosen = INFINITE - INFINITE;
+  if (target >= width) scale = chosen;
+  else if (threadIdx.x == 0) chosen = to_f32(row.at[target]);  // before any thread has come to the second pass
+  tally = join_tallies(tally, scratch);
   float shift = shift_of(tally.most), factor = scale / tally.sum;
   if (threadIdx.x == 0) losses[n] = loss_of(tally, shift, chosen);
   target -= row.head;
@@ -213,7 +219,7 @@ DEVICE void cross_entropy(T* logits, const int* targets, float* losses, int widt
     put_gradient(row.pack(i), stage[i], shift, factor, target - i * N, scale);
   }
   if (row.edge >= 0) {
-    float p = exp2_fast(fmaf(edge, LOG2E, -shift)) * factor;
+    float p = exp2_fast(fmaf(to_f32(row.at[row.edge]), LOG2E, -shift)) * factor;
     row.at[row.edge] = from_f32<T>(row.edge - row.head == target ? p - scale : p);
   }
 }

@@ -141,6 +141,53 @@ Deno.test({
 });
 
 Deno.test({
+  name: "masked elements before and behind the packs of a row add nothing; a NaN makes the row NaN",
+  ignore,
+  fn: async () => {
+    for (const dtype of ["f32", "bf16"] as const) {
+      for (const width of [2, 3, 9, 43]) {
+        for (let masked = 0; masked < width; masked++) {
+          const values = numbers(width, () => 0).map((_, i) => i === masked ? -Infinity : -i / 16);
+          using x = new Guarded(device!, dtype, [1, width], values, 1);
+          kernels!.softmax(x.tensor, x.tensor);
+          using want = exact(dtype, [1, width], values);
+          referenceKernels.softmax(want, want);
+          const what = `softmax ${dtype} [1, ${width}] masked at ${masked}`;
+          assertNear(await x.read(what), exactNumbers(want), { dtype, what });
+          const logits = (i: number) => values[i];
+          const targets = () => (masked + 1) % width;
+          await compareLoss({ rows: 1, width, dtype, offset: 1, targets, logits });
+          values[masked] = NaN;
+          using y = new Guarded(device!, dtype, [1, width], values, 1);
+          kernels!.softmax(y.tensor, y.tensor);
+          assert((await y.read(what)).every(Number.isNaN), what);
+        }
+      }
+    }
+  },
+});
+
+Deno.test({
+  name: "cross-entropy: a target that is no column makes its row NaN, and only that",
+  ignore,
+  fn: async () => {
+    for (const width of [3, 300]) {
+      for (const target of [width, 2 ** 31 - 1]) {
+        using x = new Guarded(device!, "f32", [2, width], numbers(2 * width, () => 1), 1);
+        using t = new Guarded(device!, "i32", [2], [target, 1], 0);
+        using losses = new Guarded(device!, "f32", [2], [0, 0], 1);
+        kernels!.crossEntropy(x.tensor, t.tensor, losses.tensor, 1);
+        const what = `target ${target} of ${width}`;
+        const got = await losses.read(what), gradient = await x.read(what);
+        assert(Number.isNaN(got[0]) && Math.abs(got[1] - Math.log(width)) < 1e-5, what);
+        assert(gradient.slice(0, width).every(Number.isNaN), what);
+        assert(gradient.slice(width).every(Number.isFinite), what);
+      }
+    }
+  },
+});
+
+Deno.test({
   name: "other dtypes are refused",
   ignore,
   fn: () => {
