@@ -101,9 +101,8 @@ for (const { name, ranks = 1, args } of SOAKS) {
   });
 }
 
-function check(
-  { held, waits, garbage_bytes, buffers_bytes, peak_bytes, loss, step_ms }: SoakResult,
-) {
+function check(result: SoakResult, wanted: number): void {
+  const { held, waits, garbage_bytes, buffers_bytes, peak_bytes, loss, step_ms } = result;
   const [warm, end] = held;
   const kib = (bytes: number) => `${(bytes / 1024).toFixed(1)} KiB`;
   console.log(
