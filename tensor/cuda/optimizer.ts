@@ -32,6 +32,9 @@ const UPDATE_CHUNK = 4 * THREADS;
 /** Lists whose tables are kept. A step has few: parameters, their gradients, by group of ranks. */
 const TABLES = 16;
 
+/** The key of a table that holds no list. */
+const NOTHING = new Float64Array(0);
+
 /** A list of tensors as a kernel reads it. */
 interface Table {
   /** What it was made of: the fields of all entries. */
@@ -135,11 +138,12 @@ class Tables {
   #place(bytes: number): Table {
     let table = this.#tables[0];
     if (this.#tables.length < TABLES) {
-      table = { key: new Float64Array(0), address: 0, bytes: 0, chunks: 0, used: 0 };
+      table = { key: NOTHING, address: 0, bytes: 0, chunks: 0, used: 0 };
       this.#tables.push(table);
     } else {
       for (const each of this.#tables) if (each.used < table.used) table = each;
     }
+    table.key = NOTHING; // should memory or the upload fail, it is not found again
     if (table.bytes < bytes) {
       // Kernels that still read the old table come before whatever gets its memory: both are in the order of the stream.
       if (table.bytes > 0) this.#context.free(table.address);
