@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { cacheFolder, cacheKey, readCached, writeCached } from "./cache.ts";
+import { cacheFolder, cacheKey, cacheProblem, readCached, writeCached } from "./cache.ts";
 
 Deno.test("compiled code is kept and read again; a broken or short file is none", async () => {
   const root = await Deno.makeTempDir();
@@ -38,6 +38,46 @@ Deno.test("a folder that cannot be made is no error", async () => {
   } finally {
     await Deno.remove(file);
   }
+});
+
+Deno.test({
+  name: "what others could have written is not trusted: a folder, a file",
+  ignore: Deno.build.os === "windows",
+  async fn() {
+    const root = await Deno.makeTempDir();
+    try {
+      const folder = `${root}/cache`, key = await cacheKey(["x"]), code = new Uint8Array(100);
+      assert.equal(await cacheProblem(folder), null, "it can be made");
+      assert.equal(await writeCached(folder, key, code), true);
+      assert.equal((await Deno.stat(folder)).mode! & 0o777, 0o700);
+      assert.equal((await Deno.stat(`${folder}/${key}`)).mode! & 0o777, 0o600);
+      assert.equal(await cacheProblem(folder), null);
+      for (const mode of [0o777, 0o770, 0o702]) {
+        await Deno.chmod(folder, mode);
+        assert.equal(await readCached(folder, key), null, `folder ${mode.toString(8)}`);
+        assert.equal(await writeCached(folder, key, code), false);
+        assert.match(await cacheProblem(folder) ?? "", /cache must belong to this user/);
+      }
+      await Deno.chmod(folder, 0o755);
+      for (const mode of [0o666, 0o620]) {
+        await Deno.chmod(`${folder}/${key}`, mode);
+        assert.equal(await readCached(folder, key), null, `file ${mode.toString(8)}`);
+      }
+      assert.equal(await writeCached(folder, key, code), true, "is written anew");
+      assert.deepEqual(await readCached(folder, key), code);
+      assert.match(await cacheProblem(null) ?? "", /LINA_CACHE/);
+      assert.match(await cacheProblem(`${folder}/${key}/below`) ?? "", /cannot be read/);
+      if (Deno.uid() === 0) { // only root can give files away
+        await Deno.chown(folder, 12345, null);
+        assert.equal(await readCached(folder, key), null, "another user's folder");
+        await Deno.chown(folder, 0, null);
+        await Deno.chown(`${folder}/${key}`, 12345, null);
+        assert.equal(await readCached(folder, key), null, "another user's file");
+      }
+    } finally {
+      await Deno.remove(root, { recursive: true });
+    }
+  },
 });
 
 Deno.test("the key depends on every part and on where parts end", async () => {
