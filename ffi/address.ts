@@ -19,6 +19,17 @@ export function addressOf(buffer: ArrayBufferLike): bigint {
   return address;
 }
 
+let latest: readonly unknown[] = [];
+
+/**
+ * Keeps buffers until here: the garbage collector may take one as soon as no code behind refers to it, though C still uses its address.
+ *
+ * @param buffers What C has used up to this call.
+ */
+export function keepUntilHere(...buffers: readonly unknown[]): void {
+  if (buffers !== latest) latest = buffers; // a use that no compiler removes
+}
+
 /**
  * A zero-terminated C string.
  *

@@ -1,6 +1,6 @@
-// NVRTC: compiles CUDA C++ to machine code of one architecture at run time, off the main thread. Caching lies with the caller.
+// NVRTC: compiles CUDA C++ to machine code of one architecture, or to PTX, at run time, off the main thread. Caching lies with the caller.
 
-import { addressOf, cString, readCString } from "./address.ts";
+import { addressOf, cString, keepUntilHere, readCString } from "./address.ts";
 import { CudaError, openCudaLibrary } from "./cuda_library.ts";
 
 const SYMBOLS = {
@@ -15,6 +15,14 @@ const SYMBOLS = {
   nvrtcGetCUBINSize: { parameters: ["u64", "u64"], result: "i32" },
   // nvrtcResult nvrtcGetCUBIN(nvrtcProgram prog, char *cubin);
   nvrtcGetCUBIN: { parameters: ["u64", "u64"], result: "i32" },
+  // nvrtcResult nvrtcGetPTXSize(nvrtcProgram prog, size_t *ptxSizeRet);
+  nvrtcGetPTXSize: { parameters: ["u64", "u64"], result: "i32", optional: true },
+  // nvrtcResult nvrtcGetPTX(nvrtcProgram prog, char *ptx);
+  nvrtcGetPTX: { parameters: ["u64", "u64"], result: "i32", optional: true },
+  // nvrtcResult nvrtcGetNumSupportedArchs(int *numArchs);
+  nvrtcGetNumSupportedArchs: { parameters: ["u64"], result: "i32", optional: true },
+  // nvrtcResult nvrtcGetSupportedArchs(int *supportedArchs);
+  nvrtcGetSupportedArchs: { parameters: ["u64"], result: "i32", optional: true },
   // nvrtcResult nvrtcGetProgramLogSize(nvrtcProgram prog, size_t *logSizeRet);
   nvrtcGetProgramLogSize: { parameters: ["u64", "u64"], result: "i32" },
   // nvrtcResult nvrtcGetProgramLog(nvrtcProgram prog, char *log);
@@ -40,13 +48,15 @@ export interface Nvrtc {
   readonly path: string;
   /** Its version: `13.0`. */
   readonly version: string;
+  /** Architectures that it compiles for, ascending: 90 for sm_90. Empty if it does not tell. */
+  readonly architectures: readonly number[];
   /**
    * Compiles a source on another thread.
    *
    * @param source CUDA C++.
    * @param name Its name in messages: `norms.cu`.
    * @param options Compiler options, one per element.
-   * @returns The machine code: what `cuModuleLoadData` takes.
+   * @returns What `cuModuleLoadData` takes: machine code, or for a virtual architecture (`compute_90`) PTX and a zero.
    * @throws {CompileError} If the source does not compile; the message holds the compiler's log.
    * @throws {CudaError} If the compiler cannot work, as for an architecture that it does not know.
    */
@@ -79,12 +89,35 @@ export function nvrtc(): Nvrtc {
   const at = addressOf(version.buffer);
   check(symbols.nvrtcVersion(at, at + 4n), "nvrtcVersion");
 
+  const size = new BigUint64Array(new ArrayBuffer(8)), sizeAt = addressOf(size.buffer);
+
+  /** Machine code; null if the program was compiled for a virtual architecture. */
+  function cubin(program: bigint): Uint8Array<ArrayBuffer> | null {
+    check(symbols.nvrtcGetCUBINSize(program, sizeAt), "nvrtcGetCUBINSize");
+    if (size[0] === 0n) return null;
+    const code = new Uint8Array(Number(size[0]));
+    check(symbols.nvrtcGetCUBIN(program, addressOf(code.buffer)), "nvrtcGetCUBIN");
+    return code;
+  }
+
+  function ptx(program: bigint): Uint8Array<ArrayBuffer> {
+    check(symbols.nvrtcGetPTXSize!(program, sizeAt), "nvrtcGetPTXSize");
+    const code = new Uint8Array(Number(size[0]));
+    check(symbols.nvrtcGetPTX!(program, addressOf(code.buffer)), "nvrtcGetPTX");
+    return code;
+  }
+
+  function architectures(): number[] {
+    const { nvrtcGetNumSupportedArchs: count, nvrtcGetSupportedArchs: list } = symbols;
+    if (!count || !list || !symbols.nvrtcGetPTX || !symbols.nvrtcGetPTXSize) return [];
+    check(count(at), "nvrtcGetNumSupportedArchs");
+    const known = new Int32Array(new ArrayBuffer(4 * version[0]));
+    if (known.length > 0) check(list(addressOf(known.buffer)), "nvrtcGetSupportedArchs");
+    return [...known].sort((a, b) => a - b);
+  }
+
   function log(program: bigint): string {
-    const size = new BigUint64Array(new ArrayBuffer(8));
-    check(
-      symbols.nvrtcGetProgramLogSize(program, addressOf(size.buffer)),
-      "nvrtcGetProgramLogSize",
-    );
+    check(symbols.nvrtcGetProgramLogSize(program, sizeAt), "nvrtcGetProgramLogSize");
     const bytes = new Uint8Array(Number(size[0]));
     if (bytes.length === 0) return "";
     check(symbols.nvrtcGetProgramLog(program, addressOf(bytes.buffer)), "nvrtcGetProgramLog");
@@ -124,18 +157,15 @@ export function nvrtc(): Nvrtc {
         );
       }
       check(code, "nvrtcCompileProgram", `${name} with ${options.join(" ")}: ${log(program[0])}`);
-      const size = new BigUint64Array(new ArrayBuffer(8));
-      check(symbols.nvrtcGetCUBINSize(program[0], addressOf(size.buffer)), "nvrtcGetCUBINSize");
-      const cubin = new Uint8Array(Number(size[0]));
-      check(symbols.nvrtcGetCUBIN(program[0], addressOf(cubin.buffer)), "nvrtcGetCUBIN");
-      return cubin;
+      return cubin(program[0]) ?? ptx(program[0]);
     } finally {
-      kept(text, title, strings, table);
+      keepUntilHere(text, title, strings, table);
       symbols.nvrtcDestroyProgram(addressOf(program.buffer));
     }
   }
 
-  return loaded = { path, version: `${version[0]}.${version[1]}`, compile };
+  const name = `${version[0]}.${version[1]}`;
+  return loaded = { path, version: name, architectures: architectures(), compile };
 }
 
 /**
@@ -152,11 +182,4 @@ function loadBuiltins(path: string): void {
   } catch {
     // Then the compiler finds it, or says that it does not.
   }
-}
-
-/** Uses its arguments, so that the garbage collector cannot take them before this call. */
-function kept(...values: readonly { readonly length: number }[]): number {
-  let total = 0;
-  for (const value of values) total += value.length;
-  return total;
 }

@@ -16,7 +16,10 @@ export interface ModuleSource {
   readonly kernels: Readonly<Record<string, readonly ParameterType[]>>;
   /** Lowest compute capability that it is for, as 90 for Hopper; not compiled on older ones. @default {80} */
   readonly from?: number;
-  /** Whether it uses instructions of exactly that architecture (sm_90a: wgmma); then it is compiled for no other. @default {false} */
+  /**
+   * Whether it uses instructions of exactly that architecture (sm_90a: wgmma); then it is compiled for no other. Rooms do without it where
+   * {@linkcode CudaContext.has} says so: on other GPUs, and where it does not compile. All other modules must. @default {false}
+   */
   readonly exact?: boolean;
 }
 
@@ -71,10 +74,10 @@ export interface CudaContext {
    * @param module The module.
    * @param name The kernel's `extern "C"` name.
    * @returns The kernel; look it up once.
-   * @throws {RangeError} If the module has no such kernel, or is not for this GPU: ask {@linkcode CudaContext.has} first.
+   * @throws {RangeError} If the module has no such kernel, or was not loaded for this GPU: ask {@linkcode CudaContext.has} first.
    */
   kernel(module: ModuleSource, name: string): CudaKernel;
-  /** Whether a module was compiled for this GPU. */
+  /** Whether a module was compiled and loaded for this GPU. */
   has(module: ModuleSource): boolean;
   /** Device memory, aligned to 256 bytes; in the order of the compute stream. @throws {OutOfMemoryError} */
   allocate(bytes: number): number;

@@ -2,11 +2,12 @@
 // the one interface that the CPU has, too. One GPU per process; the launcher makes one visible to each rank.
 
 import { addressOf } from "../../ffi/address.ts";
+import { cublas } from "../../ffi/cublas.ts";
 import { CUDA, cuda, cudaError } from "../../ffi/cuda.ts";
 import type { CudaMemoryHandle } from "../../ffi/cuda.ts";
 import { CudaError } from "../../ffi/cuda_library.ts";
 import { checkCudart, CUDART, cudart, cudartError } from "../../ffi/cudart.ts";
-import { LibraryNotFoundError } from "../../ffi/search.ts";
+import { nvrtc } from "../../ffi/nvrtc.ts";
 import { newArray, type TypedArray } from "../dtype.ts";
 import type { Device, Kernels, MemoryStats, RoutingKernels } from "../device.ts";
 import type { Tensor } from "../tensor.ts";
@@ -41,7 +42,8 @@ export type CudaFinding =
 let finding: CudaFinding | undefined;
 
 /**
- * Whether this process can use a GPU, and why not. It never throws, opens the libraries only once, and makes no context.
+ * Whether this process can use a GPU, and why not. It never throws, opens the libraries (the runtime, the driver, the compiler, cuBLAS) only
+ * once, and makes no context.
  *
  * @returns The number of GPUs, or the reason: library missing, driver missing, no device, too old.
  */
@@ -82,10 +84,10 @@ function find(): CudaFinding {
         `the GPU's compute capability is ${(best / 10).toFixed(1)}, 8.0 is the lowest supported`,
       );
     }
-    cuda();
+    // Without one of these the device could not be made.
+    for (const open of [cuda, nvrtc, cublas]) open();
     return { ok: true, devices, runtime, driver };
   } catch (error) {
-    if (error instanceof LibraryNotFoundError) return no(error.message);
     return no(error instanceof Error ? error.message : String(error));
   }
 }
@@ -145,6 +147,8 @@ export class CudaDevice implements Device {
   readonly stream: CudaStream;
   /** What kernel files work with. */
   readonly context: CudaContext;
+  /** Why modules for exactly this architecture are not used, though they should be; empty as a rule. */
+  readonly problems: readonly Error[];
   readonly #pool: EventPool;
   readonly #arena: Arena;
   readonly #staging: Staging;
@@ -155,6 +159,7 @@ export class CudaDevice implements Device {
   constructor(index: number, arena: Arena, pool: EventPool, stream: CudaStream, modules: Modules) {
     this.index = index;
     this.stream = stream;
+    this.problems = modules.problems;
     this.#pool = pool;
     this.#arena = arena;
     this.#staging = new Staging(stream, pool);
@@ -272,12 +277,13 @@ export class CudaDevice implements Device {
 const devices = new Map<number, Promise<CudaDevice>>();
 
 /**
- * A GPU of this process: made current, its kernels compiled or taken from the cache on disk. A kernel that does not compile throws
- * when it is first used, with the compiler's log.
+ * A GPU of this process: made current, its kernels compiled or taken from the cache on disk. Modules for exactly its architecture that
+ * do not compile are done without, with a word on standard error; see `problems`.
  *
  * @param options Which GPU.
  * @returns The device, the same for every call.
  * @throws {Error} If CUDA cannot be used here; {@linkcode findCuda} tells beforehand.
+ * @throws {CompileError} If a module does not compile, with the compiler's log.
  */
 export function cudaDevice(options: CudaDeviceOptions = {}): Promise<CudaDevice> {
   const { device = 0, modules = [] } = options;
@@ -314,6 +320,9 @@ async function make(index: number, extra: readonly ModuleSource[]): Promise<Cuda
   const pool = new EventPool();
   const stream = new CudaStream("compute", pool);
   const modules = new Modules(compiled, stream.handle);
+  for (const { message } of modules.problems) {
+    console.warn(`lina: slower kernels are used for some of this GPU's, which fail: ${message}`);
+  }
   return new CudaDevice(index, new Arena(memorySource(index)), pool, stream, modules);
 }
 

@@ -318,9 +318,45 @@ test("a module that does not compile shows the compiler's log", async () => {
     kernels: { f: ["ptr"] },
   };
   await assert.rejects(
-    async () => (await cudaDevice({ modules: [broken] })).context.kernel(broken, "f"),
+    () => cudaDevice({ modules: [broken] }),
     (error) => error instanceof CompileError && /broken\.cu[^]*no_such_name/.test(error.message),
   );
+  const other = { ...broken, name: "another" };
+  await assert.rejects(
+    () => cudaDevice({ modules: [broken, other] }),
+    (error) => error instanceof CompileError && /broken\.cu[^]*another\.cu/.test(error.message),
+  );
+});
+
+test("a module for exactly this GPU that does not compile is done without, not unsaid", async (cuda) => {
+  const exact: ModuleSource = {
+    name: "exact",
+    source: `extern "C" __global__ void f(float* x) { x[0] = no_such_name; }`,
+    kernels: { f: ["ptr"] },
+    from: cuda.context.properties.capability,
+    exact: true,
+  };
+  const said: string[] = [], { warn } = console;
+  console.warn = (text: string) => void said.push(text);
+  try {
+    const { context, problems } = await cudaDevice({ modules: [exact] });
+    assert.equal(context.has(exact), false);
+    assert.throws(() => context.kernel(exact, "f"), /exact/);
+    assert.equal(problems.length, 1);
+    assert.match(said.join("\n"), /slower kernels .* exact\.cu[^]*no_such_name/);
+  } finally {
+    console.warn = warn;
+  }
+});
+
+test("more blocks than a grid can have are refused", (cuda) => {
+  const kernel = cuda.context.kernel(probe, "increment");
+  for (const blocks of [2 ** 31, 2 ** 32 + 1, -1, NaN]) {
+    assert.throws(
+      () => kernel.launch(blocks, 1, 1, 32, 0, 0, 0, 0),
+      /probe\.increment as its blocks/,
+    );
+  }
 });
 
 test("a device is made once; one that is not there is refused", async () => {

@@ -56,30 +56,12 @@ const ROUTING_ROOMS: readonly ((context: CudaContext) => Partial<RoutingKernels>
   routingKernels,
 ];
 
-/** Joins what the rooms have. If a room cannot be made, because a source of it does not compile, calls of its kernels throw why. */
+/** Joins what the rooms have. */
 function join<T extends object>(
   context: CudaContext,
   rooms: readonly ((context: CudaContext) => Partial<T>)[],
 ): T {
-  const joined: Partial<T> = {}, problems: unknown[] = [];
-  for (const room of rooms) {
-    try {
-      Object.assign(joined, room(context));
-    } catch (error) {
-      problems.push(error);
-    }
-  }
-  if (problems.length === 0) return joined as T;
-  const reasons = problems.map((problem) => problem instanceof Error ? problem.message : problem);
-  const broken = new Proxy({}, {
-    get: (_, name) => () => {
-      const message = `Cannot run ${String(name)} on the GPU as its kernels must compile: ${
-        reasons.join("\n")
-      }`;
-      throw new Error(message, { cause: problems });
-    },
-  });
-  return Object.setPrototypeOf(joined, broken);
+  return Object.assign({}, ...rooms.map((room) => room(context))) as T;
 }
 
 /**

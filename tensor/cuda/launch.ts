@@ -1,7 +1,7 @@
 // Compiles the `.cu` modules for the GPU at hand and launches their kernels. A launch writes its arguments into a buffer that the
 // kernel keeps and makes one call of the driver, which copies them: some microseconds, no garbage but the argument list.
 
-import { addressOf, cString } from "../../ffi/address.ts";
+import { addressOf, cString, keepUntilHere } from "../../ffi/address.ts";
 import {
   checkCuda,
   CUDA,
@@ -12,8 +12,8 @@ import {
   type CudaModuleHandle,
 } from "../../ffi/cuda.ts";
 import type { CudaStreamHandle } from "../../ffi/cudart.ts";
-import { nvrtc } from "../../ffi/nvrtc.ts";
-import { cacheFolder, cacheKey, readCached, writeCached } from "./cache.ts";
+import { CompileError, nvrtc } from "../../ffi/nvrtc.ts";
+import { cacheFolder, cacheKey, cacheProblem, readCached, writeCached } from "./cache.ts";
 import common from "./common.cuh" with { type: "text" };
 import type { CudaKernel, ModuleSource, ParameterType } from "./context.ts";
 
@@ -21,7 +21,7 @@ import type { CudaKernel, ModuleSource, ParameterType } from "./context.ts";
 const STRUCT_ALIGNMENT = 64;
 
 /** The oldest NVRTC that knows the instructions of modules for one exact architecture; older ones do without these modules. */
-const EXACT_VERSION = 12.4;
+const EXACT_VERSION = [12, 4] as const;
 
 /**
  * Whether a module is for a GPU.
@@ -33,21 +33,31 @@ const EXACT_VERSION = 12.4;
  */
 export function isFor(module: ModuleSource, capability: number, version: string): boolean {
   const from = module.from ?? 80;
-  return module.exact
-    ? capability === from && Number(version) >= EXACT_VERSION
-    : capability >= from;
+  if (!module.exact) return capability >= from;
+  const [major, minor] = version.split(".").map(Number), [oldMajor, oldMinor] = EXACT_VERSION;
+  return capability === from && (major > oldMajor || major === oldMajor && minor >= oldMinor);
 }
 
 /**
- * The compiler options of a module.
+ * The compiler options of a module. For a GPU that is newer than the compiler they ask for PTX of the newest architecture that it knows,
+ * which the driver compiles for that GPU.
  *
  * @param module The module.
  * @param capability The GPU's compute capability times ten.
+ * @param known Architectures that the compiler knows, ascending; empty if that is not known. @default {[]}
  * @returns Options of NVRTC.
  */
-export function compileOptions(module: ModuleSource, capability: number): string[] {
+export function compileOptions(
+  module: ModuleSource,
+  capability: number,
+  known: readonly number[] = [],
+): string[] {
+  const older = known.filter((each) => each <= capability).at(-1) ?? capability;
+  const architecture = older === capability
+    ? `sm_${capability}${module.exact ? "a" : ""}`
+    : `compute_${older}`;
   return [
-    `--gpu-architecture=sm_${capability}${module.exact ? "a" : ""}`,
+    `--gpu-architecture=${architecture}`,
     "--std=c++17",
     "-default-device",
   ];
@@ -59,7 +69,7 @@ export function compileOptions(module: ModuleSource, capability: number): string
  * @param module The module.
  * @param capability The GPU's compute capability times ten.
  * @param folder The cache, or null for none. @default {cacheFolder()}
- * @returns Machine code, and whether it had to be compiled.
+ * @returns Machine code or PTX, and whether it had to be compiled.
  * @throws {CompileError} If the source does not compile; the message holds the compiler's log.
  */
 export async function compileModule(
@@ -67,7 +77,8 @@ export async function compileModule(
   capability: number,
   folder: string | null = cacheFolder(),
 ): Promise<{ readonly code: Uint8Array<ArrayBuffer>; readonly compiled: boolean }> {
-  const compiler = nvrtc(), options = compileOptions(module, capability);
+  const compiler = nvrtc();
+  const options = compileOptions(module, capability, compiler.architectures);
   const source = `#line 1 "common.cuh"\n${common}\n#line 1 "${module.name}.cu"\n${module.source}`;
   const key = await cacheKey([source, ...options, compiler.version]);
   const cached = folder === null ? null : await readCached(folder, key);
@@ -76,6 +87,9 @@ export async function compileModule(
   if (folder !== null) await writeCached(folder, key, code);
   return { code, compiled: true };
 }
+
+/** Most blocks of a grid in x. */
+const MOST_BLOCKS = 2 ** 31 - 1;
 
 /** How an argument is written. */
 const INTEGER_64 = 0, INTEGER_32 = 1, FLOAT_32 = 2, FLOAT_64 = 3, BYTES = 4;
@@ -197,6 +211,11 @@ export class LoadedKernel implements CudaKernel {
       this.#refuse(i, value);
     }
     if (x === 0 || y === 0 || z === 0) return; // no blocks, no work; CUDA calls it an error
+    if (!(x > 0 && x <= MOST_BLOCKS)) { // more would come to the driver modulo 2^32
+      throw new RangeError(
+        `Cannot launch ${this.#name} as its blocks must be 0 to ${MOST_BLOCKS}: current value is ${x}`,
+      );
+    }
     if (shared_bytes > this.#shared_bytes) this.#allowShared(shared_bytes);
     const code = this.#calls.cuLaunchKernel(
       this.#handle,
@@ -257,21 +276,42 @@ export interface CompiledModule {
   readonly error?: unknown;
 }
 
+/** From when on compiling is told, in ms. */
+const TOLD_MS = 1000;
+/** Variables that hold this process's rank, by launcher: only rank 0 tells. */
+const RANKS = ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"] as const;
+
+function isFirstRank(): boolean {
+  const name = RANKS.find((each) => Deno.env.has(each));
+  return name === undefined || Deno.env.get(name) === "0";
+}
+
+/** Says on standard error, once it takes long, that kernels are compiled; until it is disposed of. */
+function tellOfCompiling(capability: number): Disposable {
+  const timer = setTimeout(async () => {
+    const folder = cacheFolder(), problem = await cacheProblem(folder);
+    const kept = problem === null ? `once: kept in ${folder}` : `each time, as ${problem}`;
+    console.warn(`lina: compiling GPU kernels for sm_${capability}, ${kept}`);
+  }, TOLD_MS);
+  return { [Symbol.dispose]: () => clearTimeout(timer) };
+}
+
 /**
- * Compiles the modules that are for a GPU side by side, off the main thread, or takes them from the cache.
+ * Compiles the modules that are for a GPU side by side, off the main thread, or takes them from the cache. On rank 0 it says so on
+ * standard error if it takes longer than a second.
  *
  * @param modules The modules.
  * @param capability The GPU's compute capability times ten.
- * @returns Those that are for it. A module that does not compile has its error, which the first wish for one of its kernels throws:
- * programs that need none of them run.
+ * @returns Those that are for it; a module that does not compile has its error.
  */
-export function compileModules(
+export async function compileModules(
   modules: readonly ModuleSource[],
   capability: number,
 ): Promise<CompiledModule[]> {
   const { version } = nvrtc();
   const wanted = modules.filter((module) => isFor(module, capability, version));
-  return Promise.all(wanted.map(async (module): Promise<CompiledModule> => {
+  using _ = isFirstRank() ? tellOfCompiling(capability) : null;
+  return await Promise.all(wanted.map(async (module): Promise<CompiledModule> => {
     try {
       const { code } = await compileModule(module, capability);
       return { module, code };
@@ -281,13 +321,25 @@ export function compileModules(
   }));
 }
 
-interface LoadedModule extends CompiledModule {
-  readonly handle: CudaModuleHandle | null;
+interface LoadedModule {
+  readonly handle: CudaModuleHandle;
+  /** Machine code; the driver may read it as late as a kernel's first use. */
+  readonly code: Uint8Array<ArrayBuffer>;
   readonly kernels: Map<string, LoadedKernel>;
+}
+
+/** Gives machine code or PTX to the driver. */
+function load({ name }: ModuleSource, bytes: Uint8Array<ArrayBuffer>): CudaModuleHandle {
+  const cell = new BigUint64Array(new ArrayBuffer(8));
+  const code = cuda().calls.cuModuleLoadData(addressOf(cell.buffer), addressOf(bytes.buffer));
+  if (code !== 0) throw cudaError(code, "cuModuleLoadData", `: ${name}.cu`);
+  return cell[0] as CudaModuleHandle;
 }
 
 /** The modules of a GPU. */
 export class Modules {
+  /** Why modules for exactly this architecture cannot be used; others take their place. */
+  readonly problems: readonly Error[];
   readonly #stream: CudaStreamHandle;
   readonly #loaded = new Map<ModuleSource, LoadedModule>();
 
@@ -296,21 +348,28 @@ export class Modules {
    *
    * @param compiled What {@linkcode compileModules} made.
    * @param stream The stream that kernels are launched on.
-   * @throws {CudaError} If the GPU refuses the code.
+   * @throws {CompileError} If modules do not compile, but for those for exactly this architecture, which others can stand in for.
+   * @throws {CudaError} If the GPU refuses the code of one.
    */
   constructor(compiled: readonly CompiledModule[], stream: CudaStreamHandle) {
     this.#stream = stream;
-    const { calls } = cuda();
-    const cell = new BigUint64Array(new ArrayBuffer(8));
-    for (const entry of compiled) {
-      let handle: CudaModuleHandle | null = null;
-      if (entry.code) {
-        const code = calls.cuModuleLoadData(addressOf(cell.buffer), addressOf(entry.code.buffer));
-        if (code !== 0) throw cudaError(code, "cuModuleLoadData", `: ${entry.module.name}.cu`);
-        handle = cell[0] as CudaModuleHandle;
+    const problems: Error[] = [], needed: Error[] = [];
+    for (const { module, code, error } of compiled) {
+      try {
+        if (code === undefined) throw error;
+        this.#loaded.set(module, { handle: load(module, code), code, kernels: new Map() });
+      } catch (cause) {
+        (module.exact ? problems : needed).push(cause as Error);
       }
-      this.#loaded.set(entry.module, { ...entry, handle, kernels: new Map() });
     }
+    if (needed.length === 1) throw needed[0];
+    if (needed.length > 1) {
+      const messages = needed.map(({ message }) => message).join("\n");
+      throw new CompileError(`${needed.length} modules cannot be used:\n${messages}`, {
+        cause: needed,
+      });
+    }
+    this.problems = problems;
   }
 
   /**
@@ -329,8 +388,7 @@ export class Modules {
    * @param module Its module.
    * @param name Its name.
    * @returns The kernel, the same for every call.
-   * @throws {RangeError} If the module has no such kernel or is not for this GPU.
-   * @throws {CompileError} If the module does not compile.
+   * @throws {RangeError} If the module has no such kernel or was not loaded.
    */
   kernel(module: ModuleSource, name: string): LoadedKernel {
     const loaded = this.#loaded.get(module);
@@ -339,7 +397,6 @@ export class Modules {
         `Cannot take kernel ${name} as its module must be for this GPU and compiler: current value is ${module.name}`,
       );
     }
-    if (loaded.handle === null) throw loaded.error;
     const known = loaded.kernels.get(name);
     if (known !== undefined) return known;
     const types = module.kernels[name];
@@ -357,6 +414,7 @@ export class Modules {
       ),
       `cuModuleGetFunction for ${module.name}.${name}`,
     );
+    keepUntilHere(text);
     const handle = cell[0] as CudaFunctionHandle;
     const kernel = new LoadedKernel(`${module.name}.${name}`, handle, types, this.#stream);
     loaded.kernels.set(name, kernel);

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { buildEmulator } from "../../tests/emulator/build.ts";
 import { emulated, loadCuda } from "../../tests/emulator/device.ts";
 import type { ModuleSource } from "./context.ts";
-import { compileModule, compileOptions, isFor } from "./launch.ts";
+import { compileModule, compileModules, compileOptions, isFor } from "./launch.ts";
 
 const there = await loadCuda();
 
@@ -48,9 +48,55 @@ Deno.test("modules are for their capability and above, exact ones for theirs alo
   assert.deepEqual(fits(of(90)), [90, 100, 120]);
   assert.deepEqual(fits(of(90, true)), [90]);
   assert.deepEqual(fits(of(90, true), "12.4"), [90]);
+  assert.deepEqual(fits(of(90, true), "12.10"), [90]);
   assert.deepEqual(fits(of(90, true), "12.3"), [], "the compiler is too old");
   assert.equal(compileOptions(of(90, true), 90)[0], "--gpu-architecture=sm_90a");
   assert.equal(compileOptions(module, 86)[0], "--gpu-architecture=sm_86");
+});
+
+Deno.test("a GPU that is newer than the compiler gets PTX of the newest architecture that it knows", () => {
+  const of = (capability: number, known: number[]) =>
+    compileOptions(module, capability, known)[0].replace("--gpu-architecture=", "");
+  assert.equal(of(103, [80, 90, 100, 103]), "sm_103");
+  assert.equal(of(103, [80, 90, 100]), "compute_100");
+  assert.equal(of(103, [80, 90, 120]), "compute_90");
+  assert.equal(of(80, [90]), "sm_80", "what the compiler has given up: its error says so");
+  assert.equal(of(103, []), "sm_103");
+});
+
+Deno.test({
+  name:
+    "rank 0 says on standard error that it compiles, if it takes long, and where it keeps the code",
+  ignore: !there,
+  async fn() {
+    const slow = { ...module, source: `${module.source} // ${"slow"}`, name: "slow" };
+    const warned: string[] = [], { warn } = console, rank = Deno.env.get("RANK");
+    const cache = Deno.env.get("LINA_CACHE"), folder = await Deno.makeTempDir();
+    const { setTimeout } = globalThis;
+    console.warn = (text: string) => void warned.push(text);
+    // A second is over at once.
+    globalThis.setTimeout = ((run: () => void) => setTimeout(run, 0)) as typeof setTimeout;
+    try {
+      Deno.env.set("LINA_CACHE", folder);
+      Deno.env.set("RANK", "1");
+      await compileModules([slow], 80);
+      assert.deepEqual(warned, []);
+      Deno.env.set("RANK", "0");
+      await compileModules([{ ...slow, source: `${slow.source} again` }], 80);
+      assert.deepEqual(warned, [`lina: compiling GPU kernels for sm_80, once: kept in ${folder}`]);
+      await Deno.chmod(folder, 0o777);
+      await compileModules([slow], 80);
+      assert.match(warned[1], /sm_80, each time, as .* must belong to this user/);
+    } finally {
+      console.warn = warn;
+      globalThis.setTimeout = setTimeout;
+      if (rank === undefined) Deno.env.delete("RANK");
+      else Deno.env.set("RANK", rank);
+      if (cache === undefined) Deno.env.delete("LINA_CACHE");
+      else Deno.env.set("LINA_CACHE", cache);
+      await Deno.remove(folder, { recursive: true });
+    }
+  },
 });
 
 /** What another process, in which some library is another one, learns about CUDA. */
@@ -100,5 +146,29 @@ Deno.test({
     assert.equal(ok, false);
     assert.match(reason, /compute capability is 7\.5, 8\.0 is the lowest/);
     assert.ok(thrown.includes(reason));
+  },
+});
+
+Deno.test({
+  name: "a compiler or cuBLAS that is missing is found before a device is wanted",
+  ignore: !there || !emulated,
+  async fn() {
+    const library = (await buildEmulator())!;
+    const all = {
+      LINA_CUDART: library,
+      LINA_CUDA: library,
+      LINA_NVRTC: library,
+      LINA_CUBLAS: library,
+    };
+    const missing = [["LINA_CUDA", /CUDA driver/], ["LINA_NVRTC", /NVRTC/], [
+      "LINA_CUBLAS",
+      /cuBLAS/,
+    ]] as const;
+    for (const [name, words] of missing) {
+      const { ok, reason, thrown } = await finding({ ...all, [name]: "/no/such/library.so" });
+      assert.equal(ok, false, name);
+      assert.match(reason, words);
+      assert.ok(reason.includes("/no/such/library.so") && thrown.includes(reason));
+    }
   },
 });

@@ -51,6 +51,19 @@ Deno.test({
   },
 });
 
+Deno.test({
+  name: "for a GPU that the compiler does not know yet, modules compile to PTX",
+  ignore,
+  async fn() {
+    const { architectures } = nvrtc();
+    assert.ok(architectures.includes(80) && architectures.includes(90));
+    const { code } = await compileModule(CUDA_MODULES[0], 999, null);
+    const text = new TextDecoder().decode(code);
+    assert.match(text, new RegExp(`\\.target sm_${architectures.at(-1)}\\b`));
+    assert.ok(text.endsWith("\0"), "as the driver takes it");
+  },
+});
+
 Deno.test("modules have names of their own", () => {
   const names = CUDA_MODULES.map((module) => module.name);
   assert.equal(new Set(names).size, names.length);

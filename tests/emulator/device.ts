@@ -53,6 +53,7 @@ export async function testDevice(
   if (!await (loaded ??= loadCuda())) return null;
   const { cudaDevice } = await import("../../tensor/cuda/device.ts");
   const device = await cudaDevice({ modules });
+  if (device.problems.length > 0) throw new AggregateError(device.problems, "broken modules");
   if (fenced) {
     const { fenceDevice } = await import("./fence.ts");
     fenceDevice(device.context);
