@@ -142,6 +142,7 @@ export class ExpertStore implements Disposable {
   #seats: PlacementPlan["seats"];
   #holders: readonly (readonly number[])[];
   #seated: readonly SeatedExpert[] = [];
+  #parameters: readonly Parameter[] | null = null;
   #holdsMoments = false;
   readonly #weightPool: BlockPool;
   readonly #gradientPool: BlockPool;
@@ -178,9 +179,11 @@ export class ExpertStore implements Disposable {
     return this.#seats;
   }
 
-  /** Parameters of the experts that sit here, in the order in which their gradients become ready. */
+  /**
+   * Parameters of the experts that sit here, in the order in which their gradients become ready; the same object until experts move.
+   */
   get parameters(): readonly Parameter[] {
-    return this.#seated.flatMap(({ parameters }) => parameters);
+    return this.#parameters ??= this.#seated.flatMap(({ parameters }) => parameters);
   }
 
   /** Weights of the experts that sit here, by seat; the same object until experts move. */
@@ -282,7 +285,7 @@ export class ExpertStore implements Disposable {
 
   #sit(seated: readonly SeatedExpert[]): void {
     this.#seated = seated;
-    this.#matrices = this.#gradients = null;
+    this.#parameters = this.#matrices = this.#gradients = null;
   }
 
   /** The experts that sit here by ascending id: an order that ranks agree on whatever the order of their seats. */

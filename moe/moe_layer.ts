@@ -55,6 +55,11 @@ export class MoeLayer implements Disposable {
   tap: RoutingTap | null = null;
   readonly #options: Required<MoeLayerOptions>;
   readonly #shared: SharedExperts | null;
+  /** The parameters, and the experts' among them. */
+  #parameters: {
+    readonly experts: readonly Parameter[] | null;
+    readonly all: readonly Parameter[];
+  } = { experts: null, all: [] };
   /** Choices per expert since the bias was moved. */
   readonly #counts: Float64Array;
   /** The selection bias where the device routes, and what was written there last. */
@@ -97,9 +102,17 @@ export class MoeLayer implements Disposable {
     this.#shared = all.sharedExperts > 0 ? new SharedExperts(all) : null;
   }
 
-  /** The rank's parameters, in the order in which their gradients become ready: its experts, shared experts, gate. */
+  /**
+   * The rank's parameters, in the order in which their gradients become ready: its experts, shared experts, gate; the same object until experts
+   * move.
+   */
   get parameters(): readonly Parameter[] {
-    return [...this.store.parameters, ...(this.#shared?.parameters ?? []), this.gate];
+    const experts = this.store.parameters;
+    if (experts !== this.#parameters.experts) {
+      const all = [...experts, ...(this.#shared?.parameters ?? []), this.gate];
+      this.#parameters = { experts, all };
+    }
+    return this.#parameters.all;
   }
 
   /** Name of the selection bias in checkpoints; null where the router has none. */

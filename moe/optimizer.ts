@@ -131,6 +131,7 @@ export class AdamW implements Disposable {
   #prepare(): void {
     const parameters = this.#parameters();
     const last = this.#updated;
+    if (parameters === last) return;
     if (parameters.length === last.length && parameters.every((p, i) => p === last[i])) return;
     const updates = (overwrites: boolean) =>
       parameters.filter((parameter) => parameter.overwrites === overwrites).map((parameter) => ({

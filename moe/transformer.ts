@@ -82,6 +82,11 @@ export class Transformer implements Disposable {
   readonly moeLayers: readonly MoeLayer[];
   readonly #device: Device;
   readonly #rows: Rows[] = [];
+  /** The parameters, and those of the feed-forward parts that they were gathered from. */
+  #parameters: {
+    readonly parts: readonly (readonly Parameter[])[];
+    readonly all: readonly Parameter[];
+  } = { parts: [], all: [] };
   readonly #embedding: Parameter;
   readonly #norm: Norm;
   readonly #head: Parameter;
@@ -127,8 +132,20 @@ export class Transformer implements Disposable {
       .filter((part) => part instanceof MoeLayer);
   }
 
-  /** Every parameter that this rank holds, each once. */
+  /** Every parameter that this rank holds, each once; the same object until experts move. */
   get parameters(): readonly Parameter[] {
+    const { parts, all } = this.#parameters;
+    const same = all.length > 0 && this.blocks.every(({ feedForward }, i) => {
+      return feedForward.parameters === parts[i];
+    });
+    if (!same) {
+      const parts = this.blocks.map(({ feedForward }) => feedForward.parameters);
+      this.#parameters = { parts, all: this.#list() };
+    }
+    return this.#parameters.all;
+  }
+
+  #list(): Parameter[] {
     return [
       this.#embedding,
       ...this.blocks.flatMap((b) => [...b.denseParameters, ...b.feedForward.parameters]),
