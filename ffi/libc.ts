@@ -1,4 +1,4 @@
-// The calls of the C library that shared memory, futexes and process supervision need. Linux and macOS; what only Linux has
+// The calls of the C library that shared memory, large copies, futexes and process supervision need. Linux and macOS; what only Linux has
 // is optional. Opened once per process and never closed: a call after `close()` would crash the process.
 
 const names = Deno.build.os === "darwin"
@@ -15,6 +15,13 @@ const SYMBOLS = {
   munmap: { parameters: ["u64", "u64"], result: "i32" },
   // int madvise(void *addr, size_t length, int advice);
   madvise: { parameters: ["u64", "u64", "i32"], result: "i32" },
+  // void *memcpy(void *dest, const void *src, size_t n);  on another thread: pages of a fresh array are made there, too
+  memcpyElsewhere: {
+    name: "memcpy",
+    parameters: ["u64", "u64", "u64"],
+    result: "u64",
+    nonblocking: true,
+  },
   // int memfd_create(const char *name, unsigned int flags);
   memfd_create: { parameters: ["buffer", "u32"], result: "i32", optional: true },
   // int open(const char *pathname, int flags, mode_t mode);

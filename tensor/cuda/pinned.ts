@@ -1,16 +1,29 @@
 // Page-locked host memory and what is staged in it: uploads, which return once the source may change, and downloads, which take
 // their place in the stream's order when they are called. Copies straight from JavaScript's own memory would block the host.
 
-import { addressOf } from "../../ffi/address.ts";
+import { addressOf, keepUntilHere } from "../../ffi/address.ts";
+import { CudaError } from "../../ffi/cuda_library.ts";
 import { checkCudart, CUDART, cudart, cudartError } from "../../ffi/cudart.ts";
+import { libc } from "../../ffi/libc.ts";
+import type { StreamEvent } from "../device.ts";
 import type { Arena } from "./arena.ts";
 import { Blocks, OutOfMemoryError } from "./arena.ts";
-import { type CudaEvent, type CudaStream, type EventPool, passing } from "./streams.ts";
+import { type CudaStream, type EventPool, passing } from "./streams.ts";
 
-/** Segments of the upload ring and bytes of each. */
+/** Segments of the upload ring as long as the stream moves, and bytes of each. */
 const SEGMENTS = 4, SEGMENT = 8 * 2 ** 20;
+/** How long an upload waits in all for a stream that stands still, in ms. */
+const PATIENCE_MS = 10;
+/** Polls without a pause, and the pause between those that follow, in ms. */
+const BUSY_POLLS = 200, PAUSE_MS = 0.05;
 /** Bytes of the download area, of a piece of a large download, and of one unit of its bookkeeping. */
-const DOWNLOADS = 32 * 2 ** 20, PIECE = 8 * 2 ** 20, UNIT = 64;
+const DOWNLOADS = 32 * 2 ** 20, PIECE = 4 * 2 ** 20, UNIT = 64;
+/** Pieces of one download that are under way: the pages of the target, which are made as it is written, take longest. */
+const LANES = 6;
+/** From this size on, other threads copy from the staging area to the target. */
+const ELSEWHERE = 2 ** 20;
+/** Page-locked memory that is taken at a time: it takes some 20 ms. */
+const PART = 64 * 2 ** 20;
 
 /** Page-locked host memory, which the GPU copies to and from at full speed while the host goes on. */
 export class PinnedMemory implements Disposable {
@@ -27,6 +40,11 @@ export class PinnedMemory implements Disposable {
    * @throws {CudaError} If the system has not as much.
    */
   constructor(bytes: number) {
+    if (!Number.isSafeInteger(bytes) || bytes < 1) {
+      throw new RangeError(
+        `Cannot take page-locked memory as its size must be a whole number of bytes >= 1: current value is ${bytes}`,
+      );
+    }
     const cell = new BigUint64Array(new ArrayBuffer(8));
     const code = cudart().calls.cudaHostAlloc(
       addressOf(cell.buffer),
@@ -47,8 +65,47 @@ export class PinnedMemory implements Disposable {
   }
 }
 
+const never = new Int32Array(new SharedArrayBuffer(4));
+
+/** Waits for an event on the spot, but not beyond a time of `performance.now()`. */
+function pollUntil(event: StreamEvent, end_ms: number): void {
+  for (let polls = 0; !event.done() && performance.now() < end_ms; polls++) {
+    if (polls > BUSY_POLLS) Atomics.wait(never, 0, 0, PAUSE_MS);
+  }
+}
+
 function bytesOfView(source: ArrayBufferView): Uint8Array {
   return new Uint8Array(source.buffer, source.byteOffset, source.byteLength);
+}
+
+/** Copies page-locked bytes to an array; large ones on other threads, piece by piece. */
+async function copyOut(
+  address: number,
+  buffer: ArrayBuffer,
+  offset: number,
+  target: Uint8Array,
+): Promise<void> {
+  if (target.length < ELSEWHERE) {
+    target.set(new Uint8Array(buffer, offset, target.length));
+    return;
+  }
+  const { memcpyElsewhere } = libc();
+  const to = addressOf(target.buffer) + BigInt(target.byteOffset);
+  const copies: Promise<bigint>[] = [];
+  for (let at = 0; at < target.length; at += PIECE) {
+    const size = BigInt(Math.min(PIECE, target.length - at));
+    copies.push(memcpyElsewhere(to + BigInt(at), BigInt(address + offset + at), size));
+  }
+  await Promise.all(copies);
+  keepUntilHere(target);
+}
+
+/** A part of the upload ring. */
+interface Segment {
+  readonly address: number;
+  readonly bytes: Uint8Array;
+  /** The end of its copies; null while it is filled for the first time. */
+  end: StreamEvent | null;
 }
 
 /** Copies from and to the host on one stream. */
@@ -56,11 +113,10 @@ export class Staging {
   readonly #stream: CudaStream;
   readonly #pool: EventPool;
   readonly #calls = cudart().calls;
-  #ring: PinnedMemory | undefined;
-  #ringBytes = new Uint8Array(0);
-  #segment = 0;
-  #filled = 0;
-  readonly #segmentEvents: (CudaEvent | null)[] = new Array(SEGMENTS).fill(null);
+  /** In the order in which they were filled, seen from the present one. */
+  readonly #ring: Segment[] = [];
+  #present = 0;
+  #filled = SEGMENT;
   #downloads: PinnedMemory | undefined;
   readonly #places = new Blocks();
 
@@ -74,8 +130,8 @@ export class Staging {
   }
 
   /**
-   * Enqueues a copy to the device. The source may change once this returns. It waits only while {@linkcode SEGMENTS} segments of
-   * earlier uploads are under way.
+   * Enqueues a copy to the device. The source may change once this returns. If {@linkcode SEGMENTS} segments of earlier uploads are under
+   * way, it waits for {@linkcode PATIENCE_MS} at most; should the stream stand still for longer, the ring grows.
    *
    * @param source The bytes.
    * @param address Where they go.
@@ -83,38 +139,61 @@ export class Staging {
   upload(source: ArrayBufferView, address: number): void {
     const total = source.byteLength;
     if (total === 0) return;
-    if (this.#ring === undefined) {
-      this.#ring = new PinnedMemory(SEGMENTS * SEGMENT);
-      this.#ringBytes = new Uint8Array(this.#ring.buffer);
-    }
     const bytes = bytesOfView(source);
+    let patience_ms = PATIENCE_MS;
     for (let done = 0; done < total;) {
       // A small upload stays whole.
       if (this.#filled === SEGMENT || (total <= SEGMENT / 8 && this.#filled + total > SEGMENT)) {
-        this.#nextSegment();
+        patience_ms -= this.#nextSegment(patience_ms);
       }
       const size = Math.min(total - done, SEGMENT - this.#filled);
-      const offset = this.#segment * SEGMENT + this.#filled;
-      this.#ringBytes.set(
+      const segment = this.#ring[this.#present];
+      segment.bytes.set(
         done === 0 && size === total ? bytes : bytes.subarray(done, done + size),
-        offset,
+        this.#filled,
       );
-      this.#copy(address + done, this.#ring.address + offset, size, CUDART.hostToDevice);
+      this.#copy(address + done, segment.address + this.#filled, size, CUDART.hostToDevice);
       this.#filled = Math.min(SEGMENT, this.#filled + Math.ceil(size / UNIT) * UNIT);
       done += size;
     }
   }
 
-  /** Goes on to the segment that was filled longest ago, once its copies are done. */
-  #nextSegment(): void {
-    this.#segmentEvents[this.#segment] = this.#stream.record();
-    this.#segment = (this.#segment + 1) % SEGMENTS;
+  /** Goes on to the segment that was filled longest ago, once its copies are done, or to a new one. @returns How long it has waited, in ms. */
+  #nextSegment(patience_ms: number): number {
+    const ring = this.#ring;
+    if (ring.length === 0) {
+      this.#addSegment();
+      return 0;
+    }
+    ring[this.#present].end = this.#stream.record();
+    const oldest = (this.#present + 1) % ring.length, { end } = ring[oldest];
+    const free = end!.done();
+    const start_ms = performance.now();
+    if (!free && ring.length >= SEGMENTS) {
+      this.#pool.hostWaits++;
+      pollUntil(end!, start_ms + patience_ms);
+    }
+    const waited_ms = performance.now() - start_ms;
+    if (!free && !end!.done()) {
+      try {
+        this.#addSegment();
+        return waited_ms;
+      } catch (error) {
+        if (!(error instanceof CudaError)) throw error;
+        pollUntil(end!, Infinity); // the host has no memory either: nothing is left but to wait
+      }
+    }
+    this.#present = oldest;
     this.#filled = 0;
-    const event = this.#segmentEvents[this.#segment];
-    if (event === null || event.done()) return;
-    this.#pool.hostWaits++;
-    const cell = new Int32Array(new SharedArrayBuffer(4));
-    for (let polls = 0; !event.done(); polls++) if (polls > 200) Atomics.wait(cell, 0, 0, 0.05);
+    return waited_ms;
+  }
+
+  /** Puts a fresh segment behind the present one and goes on to it. */
+  #addSegment(): void {
+    const { address, buffer } = new PinnedMemory(SEGMENT);
+    this.#present = this.#ring.length === 0 ? 0 : this.#present + 1;
+    this.#ring.splice(this.#present, 0, { address, bytes: new Uint8Array(buffer), end: null });
+    this.#filled = 0;
   }
 
   /**
@@ -145,11 +224,7 @@ export class Staging {
       snapshot = arena.allocate(bytes.length);
     } catch (error) {
       if (!(error instanceof OutOfMemoryError)) throw error;
-      using pinned = new PinnedMemory(bytes.length);
-      this.#copy(pinned.address, address, bytes.length, CUDART.deviceToHost);
-      await passing(this.#stream.record());
-      bytes.set(new Uint8Array(pinned.buffer));
-      return;
+      return await this.#downloadPinned(address, bytes);
     }
     this.#copy(snapshot, address, bytes.length, CUDART.deviceToDevice);
     let next = 0;
@@ -166,9 +241,26 @@ export class Staging {
       }
     };
     try {
-      await Promise.all([fetchPieces(), fetchPieces()]); // one copies on the host while the other's transfer runs
+      // All of them have ended when the snapshot is freed, also if one has failed.
+      const ends = await Promise.allSettled(Array.from({ length: LANES }, fetchPieces));
+      for (const end of ends) if (end.status === "rejected") throw end.reason;
     } finally {
       arena.free(snapshot);
+    }
+  }
+
+  async #downloadPinned(address: number, bytes: Uint8Array): Promise<void> {
+    using stack = new DisposableStack();
+    const parts: PinnedMemory[] = [];
+    for (let at = 0; at < bytes.length; at += PART) {
+      parts.push(stack.use(new PinnedMemory(Math.min(PART, bytes.length - at))));
+    }
+    parts.forEach((part, i) => {
+      this.#copy(part.address, address + i * PART, part.buffer.byteLength, CUDART.deviceToHost);
+    });
+    await passing(this.#stream.record());
+    for (const [i, { address, buffer }] of parts.entries()) {
+      await copyOut(address, buffer, 0, bytes.subarray(i * PART, (i + 1) * PART));
     }
   }
 
@@ -182,7 +274,7 @@ export class Staging {
       const staging = this.#downloads!;
       this.#copy(staging.address + place * UNIT, address, bytes.length, CUDART.deviceToHost);
       await passing(this.#stream.record());
-      bytes.set(new Uint8Array(staging.buffer, place * UNIT, bytes.length));
+      await copyOut(staging.address, staging.buffer, place * UNIT, bytes);
     } finally {
       this.#places.give(place);
     }
