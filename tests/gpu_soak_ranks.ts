@@ -2,6 +2,8 @@
 // --expose-gc, and a young generation that holds all garbage of `WINDOW` steps, so that the heap's growth over them is what they allocate.
 
 import assert from "node:assert/strict";
+import { addressOf } from "../ffi/address.ts";
+import { checkCudart, cudart } from "../ffi/cudart.ts";
 import type { Recompute } from "../moe/block.ts";
 import type { Communicator } from "../collectives/types.ts";
 import { modelConfig, type ModelOptions } from "../moe/config.ts";
@@ -35,6 +37,8 @@ export interface Held {
   /** Device memory that tensors take, and that the device's arena holds. */
   readonly used_bytes: number;
   readonly reserved_bytes: number;
+  /** Memory of the GPU that is taken, by whomever: what CUDA and its libraries take shows only here. */
+  readonly gpu_bytes: number;
   /** JavaScript's heap, and array buffers beside it, after a collection. */
   readonly heap_bytes: number;
   readonly external_bytes: number;
@@ -120,6 +124,12 @@ function collect(): void {
   (globalThis as unknown as { gc(): void }).gc();
 }
 
+function gpuBytes(): number {
+  const out = new BigUint64Array(new ArrayBuffer(16)), at = addressOf(out.buffer);
+  checkCudart(cudart().calls.cudaMemGetInfo(at, at + 8n), "cudaMemGetInfo");
+  return Number(out[1] - out[0]);
+}
+
 function holding(step: number, device: CudaDevice): Held {
   collect();
   collect();
@@ -129,6 +139,7 @@ function holding(step: number, device: CudaDevice): Held {
     step,
     used_bytes,
     reserved_bytes,
+    gpu_bytes: gpuBytes(),
     heap_bytes: heapUsed,
     external_bytes: external,
     rss_bytes: rss,

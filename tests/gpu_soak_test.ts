@@ -16,7 +16,7 @@ const MIB = 2 ** 20;
 const GARBAGE = MIB;
 /** Bytes by which its heap may be larger at the end: code that V8 has optimised meanwhile. */
 const HEAP_GROWTH = MIB / 2;
-/** Bytes by which the process may be larger at the end. */
+/** Bytes by which the process, and what is taken of the GPU, may be larger at the end. */
 const PROCESS_GROWTH = 64 * MIB;
 
 const SMALL: ModelOptions = {
@@ -107,7 +107,8 @@ function check(result: SoakResult, wanted: number): void {
   const kib = (bytes: number) => `${(bytes / 1024).toFixed(1)} KiB`;
   console.log(
     `${end.step} steps of ${step_ms.toFixed(2)} ms, loss ${loss.map((x) => x.toFixed(3))}; ` +
-      `device ${kib(end.used_bytes)} of ${kib(end.reserved_bytes)}, ${end.events} events; ` +
+      `device ${kib(end.used_bytes)} of ${kib(end.reserved_bytes)}, ${end.events} events, ` +
+      `GPU ${kib(end.gpu_bytes - warm.gpu_bytes)} more; ` +
       `heap ${kib(end.heap_bytes)} (${kib(end.heap_bytes - warm.heap_bytes)} more), ` +
       `buffers ${kib(end.external_bytes - warm.external_bytes)} more, ` +
       `process ${kib(end.rss_bytes - warm.rss_bytes)} more; ` +
@@ -128,6 +129,8 @@ function check(result: SoakResult, wanted: number): void {
   assert(grown <= HEAP_GROWTH, `the heap has grown by ${grown} bytes`);
   const buffers = end.external_bytes - warm.external_bytes;
   assert(buffers <= HEAP_GROWTH, `array buffers have grown by ${buffers} bytes`);
+  const gpu = end.gpu_bytes - warm.gpu_bytes;
+  assert(gpu <= PROCESS_GROWTH, `the memory that is taken on the GPU has grown by ${gpu} bytes`);
   const process = end.rss_bytes - warm.rss_bytes;
   assert(process <= PROCESS_GROWTH, `the process has grown by ${process} bytes`);
   const garbage = garbage_bytes + buffers_bytes;
