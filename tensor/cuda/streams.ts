@@ -20,6 +20,8 @@ const SPIN_US = 30;
 const TURNS_US = 250_000;
 /** An anchor is made anew when it is older: the f32 milliseconds that CUDA gives are exact to 0.1 µs until then. */
 const STALE_US = 1_000_000;
+/** How long an anchor may take before the device is too busy for one: its streams may share hardware queues. */
+const LONGEST_ANCHOR_US = 2000;
 /** Events that a stream keeps before it looks for passed ones. */
 const KEPT = 64;
 
@@ -32,7 +34,8 @@ export class EventPool {
   readonly #timed: CudaEventHandle[] = [];
   #clock: CudaStreamHandle | undefined;
   #anchor: CudaEventHandle | undefined;
-  #anchor_us = 0;
+  #anchor_us = -Infinity;
+  #tried_us = -Infinity;
   /** Times that the host waited for the device, in all. */
   hostWaits = 0;
   /** CUDA events made, in all; none is destroyed. */
@@ -64,7 +67,7 @@ export class EventPool {
   /**
    * Puts an event back.
    *
-   * @param handle The event; it has passed.
+   * @param handle The event; it has passed, or nobody waits for it.
    * @param timed Whether it takes the time.
    */
   give(handle: CudaEventHandle, timed: boolean): void {
@@ -87,17 +90,21 @@ export class EventPool {
 
   /**
    * Ties the device's clock to the host's anew: an event on a stream of its own, which is idle, and the host's time around it. Takes
-   * some 20 µs; good to a few µs, and the clocks part by about 10 µs per second: once a step is enough.
+   * some 20 µs; good to a few µs, and the clocks part by about 10 µs per second: once a step is enough. A device that is too busy to pass
+   * the event soon leaves the tie as it was.
    */
   anchor(): void {
     this.#clock ??= createStream(this.#calls, 0);
+    const end_us = (this.#tried_us = now()) + LONGEST_ANCHOR_US;
     let width = Infinity;
     for (let round = 0; round < 3; round++) {
       const event = this.take(true);
       const before = now();
       checkCudart(this.#calls.cudaEventRecord(event, this.#clock), "cudaEventRecord");
-      while (!this.passed(event));
+      let passed = this.passed(event);
+      while (!passed && now() < end_us) passed = this.passed(event);
       const after = now();
+      if (!passed) return this.give(event, true);
       if (after - before >= width) {
         this.give(event, true);
         continue;
@@ -113,13 +120,14 @@ export class EventPool {
    * When the device passed an event.
    *
    * @param handle An event that takes the time and has passed.
-   * @returns Time on the host's clock, in µs.
+   * @returns Time on the host's clock, in µs: the present if the clocks could never be tied.
    */
   time(handle: CudaEventHandle): number {
-    if (this.#anchor === undefined || now() - this.#anchor_us > STALE_US) this.anchor();
+    if (now() - Math.max(this.#anchor_us, this.#tried_us) > STALE_US) this.anchor();
+    if (this.#anchor === undefined) return now();
     const code = this.#calls.cudaEventElapsedTime(
       addressOf(this.#elapsed.buffer),
-      this.#anchor!,
+      this.#anchor,
       handle,
     );
     checkCudart(code, "cudaEventElapsedTime");

@@ -1,0 +1,43 @@
+// The clock of a device that does not answer; device_test.ts has streams and events that do.
+
+import assert from "node:assert/strict";
+import { testDevice } from "../../tests/emulator/device.ts";
+import { now } from "../../trace/mod.ts";
+import { CudaStream, EventPool } from "./streams.ts";
+
+const device = await testDevice();
+
+/** A pool whose device is busy until it is told otherwise. */
+class BusyPool extends EventPool {
+  busy = true;
+  readonly #made = performance.now();
+
+  override passed(handle: Parameters<EventPool["passed"]>[0]): boolean {
+    if (performance.now() - this.#made > 3000) throw new Error("it waits for the device");
+    return !this.busy && super.passed(handle);
+  }
+}
+
+Deno.test({
+  name:
+    "tying the clocks does not wait for a busy device; times are the host's until they are tied",
+  ignore: !device,
+  async fn() {
+    const pool = new BusyPool(), stream = new CudaStream("timed", pool);
+    const event = stream.recordTimed();
+    const start = performance.now();
+    pool.anchor();
+    assert.ok(performance.now() - start < 1000);
+    assert.ok(Number.isNaN(event.time()));
+    await device!.stream.synchronize();
+    pool.busy = false;
+    while (!event.done());
+    assert.ok(Math.abs(event.time() - now()) < 1e6);
+    const before = now();
+    pool.anchor();
+    const timed = stream.recordTimed();
+    while (!timed.done());
+    assert.ok(timed.time() > before - 200 && timed.time() < now() + 200);
+    stream.destroy();
+  },
+});
