@@ -53,6 +53,8 @@ const SYMBOLS = {
   cuMemMap: { parameters: ["u64", "u64", "u64", "u64", "u64"], result: "i32" },
   // CUresult cuMemSetAccess(CUdeviceptr ptr, size_t size, const CUmemAccessDesc *desc, size_t count);
   cuMemSetAccess: { parameters: ["u64", "u64", "u64", "u64"], result: "i32" },
+  // CUresult cuMemUnmap(CUdeviceptr ptr, size_t size);
+  cuMemUnmap: { parameters: ["u64", "u64"], result: "i32" },
   // CUresult cuMemRelease(CUmemGenericAllocationHandle handle);
   cuMemRelease: { parameters: ["u64"], result: "i32" },
   // CUresult cuGetErrorName(CUresult error, const char **pStr);
@@ -124,6 +126,8 @@ export interface CudaCalls {
   ): number;
   /** CUresult cuMemSetAccess(CUdeviceptr ptr, size_t size, const CUmemAccessDesc *desc, size_t count) */
   cuMemSetAccess(address: bigint, bytes: bigint, access: bigint, count: bigint): number;
+  /** CUresult cuMemUnmap(CUdeviceptr ptr, size_t size) */
+  cuMemUnmap(address: bigint, bytes: bigint): number;
   /** CUresult cuMemRelease(CUmemGenericAllocationHandle handle) */
   cuMemRelease(handle: CudaMemoryHandle): number;
   /** CUresult cuGetErrorName(CUresult error, const char **pStr) */

@@ -3,18 +3,18 @@
 
 import { addressOf } from "../../ffi/address.ts";
 import { cublas } from "../../ffi/cublas.ts";
-import { CUDA, cuda, cudaError } from "../../ffi/cuda.ts";
-import type { CudaMemoryHandle } from "../../ffi/cuda.ts";
-import { CudaError } from "../../ffi/cuda_library.ts";
+import { cuda, cudaError } from "../../ffi/cuda.ts";
 import { checkCudart, CUDART, cudart, cudartError } from "../../ffi/cudart.ts";
 import { nvrtc } from "../../ffi/nvrtc.ts";
 import { newArray, type TypedArray } from "../dtype.ts";
 import type { Device, Kernels, MemoryStats, RoutingKernels } from "../device.ts";
 import type { Tensor } from "../tensor.ts";
-import { Arena, type MemorySource } from "./arena.ts";
+import { Arena } from "./arena.ts";
+import { compileModules } from "./compile.ts";
 import type { CudaContext, CudaKernel, CudaProperties, ModuleSource } from "./context.ts";
 import { CUDA_MODULES, cudaKernels, cudaRoutingKernels } from "./kernels.ts";
-import { compileModules, Modules } from "./launch.ts";
+import { Modules } from "./launch.ts";
+import { memoryInfo, memorySource } from "./memory.ts";
 import { PinnedMemory, Staging } from "./pinned.ts";
 import { CudaStream, EventPool } from "./streams.ts";
 import { encodeTensorMap } from "./tensor_map.ts";
@@ -103,13 +103,6 @@ function attribute(which: number, device: number): number {
 
 function capability(device: number): number {
   return attribute(CUDART.attributeMajor, device) * 10 + attribute(CUDART.attributeMinor, device);
-}
-
-/** Free and total memory of the current GPU, in bytes. */
-function memoryInfo(): { readonly free_bytes: number; readonly total_bytes: number } {
-  const out = new BigUint64Array(new ArrayBuffer(16)), at = addressOf(out.buffer);
-  checkCudart(cudart().calls.cudaMemGetInfo(at, at + 8n), "cudaMemGetInfo");
-  return { free_bytes: Number(out[0]), total_bytes: Number(out[1]) };
 }
 
 function propertiesOf(device: number): CudaProperties {
@@ -324,88 +317,4 @@ async function make(index: number, extra: readonly ModuleSource[]): Promise<Cuda
     console.warn(`lina: slower kernels are used for some of this GPU's, which fail: ${message}`);
   }
   return new CudaDevice(index, new Arena(memorySource(index)), pool, stream, modules);
-}
-
-/** One reserved range of addresses that memory is mapped into, or, where the driver cannot do that, slabs. */
-function memorySource(index: number): MemorySource {
-  try {
-    return new MappedMemory(index);
-  } catch (error) {
-    if (!(error instanceof CudaError)) throw error;
-    return {
-      contiguous: false,
-      granularity_bytes: 2 ** 21,
-      grow(bytes) {
-        const { calls } = cudart();
-        const cell = new BigUint64Array(new ArrayBuffer(8));
-        const code = calls.cudaMalloc(addressOf(cell.buffer), BigInt(bytes));
-        if (code === 0) return Number(cell[0]);
-        calls.cudaGetLastError();
-        if (code === CUDART.errorMemoryAllocation) return null;
-        throw cudartError(code, "cudaMalloc", ` (${bytes} bytes)`);
-      },
-      free_bytes: () => memoryInfo().free_bytes,
-    };
-  }
-}
-
-/** GPU memory behind one range of addresses, twice as long as the memory: it grows in place, so blocks join across growths. */
-class MappedMemory implements MemorySource {
-  readonly contiguous = true;
-  readonly granularity_bytes: number;
-  readonly #properties: Int32Array<ArrayBuffer>;
-  readonly #access: Int32Array<ArrayBuffer>;
-  readonly #cell = new BigUint64Array(new ArrayBuffer(8));
-  readonly #range_bytes: number;
-  readonly #base: number;
-  #mapped = 0;
-
-  /** @param device Number of the GPU. */
-  constructor(device: number) {
-    const { calls } = cuda();
-    // CUmemAllocationProp: type, handle types, location {type, id}, a pointer and 8 bytes of flags, all 0.
-    // deno-fmt-ignore
-    this.#properties = new Int32Array([CUDA.allocationPinned, 0, CUDA.locationDevice, device, 0, 0, 0, 0]);
-    // CUmemAccessDesc: location {type, id}, flags.
-    this.#access = new Int32Array([CUDA.locationDevice, device, CUDA.accessReadWrite]);
-    const out = addressOf(this.#cell.buffer), properties = addressOf(this.#properties.buffer);
-    let code = calls.cuMemGetAllocationGranularity(out, properties, CUDA.granularityRecommended);
-    if (code !== 0) throw cudaError(code, "cuMemGetAllocationGranularity");
-    const granularity = this.granularity_bytes = Math.max(2 ** 21, Number(this.#cell[0]));
-    this.#range_bytes = Math.ceil(2 * memoryInfo().total_bytes / granularity) * granularity;
-    code = calls.cuMemAddressReserve(
-      out,
-      BigInt(this.#range_bytes),
-      BigInt(granularity),
-      0n,
-      0n,
-    );
-    if (code !== 0) throw cudaError(code, "cuMemAddressReserve", ` (${this.#range_bytes} bytes)`);
-    this.#base = Number(this.#cell[0]);
-  }
-
-  /** @inheritdoc */
-  grow(bytes: number): number | null {
-    if (this.#mapped + bytes > this.#range_bytes) return null;
-    const { calls } = cuda();
-    const size = BigInt(bytes), address = BigInt(this.#base + this.#mapped);
-    const properties = addressOf(this.#properties.buffer);
-    let code = calls.cuMemCreate(addressOf(this.#cell.buffer), size, properties, 0n);
-    if (code === CUDA.errorOutOfMemory) return null;
-    if (code !== 0) throw cudaError(code, "cuMemCreate", ` (${bytes} bytes)`);
-    const handle = this.#cell[0] as CudaMemoryHandle;
-    code = calls.cuMemMap(address, size, 0n, handle, 0n);
-    // The mapping keeps the memory; the handle is not needed any more.
-    calls.cuMemRelease(handle);
-    if (code !== 0) throw cudaError(code, "cuMemMap", ` (${bytes} bytes)`);
-    code = calls.cuMemSetAccess(address, size, addressOf(this.#access.buffer), 1n);
-    if (code !== 0) throw cudaError(code, "cuMemSetAccess", ` (${bytes} bytes)`);
-    this.#mapped += bytes;
-    return Number(address);
-  }
-
-  /** @inheritdoc */
-  free_bytes(): number {
-    return memoryInfo().free_bytes;
-  }
 }

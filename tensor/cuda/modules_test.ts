@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { nvrtc } from "../../ffi/nvrtc.ts";
 import { LibraryNotFoundError } from "../../ffi/search.ts";
 import { CUDA_MODULES } from "./kernels.ts";
-import { compileModule, isFor } from "./launch.ts";
+import { compileModule, isFor } from "./compile.ts";
 
 /** Ampere and Hopper; what runs on the former runs on those between. */
 const TARGETS = [80, 90] as const;

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { buildEmulator } from "../../tests/emulator/build.ts";
 import { emulated, loadCuda } from "../../tests/emulator/device.ts";
 import type { ModuleSource } from "./context.ts";
-import { compileModule, compileModules, compileOptions, isFor } from "./launch.ts";
+import { compileModule, compileModules, compileOptions, isFor } from "./compile.ts";
 
 const there = await loadCuda();
 
