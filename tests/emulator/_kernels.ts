@@ -1,7 +1,7 @@
 // Compiles and launches single kernels for the emulator's own tests, by the calls of ffi/, on the emulator or a GPU. Not how the project
 // launches kernels: that is tensor/cuda/device.ts.
 
-import { addressOf, cString } from "../../ffi/address.ts";
+import { addressOf, cString, keepUntilHere } from "../../ffi/address.ts";
 import { checkCuda, cuda, type CudaFunctionHandle, type CudaModuleHandle } from "../../ffi/cuda.ts";
 import { checkCudart, CUDART, cudart, type CudaStreamHandle } from "../../ffi/cudart.ts";
 import { nvrtc } from "../../ffi/nvrtc.ts";
@@ -20,8 +20,26 @@ export type Elements =
 /** A kernel's parameter: a number is an i32, elements are its bytes, an array of device memory its address. */
 export type Value = number | Elements | DeviceArray<Elements>;
 
-/** Keeps what C reads alive up to here. */
-function kept(..._values: readonly unknown[]): void {}
+/** Rounds to bfloat16, ties to even; returns the bits. */
+export function bf16Bits(x: number): number {
+  const bits = new Uint32Array(Float32Array.of(x).buffer)[0];
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
+  return ((bits + 0x7fff + ((bits >>> 16) & 1)) >>> 16) & 0xffff;
+}
+
+/** The value of a bfloat16. */
+export function fromBf16(bits: number): number {
+  return new Float32Array(Uint32Array.of(bits << 16).buffer)[0];
+}
+
+/** Numbers in [-1, 1) that repeat from run to run. */
+export function numbers(length: number, seed: number): Float32Array<ArrayBuffer> {
+  let state = seed * 2 + 1;
+  return Float32Array.from({ length }, () => {
+    state = Math.imul(state, 1664525) + 1013904223 | 0;
+    return (state >> 8) / 2 ** 23;
+  });
+}
 
 /** An array in device memory. */
 export class DeviceArray<T extends Elements> {
@@ -52,7 +70,7 @@ export class DeviceArray<T extends Elements> {
     const bytes = BigInt(this.#host.byteLength);
     const stream = 0n as CudaStreamHandle;
     checkCudart(cudart().calls.cudaMemcpyAsync(to, from, bytes, kind, stream), "cudaMemcpyAsync");
-    kept(this.#host);
+    keepUntilHere(this.#host);
   }
 
   /** Gives the memory back. */
@@ -119,7 +137,7 @@ export async function compile(source: string): Promise<Kernels> {
       const at = addressOf(table.buffer);
       // deno-fmt-ignore
       const code = calls.cuLaunchKernel(kernel, grid, 1, 1, block, 1, 1, shared_bytes, stream, at, 0n);
-      kept(slots, table, title);
+      keepUntilHere(slots, table, title);
       checkCuda(code, "cuLaunchKernel");
       for (;;) {
         const state = cudart().calls.cudaStreamQuery(stream);

@@ -1,6 +1,8 @@
 // Builds the CPU emulator of CUDA (the .cpp files here but nccl.cpp) into one shared library that stands for libcudart, libcuda,
 // libnvrtc and libcublas, once per version of its sources: the folder's name is their hash. Started as a program it prints the path.
 
+import { cacheProblem } from "../../tensor/cuda/cache.ts";
+
 const SOURCES = [
   "engine.cpp",
   "warps.cpp",
@@ -61,7 +63,7 @@ function cacheFolder(): string {
  * Builds the emulator, or finds that it is built.
  *
  * @returns The path of the shared library; null if the system is not Linux or has no clang.
- * @throws {Error} If the compiler fails; the message holds its output.
+ * @throws {Error} If the compiler fails, the message holding its output, or if others may write to the folder of build products.
  */
 export async function buildEmulator(): Promise<string | null> {
   if (Deno.build.os !== "linux") return null;
@@ -76,6 +78,9 @@ export async function buildEmulator(): Promise<string | null> {
   const folder = `${cacheFolder()}/${hash.subarray(0, 12).toHex()}`;
   const library = `${folder}/libemulator.so`;
   await Deno.mkdir(folder, { recursive: true, mode: 0o700 });
+  // The library is loaded into the tests: nobody else may have put it there.
+  const problem = await cacheProblem(cacheFolder());
+  if (problem !== null) throw new Error(`Cannot build the CUDA emulator as ${problem}`);
   using lock = await Deno.open(`${folder}/lock`, { create: true, write: true });
   await lock.lock(true); // another test process may be building it: then this one finds it built
   if (await exists(library)) return library;

@@ -1,11 +1,9 @@
 // What kernels may rely on, as the emulator has it: barriers, warp operations, tensor core fragments, asynchronous copies, conversions,
-// atomic operations, parameters, and cuBLAS. The same tests pass on a real GPU, which shows that the emulation is true.
+// atomic operations, parameters. The same tests pass on a real GPU, which shows that the emulation is true.
 
 import assert from "node:assert/strict";
 import fc from "fast-check";
-import { addressOf } from "../../ffi/address.ts";
-import { checkCublas, CUBLAS, cublas, type CublasHandle } from "../../ffi/cublas.ts";
-import { compile, DeviceArray, type Elements } from "./_kernels.ts";
+import { bf16Bits, compile, DeviceArray, type Elements, numbers } from "./_kernels.ts";
 import { loadCuda } from "./device.ts";
 
 const ok = await loadCuda();
@@ -16,26 +14,6 @@ function test(name: string, fn: () => void | Promise<void>): void {
 
 const f32 = (length: number) => new DeviceArray(new Float32Array(length));
 const i32 = (length: number) => new DeviceArray(new Int32Array(length));
-
-/** Rounds to bfloat16, ties to even; returns the bits. */
-function bf16Bits(x: number): number {
-  const bits = new Uint32Array(Float32Array.of(x).buffer)[0];
-  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
-  return ((bits + 0x7fff + ((bits >>> 16) & 1)) >>> 16) & 0xffff;
-}
-
-function fromBf16(bits: number): number {
-  return new Float32Array(Uint32Array.of(bits << 16).buffer)[0];
-}
-
-/** Numbers in [-1, 1) that repeat from run to run. */
-function numbers(length: number, seed: number): Float32Array<ArrayBuffer> {
-  let state = seed * 2 + 1;
-  return Float32Array.from({ length }, () => {
-    state = Math.imul(state, 1664525) + 1013904223 | 0;
-    return (state >> 8) / 2 ** 23;
-  });
-}
 
 test("kernels come from macros and take parameters of every type", async () => {
   const kernels = await compile(`
@@ -421,66 +399,4 @@ test("mathematical functions and integer intrinsics", async () => {
       assert(Math.abs(got - expected) <= bound, `${code} of ${value} is ${expected}: ${got}`);
     });
   });
-});
-
-test("cublasGemmEx: every pair of types, transposition and stride", () => {
-  const { calls } = cublas();
-  const cell = new BigUint64Array(new ArrayBuffer(8));
-  checkCublas(calls.cublasCreate_v2(addressOf(cell.buffer)), "cublasCreate_v2");
-  const handle = cell[0] as CublasHandle;
-  const cases = fc.record({
-    m: fc.integer({ min: 1, max: 20 }),
-    n: fc.integer({ min: 1, max: 20 }),
-    k: fc.integer({ min: 0, max: 20 }),
-    ta: fc.constantFrom(0, 1),
-    tb: fc.constantFrom(0, 1),
-    pad: fc.integer({ min: 0, max: 3 }),
-    types: fc.constantFrom([14, 14], [14, 0], [0, 0], [1, 1]),
-    alpha: fc.constantFrom(1, -0.5),
-    beta: fc.constantFrom(0, 1, 0.25),
-  });
-  const make = (type: number, x: Float32Array) => {
-    if (type === 14) return new DeviceArray(Uint16Array.from(x, bf16Bits));
-    return new DeviceArray(type === 0 ? Float32Array.from(x) : Float64Array.from(x));
-  };
-  fc.assert(
-    fc.property(cases, ({ m, n, k, ta, tb, pad, types: [type, typeC], alpha, beta }) => {
-      const lda = (ta ? k : m) + pad, ldb = (tb ? n : k) + pad, ldc = m + pad;
-      const a = numbers((ta ? m : k) * lda + 1, m), b = numbers((tb ? k : n) * ldb + 1, n);
-      const c = numbers(n * ldc, k);
-      if (beta === 0) c.fill(NaN); // is not read
-      const arrays = [make(type, a), make(type, b), make(typeC, c)];
-      const [da, db, dc] = arrays;
-      const scalar = (x: number) => type === 1 ? Float64Array.of(x) : Float32Array.of(x);
-      const factors = [scalar(alpha), scalar(beta)];
-      const compute = type === 1 ? CUBLAS.computeF64 : CUBLAS.computeF32;
-      // deno-fmt-ignore
-      const code = calls.cublasGemmEx(handle, ta, tb, m, n, k, addressOf(factors[0].buffer), da.address, type, Math.max(1, lda),
-        db.address, type, Math.max(1, ldb), addressOf(factors[1].buffer), dc.address, typeC, ldc, compute, -1);
-      checkCublas(code, "cublasGemmEx");
-      const result = dc.read();
-      const at = (x: Float32Array, i: number) => type === 14 ? fromBf16(bf16Bits(x[i])) : x[i];
-      for (let j = 0; j < n; j++) {
-        for (let i = 0; i < ldc; i++) {
-          const got = typeC === 14
-            ? fromBf16(Number(result[j * ldc + i]))
-            : Number(result[j * ldc + i]);
-          const old = typeC === 14 ? fromBf16(bf16Bits(c[j * ldc + i])) : c[j * ldc + i];
-          if (i >= m) {
-            assert.equal(got, old); // the padding stays
-            continue;
-          }
-          let sum = 0;
-          for (let l = 0; l < k; l++) {
-            sum += at(a, ta ? i * lda + l : l * lda + i) * at(b, tb ? l * ldb + j : j * ldb + l);
-          }
-          const expected = alpha * sum + (beta === 0 ? 0 : beta * old);
-          const tolerance = typeC === 14 ? 2 ** -8 : 1e-5;
-          assert(Math.abs(got - expected) <= tolerance * Math.max(1, Math.abs(expected)));
-        }
-      }
-      for (const array of arrays) array.free();
-    }),
-    { numRuns: 60 },
-  );
 });

@@ -1,6 +1,8 @@
 // Builds the emulator's NCCL (nccl.cpp) into a library of its own, once per version of its source; as the newest NCCL, and as an older one
 // without all-to-all. `LINA_NCCL_LIB` makes ffi/nccl.ts open it.
 
+import { cacheProblem } from "../../tensor/cuda/cache.ts";
+
 const SOURCE = new URL("nccl.cpp", import.meta.url);
 const COMPILERS = [Deno.env.get("CXX"), "clang++-19", "clang++", "clang++-20", "clang++-18", "g++"];
 
@@ -17,6 +19,8 @@ export async function buildNccl(old: boolean): Promise<string | null> {
   const folder = Deno.env.get("LINA_EMULATOR_CACHE") ??
     `${Deno.env.get("TMPDIR") ?? "/tmp"}/lina-emulator-${Deno.uid() ?? 0}`;
   await Deno.mkdir(folder, { recursive: true, mode: 0o700 });
+  const problem = await cacheProblem(folder); // nobody else may have put a library there
+  if (problem !== null) throw new Error(`Cannot build the emulator's NCCL as ${problem}`);
   const name = `${old ? "old-" : ""}nccl-${new Uint8Array(hash, 0, 12).toHex()}`;
   const library = `${folder}/${name}.so`;
   try {
