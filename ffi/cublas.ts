@@ -16,8 +16,6 @@ const SYMBOLS = {
   cublasSetWorkspace_v2: { parameters: ["u64", "u64", "u64"], result: "i32" },
   // cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode);
   cublasSetMathMode: { parameters: ["u64", "i32"], result: "i32" },
-  // cublasStatus_t cublasGetVersion_v2(cublasHandle_t handle, int *version);
-  cublasGetVersion_v2: { parameters: ["u64", "u64"], result: "i32" },
   // cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n, int k,
   //   const void *alpha, const void *A, cudaDataType Atype, int lda, const void *B, cudaDataType Btype, int ldb,
   //   const void *beta, void *C, cudaDataType Ctype, int ldc, cublasComputeType_t computeType, cublasGemmAlgo_t algo);
@@ -41,8 +39,6 @@ export interface CublasCalls {
   cublasSetWorkspace_v2(handle: CublasHandle, workspace: bigint, bytes: bigint): number;
   /** cublasStatus_t cublasSetMathMode(cublasHandle_t handle, cublasMath_t mode) */
   cublasSetMathMode(handle: CublasHandle, mode: number): number;
-  /** cublasStatus_t cublasGetVersion_v2(cublasHandle_t handle, int *version) */
-  cublasGetVersion_v2(handle: CublasHandle, version: bigint): number;
   /** cublasStatus_t cublasGemmEx(handle, transa, transb, m, n, k, alpha, A, Atype, lda, B, Btype, ldb, beta, C, Ctype, ldc, computeType, algo) */
   cublasGemmEx(
     handle: CublasHandle,

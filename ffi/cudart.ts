@@ -53,8 +53,6 @@ const SYMBOLS = {
   cudaStreamQuery: { parameters: ["u64"], result: "i32" },
   // cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned int flags);
   cudaEventCreateWithFlags: { parameters: ["u64", "u32"], result: "i32" },
-  // cudaError_t cudaEventDestroy(cudaEvent_t event);
-  cudaEventDestroy: { parameters: ["u64"], result: "i32" },
   // cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
   cudaEventRecord: { parameters: ["u64", "u64"], result: "i32" },
   // cudaError_t cudaEventQuery(cudaEvent_t event);
@@ -115,8 +113,6 @@ export interface CudartCalls {
   cudaStreamQuery(stream: CudaStreamHandle): number;
   /** cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned int flags) */
   cudaEventCreateWithFlags(event: bigint, flags: number): number;
-  /** cudaError_t cudaEventDestroy(cudaEvent_t event) */
-  cudaEventDestroy(event: CudaEventHandle): number;
   /** cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) */
   cudaEventRecord(event: CudaEventHandle, stream: CudaStreamHandle): number;
   /** cudaError_t cudaEventQuery(cudaEvent_t event) */
