@@ -334,8 +334,6 @@ DEVICE void consume(const Problem& p, Shared& shared, u32 ring, u8* ring_pointer
   int thread = threadIdx.x % 128, stage = 0, phase = 0, draw = 0, draw_phase = 0, acquired = -1, unit = blockIdx.x;
   while (walk.find(unit, tile)) {
     int reduced = MODE == 2 ? tile.rows : p.k_size, steps = (reduced + DEPTH - 1) / DEPTH, previous = 0;
-    int row = tile.m * TILE_M + 64 * consumer, row_end = MODE == 2 ? p.m_size : tile.rows, column = tile.n * TILE_N;
-    bool needed = row < row_end;  // else the other consumer has the tensor cores alone
     float sums[128];
     if (steps == 0) {
 #pragma unroll
@@ -352,16 +350,14 @@ DEVICE void consume(const Problem& p, Shared& shared, u32 ring, u8* ring_pointer
         publish();
         consumers_barrier();
       }
-      if (needed) {
-        u32 a = ring + stage * STAGE_BYTES + consumer * BLOCK_BYTES, b = ring + stage * STAGE_BYTES + A_BLOCKS * BLOCK_BYTES;
-        multiply_begin();
+      u32 a = ring + stage * STAGE_BYTES + consumer * BLOCK_BYTES, b = ring + stage * STAGE_BYTES + A_BLOCKS * BLOCK_BYTES;
+      multiply_begin();
 #pragma unroll
-        for (int k = 0; k < DEPTH / 16; k++)
-          multiply<A_MAJOR, B_MAJOR>(sums, descriptor<A_MAJOR>(a) + k * STEP<A_MAJOR>, descriptor<B_MAJOR>(b) + k * STEP<B_MAJOR>,
-                                     step + k > 0);
-        multiply_commit();
-        multiply_wait<1>();
-      }
+      for (int k = 0; k < DEPTH / 16; k++)
+        multiply<A_MAJOR, B_MAJOR>(sums, descriptor<A_MAJOR>(a) + k * STEP<A_MAJOR>, descriptor<B_MAJOR>(b) + k * STEP<B_MAJOR>,
+                                   step + k > 0);
+      multiply_commit();
+      multiply_wait<1>();
       if (step > 0 && thread == 0) barrier_arrive(&shared.empty[previous]);
       if (waiting.next < 4) waiting.store_next(buffers, p.n_size);  // while this step is multiplied
       previous = stage;
@@ -374,9 +370,10 @@ DEVICE void consume(const Problem& p, Shared& shared, u32 ring, u8* ring_pointer
 #pragma unroll
     for (int i = 0; i < 128; i++) asm volatile("" : "+f"(sums[i])::"memory");
 
+    int row = tile.m * TILE_M + 64 * consumer, row_end = MODE == 2 ? p.m_size : tile.rows, column = tile.n * TILE_N;
     int first = MODE == 2 ? 0 : tile.first_row;
     bool boxes = sizeof(OUT) == 4 ? p.beta == 0 || p.beta == 1 : p.beta == 0 && (MODE == 2 || row + 64 <= row_end);
-    if (needed && (steps > 0 || p.beta != 1)) {
+    if (row < row_end && (steps > 0 || p.beta != 1)) {
       if (boxes) {
         const TensorMap* map = MODE == 2 ? p.out_maps + tile.group : p.out_maps;
         if (MODE == 2 && acquired != tile.group && thread == 0) acquire_map(map);
