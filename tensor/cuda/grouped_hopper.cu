@@ -322,7 +322,8 @@ DEVICE void produce(const Problem& p, Shared& shared, u32 ring) {
   if (atomicAdd(p.counter + 1, 1u) == gridDim.x - 1) p.counter[0] = 0, p.counter[1] = 0;
 }
 
-// 128 threads: multiplies 64 rows of each tile.
+// 128 threads: multiplies 64 rows of each tile, also where a group has ended before them: one thread frees the stages for all, which is safe
+// because wgmma holds the four warps together; a warp that fell two phases behind would wait for ever.
 template <int MODE, typename OUT>
 DEVICE void consume(const Problem& p, Shared& shared, u32 ring, u8* ring_pointer, int consumer) {
   constexpr int A_MAJOR = MODE == 2, B_MAJOR = MODE != 0;
