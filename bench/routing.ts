@@ -67,7 +67,11 @@ for (const [N, D, E, K] of shapes) {
   const x = bf16(N, D), gate = f32(E, D), logits = empty(device, [N, E]);
   await row("gate", N * wide + 4 * N * E, () => routing.gate(x, gate, logits));
   const dX = bf16(N, D), dGate = f32(E, D), dLogits = f32(N, E);
-  await row("gateBackward", 3 * N * wide, () => routing.gateBackward(dLogits, x, gate, dX, dGate));
+  await row(
+    "gateBackward",
+    2 * N * wide,
+    () => routing.gateBackward(dLogits, x, gate, dX, dGate, { beta: 0 }),
+  );
   for (const scores of ["softmax", "sigmoid"] as const) {
     const groups = scores === "sigmoid" && E >= 64 ? 8 : 1;
     const options: RouteOptions = {
@@ -106,6 +110,7 @@ for (const [N, D, E, K] of shapes) {
     );
     const y = bf16(S, D), dY = empty(device, [S, D], "bf16"), out = empty(device, [N, D], "bf16");
     const dOut = bf16(N, D), dW = empty(device, [N, K]);
+    await row("spreadRows (permute)", (N + S) * wide, () => routing.spreadRows(x, slots, y));
     await row("gatherRows (permute)", (N + S) * wide, () => ops.gatherRows(x, tokens, y));
     await row("combineRows", (N + S) * wide, () => ops.combineRows(y, slots, weights, out));
     await row(

@@ -153,7 +153,10 @@ function owned(plan: Omit<PlacedPlan, typeof Symbol.dispose>, more?: Tensor): Pl
  */
 export function permute(x_ND: Tensor, placed: PlacedPlan): Tensor {
   const send_SD = empty(x_ND.device, [placed.tokens_S.size, x_ND.shape[1]], x_ND.dtype);
-  if (send_SD.size > 0) ops.gatherRows(x_ND, placed.tokens_S, send_SD);
+  if (send_SD.size === 0) return send_SD;
+  // A GPU reads each token once so.
+  if (x_ND.device.routing) routing.spreadRows(x_ND, placed.slots_NK, send_SD);
+  else ops.gatherRows(x_ND, placed.tokens_S, send_SD);
   return send_SD;
 }
 

@@ -236,6 +236,8 @@ export interface RoutingKernels {
     layout: { readonly experts: number; readonly starts: Tensor | null },
     out: { readonly slots: Tensor; readonly tokens: Tensor; readonly offsets: Tensor | null },
   ): void;
+  /** `out[slots[n,k]] = x[n]`: a token's row to each of its choices; slots i32 [N, K], a negative one gets none; x [N, D], out [S, D]. */
+  spreadRows(x: Tensor, slots: Tensor, out: Tensor): void;
   /**
    * Index arrays between rank-major and expert-major rows, from counts i32 [R, L] of rows per (source rank, seat): expert-major row i is
    * rank-major row `toExpertMajor[i]`, rank-major row i is expert-major row `toRankMajor[i]`; both i32 [M].
@@ -289,7 +291,7 @@ export interface Kernels {
   ): void;
   /** `out[i] = x[rows[i]]` for rows i32; a negative index writes zeros. x [*, D], out [rows, D]. */
   gatherRows(x: Tensor, rows: Tensor, out: Tensor): void;
-  /** `out[rows[i]] += x[i]`; a negative index is skipped; out in the dtype of x, or f32. Deterministic: adds in order of i. */
+  /** `out[rows[i]] += x[i]`; a negative index is skipped; out in the dtype of x, or f32. Deterministic: in a fixed order. */
   scatterAddRows(x: Tensor, rows: Tensor, out: Tensor): void;
   /**
    * `out[n] = residual[n] + Σ_k weights[n,k] · y[slots[n,k]]`; slots i32 [N, K], a negative slot adds nothing; y [R, D]. Without weights they are

@@ -174,14 +174,27 @@ extern "C" __global__ void gate_plain_bf16(const bf16* x, const float* gate, flo
   gate_plain<bf16>(x, gate, logits, tokens, experts, width);
 }
 
-// dX = dLogits gate, plus dX where `adds`, for the K * 16 experts from `first_expert` on. A warp owns 32 columns and keeps their weights in registers while tokens go
-// by, 32 at a time. Which column an accumulator stands for is chosen so that a lane has 8 neighbours: one access of 16 bytes per token.
-// Blocks of 128 threads (128 columns, `per_block` tokens).
+// dX = dLogits gate, plus dX where `adds`, for the K * 16 experts from `first_expert` on. A warp owns 32 columns and keeps their weights in
+// registers while tokens go by, 32 at a time, whose gradients the block has split into two terms in shared memory. Which column an accumulator
+// stands for is chosen so that a lane has 8 neighbours: one access of 16 bytes per token. Blocks of 128 threads (128 columns, `per_block` tokens).
 template <int K>
 DEVICE void gate_dx(const float* d_logits, const float* gate, bf16* d_x, int tokens, int experts, int first_expert,
                     int width, int per_block, int adds) {
+  constexpr int ROW = K * 16 + 8, PAIRS = K * 8, EACH = 32 * PAIRS / 128;
+  __shared__ __align__(16) u32 terms[2][2][32][ROW / 2];  // [buffer][term][token][experts, two by two]
   int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   int base = blockIdx.x * 128 + threadIdx.x / 32 * 32;
+  int start = blockIdx.y * per_block, end = start + per_block < tokens ? start + per_block : tokens;
+  float next[EACH][2];
+  auto fetch = [&](int n) {
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      int i = threadIdx.x + j * 128, row = n + i / PAIRS, e = first_expert + i % PAIRS * 2;
+      next[j][0] = row < end && e < experts ? d_logits[(i64)row * experts + e] : 0.0f;
+      next[j][1] = row < end && e + 1 < experts ? d_logits[(i64)row * experts + e + 1] : 0.0f;
+    }
+  };
+  fetch(start);
   u32 weights[K][4][2][2];  // [step][tile][term][register]
 #pragma unroll
   for (int k = 0; k < K; k++) {
@@ -193,16 +206,26 @@ DEVICE void gate_dx(const float* d_logits, const float* gate, bf16* d_x, int tok
         int e = first_expert + k * 16 + c * 2 + r * 8;
         float low = e < experts && column < width ? gate[(i64)e * width + column] : 0.0f;
         float high = e + 1 < experts && column < width ? gate[(i64)(e + 1) * width + column] : 0.0f;
-        u32 terms[2];
-        split2(low, high, terms);
-        weights[k][t][0][r] = terms[0];
-        weights[k][t][1][r] = terms[1];
+        u32 split[2];
+        split2(low, high, split);
+        weights[k][t][0][r] = split[0];
+        weights[k][t][1][r] = split[1];
       }
     }
   }
   int column = base + c * 8;
-  int start = blockIdx.y * per_block, end = start + per_block < tokens ? start + per_block : tokens;
-  for (int n = start; n < end; n += 32) {
+  for (int n = start, turn = 0; n < end; n += 32, turn ^= 1) {
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      int i = threadIdx.x + j * 128;
+      u32 split[2];
+      split2(next[j][0], next[j][1], split);
+      terms[turn][0][i / PAIRS][i % PAIRS] = split[0];
+      terms[turn][1][i / PAIRS][i % PAIRS] = split[1];
+    }
+    // The buffer that the next turn writes was read before the barrier of this one.
+    __syncthreads();
+    if (n + 32 < end) fetch(n + 32);
     Pack<bf16, 8> held[2][2];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -219,16 +242,9 @@ DEVICE void gate_dx(const float* d_logits, const float* gate, bf16* d_x, int tok
 #pragma unroll
       for (int m = 0; m < 2; m++) {
         u32 a[2][4];  // [term][register]
+        int row = m * 16 + lane / 8 % 2 * 8 + lane % 8;
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-          int row = n + m * 16 + g + r % 2 * 8, e = first_expert + k * 16 + c * 2 + r / 2 * 8;
-          float low = row < end && e < experts ? d_logits[(i64)row * experts + e] : 0.0f;
-          float high = row < end && e + 1 < experts ? d_logits[(i64)row * experts + e + 1] : 0.0f;
-          u32 terms[2];
-          split2(low, high, terms);
-          a[0][r] = terms[0];
-          a[1][r] = terms[1];
-        }
+        for (int i = 0; i < 2; i++) load_matrices(a[i], &terms[turn][i][row][k * 8 + lane / 16 * 4]);
 #pragma unroll
         for (int t = 0; t < 4; t++) {
           mma_bf16(sums[m][t], a[1], weights[k][t][0]);
@@ -293,13 +309,15 @@ extern "C" __global__ void gate_dx_plain_bf16(const float* d_logits, const float
 }
 
 // parts[split][experts][width] = dLogitsᵀ x over the tokens of a split, for 128 columns and M * 16 experts per block: blocks (columns,
-// experts, splits). Slices of 64 tokens pass through shared memory, 3 in flight; four warps share the columns, two the tokens of a slice.
+// experts, splits). Slices of 64 tokens pass through shared memory, 3 in flight; four warps share the columns, two the tokens of a slice. The
+// block splits a slice's gradients into three terms first.
 template <int M>
 DEVICE void gate_dw(const float* d_logits, const bf16* x, float* parts, int tokens, int experts, int width,
                     int per_split) {
-  constexpr int X_ROW = 136, E = M * 16, L_ROW = E + 4, S = 3;
-  constexpr int X_BYTES = 64 * X_ROW * 2, STAGE = X_BYTES + 64 * L_ROW * 4;
+  constexpr int X_ROW = 136, E = M * 16, S = 3, T_ROW = E + 8;
+  constexpr int X_BYTES = 64 * X_ROW * 2, STAGE = X_BYTES + 64 * E * 4;
   extern __shared__ __align__(16) u8 gate_shared[];
+  u8* terms = gate_shared + S * STAGE;  // [3][64][T_ROW] bf16
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % 4, half = warp / 4, g = lane / 4, c = lane % 4;
   int first_column = blockIdx.x * 128, first_expert = blockIdx.y * E;
   int start = blockIdx.z * per_split, end = start + per_split < tokens ? start + per_split : tokens;
@@ -318,7 +336,7 @@ DEVICE void gate_dw(const float* d_logits, const bf16* x, float* parts, int toke
     for (int j = 0; j < M; j++) {
       int i = threadIdx.x + j * 256, row = i / (4 * M), e = i % (4 * M) * 4;
       bool valid = slice < slices && first + row < end && first_expert + e < experts;
-      copy_async_16(stage + X_BYTES + (row * L_ROW + e) * 4,
+      copy_async_16(stage + X_BYTES + (row * E + e) * 4,
                     valid ? d_logits + (i64)(first + row) * experts + first_expert + e : d_logits, valid);
     }
     copy_async_commit();
@@ -333,7 +351,20 @@ DEVICE void gate_dw(const float* d_logits, const bf16* x, float* parts, int toke
     fetch(slice + S - 1);
     const u8* stage = gate_shared + (slice % S) * STAGE;
     const bf16* xs = reinterpret_cast<const bf16*>(stage);
-    const float* ls = reinterpret_cast<const float*>(stage + X_BYTES);
+    const Pack<float, 4>* ls = reinterpret_cast<const Pack<float, 4>*>(stage + X_BYTES);
+#pragma unroll
+    for (int j = 0; j < M; j++) {
+      int i = threadIdx.x + j * 256, row = i / (4 * M), e = i % (4 * M) * 4;
+      Pack<float, 4> l = ls[i];
+      u32 low[3], high[3];
+      split3(l.at[0], l.at[1], low);
+      split3(l.at[2], l.at[3], high);
+#pragma unroll
+      for (int k = 0; k < 3; k++) {
+        *reinterpret_cast<uint2*>(terms + ((k * 64 + row) * T_ROW + e) * 2) = make_uint2(low[k], high[k]);
+      }
+    }
+    __syncthreads();
 #pragma unroll
     for (int step = 0; step < 2; step++) {
       int first = half * 32 + step * 16;
@@ -347,17 +378,15 @@ DEVICE void gate_dw(const float* d_logits, const bf16* x, float* parts, int toke
       for (int m = 0; m < M; m++) {
         u32 a[3][4];
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-          const float* l = ls + (first + c * 2 + r / 2 * 8) * L_ROW + m * 16 + g + r % 2 * 8;
-          u32 terms[3];
-          split3(l[0], l[L_ROW], terms);
-#pragma unroll
-          for (int i = 0; i < 3; i++) a[i][r] = terms[i];
+        for (int k = 0; k < 3; k++) {
+          // Stored by token: transposed, its registers are (experts, tokens) low-low, high-low, low-high, high-high.
+          int row = first + lane / 16 * 8 + lane % 8, e = m * 16 + lane / 8 % 2 * 8;
+          load_matrices_transposed(a[k], terms + ((k * 64 + row) * T_ROW + e) * 2);
         }
 #pragma unroll
-        for (int t = 0; t < 4; t++) {
+        for (int k = 2; k >= 0; k--) {
 #pragma unroll
-          for (int i = 2; i >= 0; i--) mma_bf16(sums[m][t], a[i], b[t / 2] + t % 2 * 2);
+          for (int t = 0; t < 4; t++) mma_bf16(sums[m][t], a[k], b[t / 2] + t % 2 * 2);
         }
       }
     }

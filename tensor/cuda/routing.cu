@@ -334,6 +334,37 @@ ROUTE_BACKWARD(4)
 ROUTE_BACKWARD(8)
 ROUTE_BACKWARD(32)
 
+// out[slots[n, k]] = x[n]; 1 << shift threads per token, `units` units per row. A row is read once, however often it is written.
+template <typename U>
+DEVICE void spread_rows(const U* x, const int* slots, U* out, i64 tokens, int choices, i64 units, int shift) {
+  i64 n = ((i64)blockIdx.x * blockDim.x + threadIdx.x) >> shift;
+  if (n >= tokens) return;
+  i64 stride = (i64)1 << shift;
+  for (i64 u = threadIdx.x & (stride - 1); u < units; u += 4 * stride) {
+    U held[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      if (u + j * stride < units) held[j] = x[n * units + u + j * stride];
+    }
+    for (int k = 0; k < choices; k++) {
+      i64 slot = slots[n * choices + k];
+      if (slot < 0) continue;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        if (u + j * stride < units) out[slot * units + u + j * stride] = held[j];
+      }
+    }
+  }
+}
+#define SPREAD(NAME, U)                                                                                          \
+  extern "C" __global__ void __launch_bounds__(256, 6)                                                           \
+      NAME(const U* x, const int* slots, U* out, i64 tokens, int choices, i64 units, int shift) {                \
+    spread_rows<U>(x, slots, out, tokens, choices, units, shift);                                                \
+  }
+SPREAD(spread_rows_16, uint4)
+SPREAD(spread_rows_4, u32)
+SPREAD(spread_rows_2, u16)
+
 // Index arrays between rank-major and expert-major rows, counts [ranks, seats]. Blocks (seat, rank): each adds up the counts before its own
 // in both orders, and writes its run of rows.
 extern "C" __global__ void major_orders(const int* counts, int ranks, int seats, i64 rows, int* to_expert_major,

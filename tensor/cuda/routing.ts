@@ -2,6 +2,7 @@
 // decided here, by shapes alone, so that equal inputs give equal bits.
 
 import type { RouteOptions, RoutingKernels } from "../device.ts";
+import { bytesOf } from "../dtype.ts";
 import type { Tensor } from "../tensor.ts";
 import type { CudaContext, ModuleSource, ParameterType } from "./context.ts";
 import gateSource from "./gate.cu" with { type: "text" };
@@ -49,6 +50,10 @@ const PER_LANE = [1, 2, 4, 8, 32];
 /** Most experts and choices of a token. */
 const MOST_EXPERTS = 1024, MOST_CHOICES = 16;
 
+const SPREAD: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i64", "i32", "i64", "i32"];
+/** Sizes of a unit that rows are spread by. */
+const SPREAD_UNITS = [16, 4, 2];
+
 /** The kernels of routing.cu. */
 export const routingModule: ModuleSource = {
   name: "routing",
@@ -59,6 +64,7 @@ export const routingModule: ModuleSource = {
       [`route_backward_${n}`, ["ptr", "ptr", "ptr", "ptr", "ptr", ROUTE, "ptr"]],
     ]),
     ["route_record", ["ptr", "ptr", "i32", "i32", "i64", "ptr"]] as const,
+    ...SPREAD_UNITS.map((unit) => [`spread_rows_${unit}`, SPREAD] as const),
     ["major_orders", ["ptr", "i32", "i32", "i64", "ptr", "ptr"]] as const,
   ]),
 };
@@ -68,7 +74,7 @@ const ROUTE_BLOCKS = 256;
 /** Blocks that the gate's gradient is split into. */
 const GRADIENT_BLOCKS = 264;
 /** Blocks of gate_dx that a multiprocessor holds, by their registers. */
-const GRADIENT_OCCUPANCY = [5, 3, 2];
+const GRADIENT_OCCUPANCY = [4, 3, 2];
 
 /**
  * The routing kernels.
@@ -92,6 +98,7 @@ export function routingKernels(context: CudaContext): RoutingKernels {
   const routes = PER_LANE.map((n) => ofRouting(`route_${n}`));
   const backwards = PER_LANE.map((n) => ofRouting(`route_backward_${n}`));
   const routeRecord = ofRouting("route_record"), majorOrders = ofRouting("major_orders");
+  const spreads = SPREAD_UNITS.map((unit) => ofRouting(`spread_rows_${unit}`));
   const sorter = new Sorter(context);
   const struct = new Uint8Array(ROUTE_BYTES), view = new DataView(struct.buffer);
 
@@ -185,9 +192,9 @@ export function routingKernels(context: CudaContext): RoutingKernels {
       const perSplit = Math.ceil(N / wanted / 64) * 64, splits = Math.ceil(N / perSplit);
       const sums = context.allocate(4 * splits * E * D);
       if (tensorCores) {
-        const stage = 64 * 136 * 2 + 64 * (experts + 4) * 4;
+        const stage = 64 * 136 * 2 + 64 * experts * 4, terms = 3 * 64 * (experts + 8) * 2;
         // deno-fmt-ignore
-        gateDw[way].launch(columns, parts, splits, 256, 3 * stage, dLogits.address, x.address, sums, N, E, D, perSplit);
+        gateDw[way].launch(columns, parts, splits, 256, 3 * stage + terms, dLogits.address, x.address, sums, N, E, D, perSplit);
       } else {
         // deno-fmt-ignore
         kernels.dw.launch(columns, parts, splits, 128, 0, dLogits.address, x.address, sums, N, E, D, perSplit);
@@ -241,6 +248,19 @@ export function routingKernels(context: CudaContext): RoutingKernels {
         tokens: out.tokens.address,
         offsets: out.offsets ? out.offsets.address : 0,
       });
+    },
+    spreadRows(x, slots, out) {
+      const [tokens, choices] = slots.shape;
+      if (slots.size === 0 || x.size === 0) return;
+      const bytes = x.shape[1] * bytesOf(x.dtype);
+      let way = 0;
+      while ((bytes | x.address % 16 | out.address % 16) % SPREAD_UNITS[way] !== 0) way++;
+      const units = bytes / SPREAD_UNITS[way];
+      // log2 of the threads of a token, which each take 4 units at a time.
+      const wanted = Math.ceil(units / 4);
+      const shift = Math.min(8, wanted <= 1 ? 0 : 32 - Math.clz32(wanted - 1));
+      // deno-fmt-ignore
+      spreads[way].launch(Math.ceil(tokens * 2 ** shift / 256), 1, 1, 256, 0, x.address, slots.address, out.address, tokens, choices, units, shift);
     },
     majorOrders(counts, toExpertMajor, toRankMajor) {
       const [ranks, seats] = counts.shape;

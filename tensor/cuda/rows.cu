@@ -103,23 +103,33 @@ GATHER(gather_rows_4, u32)
 GATHER(gather_rows_2, u16)
 GATHER(gather_rows_1, u8)
 
-// out[key] += x[order[j]] for the items j of each key, in ascending order of j; keys [n] ascend, those from `last` on are skipped. A warp owns
-// N columns per lane of the run of equal keys that begins at its item; others leave at once.
+// A run of equal keys is added up in pieces that end at multiples of this, so that a row that is named often does not take long.
+#define PIECE 128
+
+// out[key] += x[order[j]] for the items j of each key; keys [n] ascend, those from `last` on are skipped. A warp owns N columns per lane of the
+// piece of a run that begins at its item; others leave at once. A run's first piece goes to the row, each other one to
+// parts [n / PIECE, width], which scatter_rest adds.
 template <typename T, typename O, int N>
-DEVICE void scatter_add(const T* x, const int* keys, const int* order, O* out, int n, int last, int width) {
+DEVICE void scatter_add(const T* x, const int* keys, const int* order, O* out, float* parts, int n, int last,
+                        int width) {
   int lane = threadIdx.x % 32, at = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   if (at >= n) return;
   int key = keys[at];
-  if (key >= last || (at > 0 && keys[at - 1] == key)) return;
-  int column = (blockIdx.y * 32 + lane) * N;
+  bool first = at == 0 || keys[at - 1] != key;
+  if (key >= last || (!first && at % PIECE != 0)) return;
+  int column = (blockIdx.y * 32 + lane) * N, end = at / PIECE * PIECE + PIECE;
+  if (end > n) end = n;
   bool active = column < width;
   O* target = out + (i64)key * width + column;
+  float* rest = parts + (i64)(at / PIECE) * width + column;
   float sums[N];
-  if (active) load_floats<O, N>(sums, target);
-  constexpr int most = sizeof(T) * N >= 16 ? 8 : 16;
-  while (true) {
-    int mine = at + lane < n ? keys[at + lane] : -1;
-    int item = at + lane < n ? order[at + lane] : 0;
+#pragma unroll
+  for (int c = 0; c < N; c++) sums[c] = 0;
+  if (active && first) load_floats<O, N>(sums, target);
+  constexpr int most = 8;
+  while (at < end) {
+    int mine = at + lane < end ? keys[at + lane] : -1;
+    int item = at + lane < end ? order[at + lane] : 0;
     int run = __popc(__ballot_sync(0xffffffffu, mine == key));
     for (int j = 0; j < run; j += most) {
       Unit<T, N> held[most];
@@ -144,12 +154,37 @@ DEVICE void scatter_add(const T* x, const int* keys, const int* order, O* out, i
     at += 32;
     if (run < 32) break;
   }
-  if (active) store_floats<O, N>(target, sums);
+  if (!active) return;
+  if (first) store_floats<O, N>(target, sums);
+  else store_floats<float, N>(rest, sums);
+}
+
+// Adds the parts of each run to its row, in order; one thread per column, blocks (pieces, columns). A run's parts are added by the block of
+// the first of them.
+template <typename O>
+DEVICE void scatter_rest(const int* keys, O* out, const float* parts, int n, int last, int width) {
+  int piece = blockIdx.x + 1, at = piece * PIECE, column = blockIdx.y * blockDim.x + threadIdx.x;
+  int key = keys[at];
+  if (key >= last || keys[at - 1] != key || column >= width) return;
+  int before = at - PIECE;  // the piece before is a part of this run, too, if the run began before it
+  if (before > 0 && keys[before] == key && keys[before - 1] == key) return;
+  O* target = out + (i64)key * width + column;
+  float sum = to_f32(*target);
+  for (; at < n && keys[at] == key; at += PIECE, piece++) sum += parts[(i64)piece * width + column];
+  *target = from_f32<O>(sum);
+}
+extern "C" __global__ void scatter_rest_f32(const int* keys, float* out, const float* parts, int n, int last,
+                                            int width) {
+  scatter_rest<float>(keys, out, parts, n, last, width);
+}
+extern "C" __global__ void scatter_rest_bf16(const int* keys, bf16* out, const float* parts, int n, int last,
+                                             int width) {
+  scatter_rest<bf16>(keys, out, parts, n, last, width);
 }
 #define SCATTER(NAME, T, O, N)                                                                                   \
-  extern "C" __global__ void NAME(const T* x, const int* keys, const int* order, O* out, int n, int last,       \
-                                  int width) {                                                                   \
-    scatter_add<T, O, N>(x, keys, order, out, n, last, width);                                                   \
+  extern "C" __global__ void NAME(const T* x, const int* keys, const int* order, O* out, float* parts, int n,   \
+                                  int last, int width) {                                                         \
+    scatter_add<T, O, N>(x, keys, order, out, parts, n, last, width);                                            \
   }
 SCATTER(scatter_add_f32_f32_wide, float, float, 4)
 SCATTER(scatter_add_f32_f32, float, float, 1)

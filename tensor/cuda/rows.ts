@@ -14,7 +14,9 @@ type Rows = Pick<
 >;
 
 const GATHER: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i64", "i64", "i32", "i32"];
-const SCATTER: readonly ParameterType[] = ["ptr", "ptr", "ptr", "ptr", "i32", "i32", "i32"];
+// deno-fmt-ignore
+const SCATTER: readonly ParameterType[] = ["ptr", "ptr", "ptr", "ptr", "ptr", "i32", "i32", "i32"];
+const SCATTER_REST: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32"];
 // deno-fmt-ignore
 const COMBINE: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "ptr", "ptr", "i64", "i32", "i64", "i32"];
 // deno-fmt-ignore
@@ -26,6 +28,8 @@ const FORWARD_WAYS = [[1, 4], [2, 2], [4, 1], [8, 1]], BACKWARD_WAYS = [1, 2, 4]
 const UNITS = [16, 4, 2, 1];
 /** Threads of a block. */
 const THREADS = 256;
+/** Items of a piece, as in rows.cu. */
+const PIECE = 128;
 
 /** The kernels of rows.cu. */
 export const rowsModule: ModuleSource = {
@@ -38,6 +42,7 @@ export const rowsModule: ModuleSource = {
       [`scatter_add_${dtypes}_wide`, SCATTER] as const,
     ]),
     ...["f32", "bf16"].flatMap((dtype) => [
+      [`scatter_rest_${dtype}`, SCATTER_REST] as const,
       [`combine_${dtype}`, COMBINE] as const,
       ...FORWARD_WAYS.map(([way]) => [`combine_${dtype}_wide${way}`, COMBINE] as const),
       [`combine_backward_${dtype}`, BACKWARD] as const,
@@ -69,6 +74,7 @@ export function rowsKernels(context: CudaContext): Rows {
     ["f32_f32", "bf16_f32", "bf16_bf16"].map((dtypes) => [dtypes, {
       plain: get(`scatter_add_${dtypes}`),
       wide: get(`scatter_add_${dtypes}_wide`),
+      rest: get(`scatter_rest_${dtypes.split("_")[1]}`),
     }]),
   );
   const perDType = (dtype: string, wide: number): PerDType => ({
@@ -117,8 +123,12 @@ export function rowsKernels(context: CudaContext): Rows {
       const sorted = sorter.sortRows(rows.address, count, all);
       const columns = Math.ceil(width / (aligned ? 32 * wide : 32));
       const kernel = aligned ? kernels.wide : kernels.plain;
+      const pieces = Math.ceil(count / PIECE), parts = context.allocate(4 * pieces * width);
       // deno-fmt-ignore
-      kernel.launch(Math.ceil(count / 8), columns, 1, THREADS, 0, x.address, sorted.keys, sorted.order, out.address, count, all, width);
+      kernel.launch(Math.ceil(count / 8), columns, 1, THREADS, 0, x.address, sorted.keys, sorted.order, out.address, parts, count, all, width);
+      // deno-fmt-ignore
+      kernels.rest.launch(pieces - 1, Math.ceil(width / 128), 1, 128, 0, sorted.keys, out.address, parts, count, all, width);
+      context.free(parts);
       context.free(sorted.keys);
       context.free(sorted.order);
     },

@@ -204,6 +204,29 @@ export function placeRows(
 }
 
 /**
+ * `out[slots[n,k]] = x[n]`.
+ *
+ * @param x [N, D], f32 or bf16.
+ * @param slots i32 [N, K], each below S; a negative one gets none. Every row of out is in one place.
+ * @param out [S, D].
+ * @throws {RangeError} If shapes or devices do not fit.
+ * @throws {TypeError} If dtypes do not fit.
+ */
+export function spreadRows(x: Tensor, slots: Tensor, out: Tensor): void {
+  const op = "spread rows", kernels = kernelsOf(op, x);
+  lead(op, "x", x);
+  isMatrix(op, "x", x);
+  isMatrix(op, "slots", slots);
+  isMatrix(op, "out", out);
+  shaped(op, "slots", slots, x.device, "i32", [x.shape[0], slots.shape[1]]);
+  shaped(op, "out", out, x.device, x.dtype, [out.shape[0], x.shape[1]]);
+  disjoint(op, "x", out, x);
+  const start = now();
+  kernels.spreadRows(x, slots, out);
+  ran("spreadRows", "compute", start);
+}
+
+/**
  * Index arrays between rank-major and expert-major rows.
  *
  * @param counts i32 [R, L].
