@@ -47,6 +47,8 @@ export interface Hooks {
 export class Watch {
   /** Ranks of the job, in the order of the transport. */
   readonly members: readonly number[];
+  /** Name of the transport. */
+  readonly id: string;
   /** Whether somebody has got the error. */
   told = false;
   readonly #watched: Watched;
@@ -65,6 +67,7 @@ export class Watch {
   /** @param watched Whom to watch. @param hooks The transport's side. */
   constructor(watched: Watched, hooks: Hooks) {
     this.members = watched.members;
+    this.id = watched.id;
     this.#watched = watched;
     this.#hooks = hooks;
     this.#timeout_ms = timeoutOf(undefined);
