@@ -23,9 +23,8 @@ export interface SoakArgs {
   readonly accumulate?: number;
   readonly recompute?: Recompute;
   readonly shardOptimizer?: boolean;
-  /** Steps after which all is warm, and steps in all. */
-  readonly warm: number;
-  readonly steps: number;
+  /** Steps after which is looked what is held, ascending; the last ends the run. */
+  readonly marks: readonly number[];
   /** Steps after which a checkpoint is saved, and where. The first loads code that stays: let it come before all is warm. */
   readonly saveAt?: readonly number[];
   readonly directory?: string;
@@ -71,7 +70,8 @@ async function soak(
   args: SoakArgs,
   device: CudaDevice,
 ): Promise<SoakResult> {
-  const { model: sizes, sequence, batch, accumulate = 1, warm, steps } = args;
+  const { model: sizes, sequence, batch, accumulate = 1, marks } = args;
+  const [warm] = marks, steps = marks.at(-1)!;
   const { recompute, shardOptimizer, saveAt, directory } = args;
   const text = smallText(100_000);
   const parts = { train: text, validation: text, vocabularySize: 64, bytesPerToken: 1 };
@@ -108,7 +108,7 @@ async function soak(
     if (saveAt?.includes(step)) await trainer.save(directory!);
     if (step % WINDOW === 0) counted.collect(step >= warm);
     if (step === warm) start = performance.now();
-    if (step === warm || step === steps) held.push(holding(step, device));
+    if (marks.includes(step)) held.push(holding(step, device));
   }
   return {
     held,
