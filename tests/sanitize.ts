@@ -97,6 +97,26 @@ async function findSanitizer(): Promise<{ readonly path: string; readonly versio
   );
 }
 
+/** Compiles the kernels into the cache on disk, so that not every run does it under the sanitizer; also finds that there is a GPU. */
+async function compile(): Promise<void> {
+  const module = new URL("../tensor/cuda/device.ts", import.meta.url).href;
+  const code = `const { cudaDevice } = await import(${JSON.stringify(module)});
+    const device = await cudaDevice();
+    console.log(device.name);`;
+  const start = performance.now();
+  const { success, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
+    args: ["eval", "--no-check", code],
+    stderr: "piped",
+  }).output();
+  const text = new TextDecoder().decode(success ? stdout : stderr).trim();
+  if (!success) throw new Error(`Cannot check kernels as there must be a GPU for them:\n${text}`);
+  console.log(`${text}, kernels compiled in ${seconds(start)}`);
+}
+
+function seconds(start: number): string {
+  return `${((performance.now() - start) / 1000).toFixed(1)} s`;
+}
+
 async function check(
   sanitizer: string,
   tool: string,
@@ -156,6 +176,7 @@ async function main(): Promise<number> {
   const { tools, files, jobs, limit_s } = optionsOf(Deno.args);
   const sanitizer = await findSanitizer();
   console.log(`${sanitizer.path} ${sanitizer.version}: ${tools.join(", ")}`);
+  await compile();
   const waiting = tools.flatMap((tool) => files.map((file) => ({ tool, file })));
   const outcomes: Outcome[] = [];
   const work = async () => {
