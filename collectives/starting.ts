@@ -249,7 +249,7 @@ export class Starter {
       );
       device.kernels.copy(from, to);
     }
-    return { poll: () => true, idle: () => {}, waitOn: () => {} };
+    return { poll: () => true, idle: () => {} }; // what comes next on that stream is ordered after it
   }
 
   /** Marks the communicator broken. For operations. @returns The error that says where. */

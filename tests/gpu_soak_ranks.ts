@@ -5,6 +5,7 @@ import assert from "node:assert/strict";
 import { addressOf } from "../ffi/address.ts";
 import { checkCudart, cudart } from "../ffi/cudart.ts";
 import type { Recompute } from "../moe/block.ts";
+import { inFlight } from "../collectives/progress.ts";
 import type { Communicator } from "../collectives/types.ts";
 import { modelConfig, type ModelOptions } from "../moe/config.ts";
 import { Trainer } from "../moe/trainer.ts";
@@ -45,6 +46,8 @@ export interface Held {
   readonly rss_bytes: number;
   /** CUDA events. */
   readonly events: number;
+  /** Collectives that are not known to have ended. */
+  readonly works: number;
 }
 
 /** What a rank has measured. */
@@ -144,6 +147,7 @@ function holding(step: number, device: CudaDevice): Held {
     external_bytes: external,
     rss_bytes: rss,
     events: device.events,
+    works: inFlight(),
   };
 }
 

@@ -18,6 +18,8 @@ const GARBAGE = MIB;
 const HEAP_GROWTH = MIB / 4;
 /** CUDA events that may be made once all is warm: as many as were in flight at once are kept. */
 const EVENTS = 64;
+/** Collectives that may be in flight between steps. */
+const WORKS = 64;
 /** Bytes by which the process, and what is taken of the GPU, may be larger at the end. */
 const PROCESS_GROWTH = 64 * MIB;
 
@@ -109,7 +111,9 @@ function check(result: SoakResult, wanted: number): void {
   const kib = (bytes: number) => `${(bytes / 1024).toFixed(1)} KiB`;
   console.log(
     `${end.step} steps of ${step_ms.toFixed(2)} ms, loss ${loss.map((x) => x.toFixed(3))}; ` +
-      `device ${kib(end.used_bytes)} of ${kib(end.reserved_bytes)}, ${end.events} events, ` +
+      `device ${kib(end.used_bytes)} of ${
+        kib(end.reserved_bytes)
+      }, ${end.events} events, ${end.works} works, ` +
       `GPU ${kib(end.gpu_bytes - warm.gpu_bytes)} more; ` +
       `heap ${held.map((at) => kib(at.heap_bytes)).join(", ")}, ` +
       `buffers ${held.map((at) => kib(at.external_bytes)).join(", ")}, ` +
@@ -122,6 +126,7 @@ function check(result: SoakResult, wanted: number): void {
     assert.equal(end[key], warm[key], `${key} after step ${end.step} as after step ${warm.step}`);
   }
   assert(end.events <= warm.events + EVENTS, `${warm.events} events have become ${end.events}`);
+  assert(end.works <= WORKS, `${end.works} collectives are in flight`);
   // Among ranks it follows the rows that each one's experts get.
   const peak = wanted === 1 ? 1 : 1.25;
   assert(
