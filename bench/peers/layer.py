@@ -22,15 +22,18 @@ def timed(function, repeats):
         FLUSH = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
     for _ in range(3):
         function()
-    times = []
+    torch.cuda.synchronize()
+    # All runs are enqueued one after another, as in a training loop: the GPU does not wait for the host between them.
+    runs = []
     for _ in range(repeats):
         FLUSH.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function()
         end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+        runs.append((start, end))
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in runs]
     return statistics.median(times)
 
 
