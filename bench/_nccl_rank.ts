@@ -76,7 +76,7 @@ async function measure(run: Run, iterations: number): Promise<[time_us: number, 
   for (let i = 0; i < Math.max(1, iterations >> 1); i++) run();
   await stream.synchronize();
   const times: number[] = [], hosts: number[] = [];
-  for (let s = 0; s < samples; s++) {
+  for (let s = 0; s < (iterations < 4 ? 2 : samples); s++) {
     await world.barrier();
     await stream.synchronize();
     const start = performance.now();

@@ -231,6 +231,7 @@ export async function likeOneRank(
   tolerance: number,
 ): Promise<void> {
   for (const [name, router] of Object.entries(ROUTERS)) {
+    if (!(`${name} ${splits[0]} 1` in outcomes[0])) continue; // it was not asked for
     const tokens = splits[0].reduce((a, b) => a + b, 0);
     const one = await run({ router, sharedExperts: 1 }, inputs(tokens, seed));
     for (const split of splits) {

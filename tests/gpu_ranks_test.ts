@@ -137,12 +137,14 @@ Deno.test({
 });
 
 Deno.test({
-  name: "gpu: a MoE layer on four ranks has the loss and the gradients of one, with every router",
+  name: "gpu: a MoE layer on four ranks has the loss and the gradients of one",
   ignore,
   fn: async () => {
     await using mps = await Mps.start();
     const env = { ...ENV, ...mps.env };
-    const args = { splits: [[10, 10, 10, 10], [0, 27, 1, 12]], seed: 3 };
+    // Every layer makes communicators for its replicas, which takes a while on a shared GPU.
+    const routers = ["softmax", "switch, capacity by position", "expert choice"];
+    const args = { splits: [[10, 10, 10, 10], [0, 27, 1, 12]], seed: 3, routers };
     const ranks = await runRanks<Record<string, RankOutcome>>(moeProgram, 4, { args, env });
     await likeOneRank(ranks.map(({ result }) => result!), args.splits, args.seed, 1e-4);
   },
