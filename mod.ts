@@ -1,4 +1,20 @@
-// The public API of Lina for Deno: re-exports, nothing else. `import { init } from "<url>/mod.ts"`.
+/**
+ * The public API of Lina for Deno: re-exports, nothing else. Importing it opens no library; what a GPU needs is loaded by {@linkcode init},
+ * and only where every rank gets one.
+ *
+ * @example The sum over all ranks, started by `deno run -A launch.ts -n 4 script.ts`
+ * ```ts
+ * import assert from "node:assert/strict";
+ * import { init } from "./mod.ts";
+ *
+ * await using world = await init(); // this process is one of world.size ranks
+ * const x = Float32Array.of(world.rank);
+ * await world.allReduce(x);
+ * assert.equal(x[0], world.size * (world.size - 1) / 2);
+ * ```
+ *
+ * @module
+ */
 
 // The job: ranks, communicators, backends.
 export { init, type InitOptions, type World } from "./collectives/world.ts";
@@ -36,6 +52,21 @@ export type {
   StreamEvent,
 } from "./tensor/device.ts";
 export type { RandomKey } from "./tensor/random.ts";
+
+// What `world.device` is where its `kind` is "cuda". Types only: `init` loads the code, or `tensor/cuda/device.ts` for kernels of one's own.
+export type { CudaDevice, CudaDeviceOptions } from "./tensor/cuda/device.ts";
+export type {
+  CudaContext,
+  CudaKernel,
+  CudaProperties,
+  ModuleSource,
+  ParameterType,
+} from "./tensor/cuda/context.ts";
+export type { CudaEvent, CudaStream } from "./tensor/cuda/streams.ts";
+export type { PinnedMemory } from "./tensor/cuda/pinned.ts";
+export type { OutOfMemoryError } from "./tensor/cuda/arena.ts";
+export type { CudaEventHandle, CudaStreamHandle } from "./ffi/cudart.ts";
+export type { CudaHandle } from "./ffi/cuda_library.ts";
 
 // One Mixture-of-Experts layer and its parts.
 export { MoeLayer } from "./moe/moe_layer.ts";

@@ -3,10 +3,8 @@
 
 import { type OpenedLibrary, openFirst } from "./search.ts";
 
-/** Marks the kind of a handle; exists only for the type checker. */
-export declare const kind: unique symbol;
-/** A handle of a CUDA library: an address or an opaque number. */
-export type CudaHandle<Name extends string> = bigint & { readonly [kind]: Name };
+/** A handle of a CUDA library: an address or an opaque number. The property exists only for the type checker. */
+export type CudaHandle<Name extends string> = bigint & { readonly __handle: Name };
 
 /** A call of a CUDA library failed. */
 export class CudaError extends Error {

@@ -130,13 +130,13 @@ export interface CudaDeviceOptions {
 
 /** An NVIDIA GPU. */
 export class CudaDevice implements Device {
-  /** @inheritdoc */
+  /** Which family of devices. */
   readonly kind = "cuda" as const;
-  /** @inheritdoc */
+  /** The GPU's name: `NVIDIA H200`. */
   readonly name: string;
   /** Number of the GPU among those that this process sees. */
   readonly index: number;
-  /** @inheritdoc */
+  /** The compute stream, on which all kernels run. */
   readonly stream: CudaStream;
   /** What kernel files work with. */
   readonly context: CudaContext;
@@ -176,12 +176,12 @@ export class CudaDevice implements Device {
     };
   }
 
-  /** @inheritdoc */
+  /** The kernels of this device. */
   get kernels(): Kernels {
     return this.#kernels ??= cudaKernels(this.context);
   }
 
-  /** @inheritdoc */
+  /** The kernels that route tokens without the host. */
   get routing(): RoutingKernels {
     return this.#routing ??= cudaRoutingKernels(this.context);
   }
@@ -222,17 +222,17 @@ export class CudaDevice implements Device {
     this.#pool.anchor();
   }
 
-  /** @inheritdoc */
+  /** As {@linkcode Device.allocate}: device memory, in the order of the compute stream. @throws {OutOfMemoryError} */
   allocate(bytes: number): number {
     return this.#arena.allocate(bytes);
   }
 
-  /** @inheritdoc */
+  /** As {@linkcode Device.free}: in the order of the compute stream. */
   free(address: number): void {
     this.#arena.free(address);
   }
 
-  /** @inheritdoc */
+  /** As {@linkcode Device.write}: the array may change once it returns. */
   write(source: TypedArray, target: Tensor): void {
     if (source.length !== target.size) {
       throw new RangeError(
@@ -248,20 +248,20 @@ export class CudaDevice implements Device {
     this.#staging.upload(source, target.address);
   }
 
-  /** @inheritdoc */
+  /** As {@linkcode Device.read}: the host waits, without blocking the event loop. */
   async read(source: Tensor): Promise<TypedArray> {
     const target = newArray(source.dtype, source.size);
     await this.#staging.download(source.address, target, this.#arena);
     return target;
   }
 
-  /** @inheritdoc */
+  /** Memory statistics. */
   memory(): MemoryStats {
     const { used_bytes, reserved_bytes, peak_bytes } = this.#arena;
     return { used_bytes, reserved_bytes, peak_bytes };
   }
 
-  /** @inheritdoc */
+  /** Makes the present use the peak. */
   resetPeak(): void {
     this.#arena.resetPeak();
   }

@@ -77,6 +77,7 @@ test("every kernel of the contract is there", (cuda) => {
     route: true,
     routeBackward: true,
     placeRows: true,
+    spreadRows: true,
     majorOrders: true,
   };
   for (const name of Object.keys(routing)) assert.ok(Object.hasOwn(cuda.routing, name), name);

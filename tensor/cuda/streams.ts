@@ -143,6 +143,8 @@ export class CudaEvent implements StreamEvent {
   #time_us = 0;
 
   /**
+   * {@linkcode CudaStream} makes them. @ignore
+   *
    * @param pool Where the event came from and returns to.
    * @param handle An event that has been recorded.
    * @param timed Whether it takes the time.
@@ -158,7 +160,7 @@ export class CudaEvent implements StreamEvent {
     return this.#handle;
   }
 
-  /** @inheritdoc */
+  /** Whether the device has passed the point; never blocks. */
   done(): boolean {
     const handle = this.#handle;
     if (handle === null) return true;
@@ -207,7 +209,7 @@ function createStream(calls: CudartCalls, priority: number): CudaStreamHandle {
 
 /** A queue of work on a GPU. It does not wait for the legacy default stream, nor that for it. */
 export class CudaStream implements Stream {
-  /** @inheritdoc */
+  /** A name for traces. */
   readonly name: string;
   /** The CUDA stream. */
   readonly handle: CudaStreamHandle;
@@ -218,7 +220,7 @@ export class CudaStream implements Stream {
   #oldest = 0;
 
   /**
-   * Makes a stream of the current device.
+   * Makes a stream of the current device; `createStream` of the device does it for users. @ignore
    *
    * @param name A name for traces.
    * @param pool The device's events.
@@ -231,7 +233,7 @@ export class CudaStream implements Stream {
     this.handle = createStream(this.#calls, priority);
   }
 
-  /** @inheritdoc */
+  /** Marks the present end of the stream's work. */
   record(): CudaEvent {
     return this.#record(false);
   }
@@ -264,7 +266,7 @@ export class CudaStream implements Stream {
     }
   }
 
-  /** @inheritdoc */
+  /** Orders all later work of this stream after the event, without blocking the host. */
   wait(event: StreamEvent): void {
     if (event instanceof CudaEvent) {
       const handle = event.handle;
@@ -283,7 +285,7 @@ export class CudaStream implements Stream {
     checkCudart(this.#calls.cudaStreamDestroy(this.handle), "cudaStreamDestroy");
   }
 
-  /** @inheritdoc */
+  /** Resolves when all work enqueued so far is done, without blocking the event loop. */
   synchronize(): Promise<void> {
     this.#pool.hostWaits++;
     return passing(this.record());
