@@ -1,5 +1,5 @@
 // The experts' grouped matrix products alone on one GPU, bf16, every way that the library has beside torch._grouped_mm: the shapes of
-// DESIGN.md and those of the 12-layer model, balanced and Zipf 1.0; forward, gradient of the input, gradient of the weights (bf16, overwritten).
+// layer.ts and those of the 12-layer model, balanced and Zipf 1.0; forward, gradient of the input, gradient of the weights (bf16, overwritten).
 // Random data, the L2 cache cold before each repeat, medians.
 //
 //   deno run -A bench/gpu_grouped.ts [--shapes E16,E64,E8,12L] [--repeats N] [--peer no] [--json FILE]

@@ -6,7 +6,8 @@ import type { BackendChoice, DeviceChoice, RankEnvironment } from "./rendezvous/
 import { machineIdentity } from "./rendezvous/host.ts";
 import type { BootContext } from "./transport.ts";
 
-const NO_GPU = "no NVIDIA GPU is in this machine, or its driver is not loaded";
+const NO_GPU =
+  "no NVIDIA GPU is in this machine, or its driver is not loaded (nvidia-smi must list one)";
 /** The vendor of a PCI device. */
 const NVIDIA = "0x10de";
 
@@ -168,9 +169,11 @@ export async function chooseDevice(
     ? onCpu(`${env.source} has named no rendezvous: set MASTER_ADDR`)
     : decide(records, env.shareGpu);
   if (required && decision.kind === "cpu") {
-    const what = device === "cuda" ? "device cuda" : "backend nccl";
+    const [what, otherwise] = device === "cuda"
+      ? ["device cuda", "--device auto, or cpu,"]
+      : ["backend nccl", "--backend auto"];
     throw new Error(
-      `Cannot use ${what} as every rank must have a GPU: current value is: ${decision.reason}`,
+      `Cannot use ${what} as every rank must have a GPU (${otherwise} does without): current value is: ${decision.reason}`,
     );
   }
   return decision;

@@ -3,15 +3,15 @@
 //
 //   deno run -A launch.ts -n 4 examples/06_moe_layer.ts
 //
-//   [0] holds experts 0, 1 and computes 256 rows
-//   [1] holds experts 2, 3 and computes 224 rows
-//   [2] holds experts 4, 5 and computes 253 rows
-//   [3] holds experts 6, 7 and computes 248 rows
-//   [0] choices per expert  141 133 112 112 146 125 120 135, 43 dropped
-//   [0] busiest rank / mean 1.044
+//   [0] holds experts 0, 1 and computes 251 rows
+//   [1] holds experts 2, 3 and computes 256 rows
+//   [2] holds experts 4, 5 and computes 256 rows
+//   [3] holds experts 6, 7 and computes 229 rows
+//   [0] choices per expert  124 127 139 134 130 141 104 125, 32 dropped
+//   [0] busiest rank / mean 1.032
 //   [0] balance loss        0.01000
-//   [0] norm of the output  0.370792
-//   [0] norms of gradients  0.00226692 (input), 0.104538 (experts)
+//   [0] norm of the output  0.376125
+//   [0] norms of gradients  0.00230414 (input), 0.108043 (experts)
 
 import { init, readShown } from "../mod.ts";
 import { normal, random } from "../moe/init.ts";

@@ -82,7 +82,9 @@ export async function loadCuda(): Promise<boolean> {
   }
   const library = wish === "0" ? null : await buildEmulator();
   if (library === null) {
-    const message = "Cannot test CUDA as there must be an NVIDIA GPU, or clang for its emulator";
+    const message = wish === "0"
+      ? "Cannot test on a GPU as there must be an NVIDIA GPU; deno task test has these tests on the emulator"
+      : "Cannot test CUDA as there must be an NVIDIA GPU, or clang for its emulator";
     if (Deno.env.get("LINA_CI")) throw new Error(message);
     console.warn(`skipped: ${message}`);
     return false;
