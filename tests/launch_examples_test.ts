@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { launch } from "./launch_support.ts";
 
-for (const name of ["01_hello", "02_pi", "03_ring", "04_all_to_all", "05_split"]) {
+for (const name of ["01_hello", "02_pi", "03_ring", "04_all_to_all", "05_split", "06_moe_layer"]) {
   Deno.test(`examples/${name}.ts prints what it says`, async () => {
     const url = new URL(`../examples/${name}.ts`, import.meta.url);
     const code = await Deno.readTextFile(url);
