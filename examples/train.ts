@@ -215,6 +215,12 @@ async function continues(world: World, directory: string): Promise<boolean> {
   return answer[0] === 1;
 }
 
+/** Whether a checkpoint was saved there; one that is being saved, or was when its job died, has a name that begins with a dot. */
+function hasCheckpoint(folder: string): boolean {
+  return existsSync(folder) &&
+    Array.from(Deno.readDirSync(folder)).some(({ name }) => name[0] !== ".");
+}
+
 /** Makes the run's folder. An old run of that name goes only if the user said so, and not before all else that he gave was found to be usable. */
 function beginRun(
   world: World,
@@ -226,7 +232,7 @@ function beginRun(
   },
 ): Promise<void> {
   return groupOf(world).onRoot(`Cannot write the run to ${directory}`, () => {
-    if (!keeps && !overwrite && existsSync(join(directory, CHECKPOINTS))) {
+    if (!keeps && !overwrite && hasCheckpoint(join(directory, CHECKPOINTS))) {
       throw new Error(
         "the run's name must be new: current value is that of an earlier run with checkpoints; give another --run, --resume to go on, or --overwrite",
       );
