@@ -155,9 +155,27 @@ export function openCudaLibrary<const S extends Deno.ForeignLibraryInterface>(
   const order = first === undefined
     ? majors
     : [...majors].sort((a, b) => Number(b === first) - Number(a === first));
-  const candidates = cudaCandidates(order.map((major) => `${stem}.${major}`));
+  return openCudaFile(name, order.map((major) => `${stem}.${major}`), env, symbols);
+}
+
+/**
+ * Opens a library of CUDA by its file name.
+ *
+ * @param name Its name for errors: `NCCL`.
+ * @param files File names, best first: `libnccl.so.2`.
+ * @param env Environment variable that overrides the search with an absolute path.
+ * @param symbols The symbol table.
+ * @returns The symbols and the path that worked.
+ * @throws {LibraryNotFoundError} If none opens; the message lists every file tried and every folder looked into.
+ */
+export function openCudaFile<const S extends Deno.ForeignLibraryInterface>(
+  name: string,
+  files: readonly string[],
+  env: string,
+  symbols: S,
+): OpenedLibrary<S> {
   try {
-    return openFirst(name, candidates, symbols, { env });
+    return openFirst(name, cudaCandidates(files), symbols, { env });
   } catch (error) {
     if (error instanceof Error && !Deno.env.has(env)) {
       error.message += `\nlooked into: ${libraryFolders().join(", ") || "no folder"}`;

@@ -3,8 +3,7 @@
 // communicators, connecting) run off the main thread and give promises; operations only enqueue work. No algorithm lives here.
 
 import { readCString } from "./address.ts";
-import { cudaCandidates, CudaError, type CudaHandle } from "./cuda_library.ts";
-import { openFirst } from "./search.ts";
+import { CudaError, type CudaHandle, openCudaFile } from "./cuda_library.ts";
 
 /** ncclComm_t */
 export type NcclComm = CudaHandle<"ncclComm_t">;
@@ -146,14 +145,8 @@ let loaded: Nccl | undefined;
  */
 export function nccl(): Nccl {
   if (loaded) return loaded;
-  const { symbols, path } = openFirst(
-    "NCCL",
-    cudaCandidates(["libnccl.so.2", "libnccl.so"]),
-    SYMBOLS,
-    {
-      env: "LINA_NCCL_LIB",
-    },
-  );
+  const files = ["libnccl.so.2", "libnccl.so"];
+  const { symbols, path } = openCudaFile("NCCL", files, "LINA_NCCL_LIB", SYMBOLS);
   const version = new Int32Array(1);
   check(symbols, symbols.ncclGetVersion(version), "ncclGetVersion", 0n);
   if (version[0] < OLDEST) {
