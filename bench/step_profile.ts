@@ -88,6 +88,14 @@ function flopsOf(name: string, args: readonly unknown[]): number {
     const [x, , , out] = args as Tensor[];
     return 2 * x.size * out.shape[1];
   }
+  if (name === "groupedGemmActivation") {
+    const [x, , , , up] = args as Tensor[];
+    return 2 * x.size * up.shape[1];
+  }
+  if (name === "groupedGemmActivationBackward") {
+    const [dY, weights] = args as [Tensor, Tensor[]];
+    return 2 * dY.size * weights[0].shape[1];
+  }
   if (name === "groupedGemmWeightGrad") {
     const [dy, x] = args as Tensor[];
     return 2 * dy.size * x.shape[1];

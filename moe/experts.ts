@@ -77,8 +77,7 @@ export function expertsForward(
   const active_MF = empty(device, [M, hidden], dtype);
   const y_MD = empty(device, [M, width], dtype);
   if (M > 0) {
-    ops.groupedGemm(x_MD, weights.up, rows, up_MH);
-    ops.activation(activation, up_MH, active_MF);
+    ops.groupedGemmActivation(x_MD, weights.up, rows, activation, up_MH, active_MF);
     ops.groupedGemm(active_MF, weights.down, rows, y_MD);
   }
   if (!groups.recompute) return { y_MD, saved: { x_MD, up_MH, active_MF } };
@@ -118,19 +117,16 @@ export function expertsBackward(
     if (beta === 0) { for (const grad of [...grads.up, ...grads.down]) ops.fill(grad, 0); }
     return dX_MD;
   }
-  const back = { transposeWeight: true };
-  const shape = [x_MD.shape[0], weights.down[0].shape[1]];
   {
+    const shape = [x_MD.shape[0], weights.down[0].shape[1]];
     using again = saved.active_MF ? null : empty(device, shape, dtype);
     if (again) ops.activation(activation, up_MH, again);
     ops.groupedGemmWeightGrad(dY_MD, (saved.active_MF ?? again)!, rows, grads.down, { beta });
   }
-  using dActive_MF = empty(device, shape, dtype);
-  ops.groupedGemm(dY_MD, weights.down, rows, dActive_MF, back);
   using dUp_MH = empty(device, up_MH.shape, dtype);
-  ops.activationBackward(activation, dActive_MF, up_MH, dUp_MH);
+  ops.groupedGemmActivationBackward(dY_MD, weights.down, rows, activation, up_MH, dUp_MH);
   ops.groupedGemmWeightGrad(dUp_MH, x_MD, rows, grads.up, { beta });
-  ops.groupedGemm(dUp_MH, weights.up, rows, dX_MD, back);
+  ops.groupedGemm(dUp_MH, weights.up, rows, dX_MD, { transposeWeight: true });
   return dX_MD;
 }
 

@@ -289,6 +289,30 @@ export interface Kernels {
     grads: readonly Tensor[],
     options?: { readonly beta?: number },
   ): void;
+  /**
+   * The experts' first product and activation: `up_g = x_g w_gᵀ`, `active = activation(kind, up)`. x [R, D], weights [F, D] ([2F, D] for swiglu),
+   * up [R, F] ([R, 2F]), active [R, F]. Rows of `active` outside the groups are unspecified.
+   */
+  groupedGemmActivation(
+    x: Tensor,
+    weights: readonly Tensor[],
+    groups: RowGroups,
+    kind: Activation,
+    up: Tensor,
+    active: Tensor,
+  ): void;
+  /**
+   * The gradient before the activation from that behind the second product: `dUp = activationBackward(kind, dY_g w_g, up)`. dY [R, D], weights
+   * [D, F], up and dUp [R, F] ([R, 2F] for swiglu). `dY_g w_g` is rounded to the dtype. Rows of dUp outside the groups are unspecified.
+   */
+  groupedGemmActivationBackward(
+    dY: Tensor,
+    weights: readonly Tensor[],
+    groups: RowGroups,
+    kind: Activation,
+    up: Tensor,
+    dUp: Tensor,
+  ): void;
   /** `out[i] = x[rows[i]]` for rows i32; a negative index writes zeros. x [*, D], out [rows, D]. */
   gatherRows(x: Tensor, rows: Tensor, out: Tensor): void;
   /** `out[rows[i]] += x[i]`; a negative index is skipped; out in the dtype of x, or f32. Deterministic: in a fixed order. */

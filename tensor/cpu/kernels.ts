@@ -5,6 +5,7 @@ import { bytesOf } from "../dtype.ts";
 import type { Activation, AdamWOptions, AdamWUpdate, Kernels } from "../device.ts";
 import type { Tensor } from "../tensor.ts";
 import { attention, attentionBackward } from "./attention.ts";
+import { groupedActivation } from "../grouped_activation.ts";
 import { gemm, groupedGemm, groupedGemmWeightGrad } from "./gemm.ts";
 import * as reference from "./reference/elementwise.ts";
 import { turns } from "./turns.ts";
@@ -229,6 +230,7 @@ export const cpuKernels: Kernels = {
   gemm,
   groupedGemm,
   groupedGemmWeightGrad,
+  ...groupedActivation({ groupedGemm, activation, activationBackward }),
   gatherRows,
   scatterAddRows,
   combineRows,

@@ -3,6 +3,7 @@
 import type { Tensor } from "../tensor.ts";
 import type { CudaContext, ModuleSource, ParameterType } from "./context.ts";
 import source from "./grouped_hopper.cu" with { type: "text" };
+import shared from "./grouped_hopper.cuh" with { type: "text" };
 import { type Box, type GroupTables, MAP_BYTES } from "./grouped_tables.ts";
 import walk from "./grouped_walk.cuh" with { type: "text" };
 
@@ -27,7 +28,8 @@ const PARAMETERS: readonly ParameterType[] = [MAP, MAP, MAP, "ptr", "ptr", "ptr"
 /** The kernels of grouped_hopper.cu. */
 export const hopperModule: ModuleSource = {
   name: "grouped_hopper",
-  source: `${walk}\n#line 1 "grouped_hopper.cu"\n${source}`,
+  source:
+    `${walk}\n#line 1 "grouped_hopper.cuh"\n${shared}\n#line 1 "grouped_hopper.cu"\n${source}`,
   kernels: {
     grouped_0: PARAMETERS,
     grouped_1: PARAMETERS,

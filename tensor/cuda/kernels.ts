@@ -13,6 +13,7 @@ import { elementwiseKernels, elementwiseModule } from "./elementwise.ts";
 import { gemmKernels } from "./gemm.ts";
 import { lossKernels, lossModule } from "./loss.ts";
 import { groupedKernels, groupedModule } from "./grouped.ts";
+import { fusedModule, groupedActivationKernels } from "./grouped_fused.ts";
 import { hopperModule } from "./grouped_hopper.ts";
 import { normsKernels, normsModule } from "./norms.ts";
 import { optimizerKernels, optimizerModule } from "./optimizer.ts";
@@ -33,6 +34,7 @@ export const CUDA_MODULES: readonly ModuleSource[] = [
   gateModule,
   groupedModule,
   hopperModule,
+  fusedModule,
   normsModule,
   randomModule,
   routingModule,
@@ -71,7 +73,8 @@ function join<T extends object>(
  * @returns Kernels for tensors on it.
  */
 export function cudaKernels(context: CudaContext): Kernels {
-  return join<Kernels>(context, ROOMS);
+  const kernels = join<Kernels>(context, ROOMS);
+  return Object.assign(kernels, groupedActivationKernels(context, kernels));
 }
 
 /**

@@ -1,7 +1,7 @@
 // Checked matrix products and attention. See `Kernels` in device.ts for the formulas.
 
 import { now } from "../../trace/mod.ts";
-import type { AttentionShape, GemmOptions, RowGroups } from "../device.ts";
+import type { Activation, AttentionShape, GemmOptions, RowGroups } from "../device.ts";
 import type { Tensor } from "../tensor.ts";
 import {
   ascending,
@@ -77,6 +77,94 @@ export function groupedGemm(
   const start = now();
   x.device.kernels.groupedGemm(x, weights, groups, out, options);
   ran("groupedGemm", "gemm", start);
+}
+
+/** Checks what both grouped products with an activation have: rows, weights and the matrix before the activation. Returns F. */
+function checkGroupedActivation(
+  op: string,
+  tensors: { readonly rows: Tensor; readonly up: Tensor; readonly weights: readonly Tensor[] },
+  groups: RowGroups,
+  kind: Activation,
+  back: boolean,
+): number {
+  const { rows, up, weights } = tensors;
+  isMatrix(op, "up", up);
+  const [R, D] = rows.shape, H = up.shape[1];
+  matrix(op, "up", up, rows, R, H);
+  if (kind === "swiglu" && H % 2 !== 0) fail(op, "the columns of up must be gate and up", H);
+  const F = kind === "swiglu" ? H / 2 : H;
+  for (const weight of weights) {
+    if (back) matrix(op, "a weight", weight, rows, D, F);
+    else matrix(op, "a weight", weight, rows, H, D);
+  }
+  rowGroups(op, groups, rows, weights.length, R);
+  return F;
+}
+
+/**
+ * `up_g = x_g w_gᵀ` and `active = activation(kind, up)`: the experts' first layer. Rows outside the groups are unspecified in active.
+ *
+ * @param x [R, D].
+ * @param weights One [F, D] per group, [2F, D] for swiglu: the gate's rows first.
+ * @param groups Where the rows of each group begin; groups may be empty.
+ * @param kind Which activation.
+ * @param up [R, F], [R, 2F] for swiglu.
+ * @param active [R, F].
+ * @throws {RangeError} If shapes, offsets or devices do not fit or tensors overlap.
+ * @throws {TypeError} If dtypes differ.
+ */
+export function groupedGemmActivation(
+  x: Tensor,
+  weights: readonly Tensor[],
+  groups: RowGroups,
+  kind: Activation,
+  up: Tensor,
+  active: Tensor,
+): void {
+  const op = "multiply groups and activate";
+  lead(op, "x", x);
+  isMatrix(op, "x", x);
+  const F = checkGroupedActivation(op, { rows: x, up, weights }, groups, kind, false);
+  matrix(op, "active", active, x, x.shape[0], F);
+  disjoint(op, "x", up, x);
+  disjoint(op, "x", active, x);
+  disjoint(op, "up", active, up);
+  const start = now();
+  x.device.kernels.groupedGemmActivation(x, weights, groups, kind, up, active);
+  ran("groupedGemmActivation", "gemm", start);
+}
+
+/**
+ * `dUp = activationBackward(kind, dY_g w_g, up)`: from the gradient of the experts' outputs to that before their activation. Rows outside
+ * the groups are unspecified in dUp.
+ *
+ * @param dY [R, D].
+ * @param weights The second layer's, one [D, F] per group.
+ * @param groups Where the rows of each group begin; groups may be empty.
+ * @param kind Which activation.
+ * @param up What {@linkcode groupedGemmActivation} wrote, [R, F], [R, 2F] for swiglu.
+ * @param dUp Like up.
+ * @throws {RangeError} If shapes, offsets or devices do not fit or dUp overlaps an input.
+ * @throws {TypeError} If dtypes differ.
+ */
+export function groupedGemmActivationBackward(
+  dY: Tensor,
+  weights: readonly Tensor[],
+  groups: RowGroups,
+  kind: Activation,
+  up: Tensor,
+  dUp: Tensor,
+): void {
+  const op = "take the gradient before the activation";
+  lead(op, "dY", dY);
+  isMatrix(op, "dY", dY);
+  checkGroupedActivation(op, { rows: dY, up, weights }, groups, kind, true);
+  matrix(op, "dUp", dUp, dY, up.shape[0], up.shape[1]);
+  disjoint(op, "dY", dUp, dY);
+  disjoint(op, "up", dUp, up);
+  const start = now();
+  dY.device.kernels.groupedGemmActivationBackward(dY, weights, groups, kind, up, dUp);
+  ran("groupedGemmActivationBackward", "gemm", start);
 }
 
 /**

@@ -1,6 +1,7 @@
 // The kernels of `Kernels` in plain TypeScript: what the compiled kernels are tested against, and the version to read first.
 
 import type { Kernels } from "../../device.ts";
+import { groupedActivation } from "../../grouped_activation.ts";
 import * as elementwise from "./elementwise.ts";
 import * as matrix from "./matrix.ts";
 import * as rows from "./rows.ts";
@@ -16,6 +17,11 @@ export const referenceKernels: Kernels = {
   gemm: matrix.gemm,
   groupedGemm: matrix.groupedGemm,
   groupedGemmWeightGrad: matrix.groupedGemmWeightGrad,
+  ...groupedActivation({
+    groupedGemm: matrix.groupedGemm,
+    activation: elementwise.activation,
+    activationBackward: elementwise.activationBackward,
+  }),
   gatherRows: rows.gatherRows,
   scatterAddRows: rows.scatterAddRows,
   combineRows: rows.combineRows,
