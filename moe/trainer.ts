@@ -129,6 +129,8 @@ export class Trainer implements AsyncDisposable {
     this.#options = options;
     this.#gradients = gradients;
     this.learningRate = options.learningRate;
+    // The host sees only when it called and when it looked, which overlap and say nothing of the share.
+    if (device.kind === "cuda" && world.size > 1) recorder.timed = true;
     for (const layer of model.moeLayers) layer.store.holdMoments(true);
     // The mean, not this rank's own rows: the graph must be alike on all ranks.
     const rows = data.tokensPerStep / (options.accumulate * world.size);

@@ -56,6 +56,8 @@ export interface TrainResult {
   readonly loss: readonly number[];
   readonly gradNorm: readonly number[];
   readonly auxLoss: readonly number[];
+  /** Part of each step in all-to-alls. */
+  readonly a2aShare: readonly number[];
   readonly valLoss: number;
   readonly sums: Readonly<Record<string, readonly number[]>>;
   /** Bytes sent in the last step, per operation; `gradients` is the gradients' allReduce. */
@@ -163,6 +165,7 @@ async function train(comm: Communicator, args: TrainArgs, device: Device): Promi
   const used_bytes = device.memory().used_bytes;
   if (args.resume && !await trainer.resume(args.directory!)) throw new Error("no checkpoint");
   const loss: number[] = [], gradNorm: number[] = [], auxLoss: number[] = [];
+  const a2aShare: number[] = [];
   if (args.balanced) {
     for (const layer of model.moeLayers) layer.tap = { replay: inTurn(config) };
   }
@@ -174,6 +177,7 @@ async function train(comm: Communicator, args: TrainArgs, device: Device): Promi
     loss.push(row.loss);
     gradNorm.push(row.grad_norm);
     auxLoss.push(row.aux_loss);
+    a2aShare.push(row.a2a_share);
     if (seatings.length > 1) {
       seating = (seating + 1) % seatings.length;
       for (const layer of model.moeLayers) await layer.store.moveTo(seatings[seating].seats);
@@ -204,6 +208,7 @@ async function train(comm: Communicator, args: TrainArgs, device: Device): Promi
     loss,
     gradNorm,
     auxLoss,
+    a2aShare,
     valLoss,
     sums,
     bytes,

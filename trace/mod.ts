@@ -51,6 +51,8 @@ export function now(): number {
 export class Recorder {
   /** Whether spans are kept; totals always are. */
   capturing = false;
+  /** Whether a GPU's all-to-alls are timed by the GPU even while no spans are kept, for some µs of the host's time each. */
+  timed = false;
   /** Spans kept so far. */
   readonly spans: Span[] = [];
   /** Most spans that are kept; a span takes about 200 bytes. @default {500,000} */

@@ -36,7 +36,7 @@ export class HostFlight implements Completion {
   readonly index: number;
   /** Its end on the stream; undefined until it is enqueued. */
   end: CudaEvent | undefined;
-  /** Its begin, if a trace is captured. */
+  /** Its begin, if it is timed. */
   begin: CudaEvent | undefined;
   /** The host array that it reads, and the one that it writes. */
   staged: { readonly read: Staged | null; readonly written: Staged | null } | undefined;

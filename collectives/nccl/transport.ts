@@ -193,7 +193,9 @@ export class NcclTransport implements Transport, Tower {
   }
 
   #begin(flight: HostFlight): void {
-    if (!recorder.capturing) return;
+    const { operation } = flight.request;
+    const counts = recorder.timed && (operation === "allToAll" || operation === "allToAllV");
+    if (!recorder.capturing && !counts) return;
     if (now() - this.#job.anchored_us > ANCHOR_US) {
       this.#job.device.anchor();
       this.#job.anchored_us = now();
