@@ -1,16 +1,20 @@
 // One rank of bench/nccl.ts: our side. Rank 0 prints, as peers/nccl.py does, `op bytes time_us host_us`: the slowest rank's time per
-// operation when each is ordered after the compute stream and before it again, and the host's time per call.
+// operation by events of the compute stream, when each operation is ordered after that stream and before it again, and the host's time per
+// call. Arguments: samples, when nothing new begins any more (ms of the day's clock, or inf), bytes:iterations, ….
 
 import { init } from "../collectives/world.ts";
 import { nccl } from "../ffi/nccl.ts";
 import type { Communicator } from "../collectives/types.ts";
+import type { CudaDevice } from "../tensor/cuda/device.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
 
-const [samplesText, ...sizes] = Deno.args;
+const [samplesText, untilText, ...sizes] = Deno.args;
 const samples = Number(samplesText);
+const until_ms = untilText === "inf" ? Infinity : Number(untilText);
 
 await using world = await init({ device: "cuda" });
-const { rank, size, device } = world;
+const { rank, size } = world;
+const device = world.device as CudaDevice;
 const { stream } = device;
 const most = Math.max(...sizes.map((text) => Number(text.split(":")[0])));
 const x = empty(device, [most / 4]), y = empty(device, [most / 4]);
@@ -79,17 +83,26 @@ async function measure(run: Run, iterations: number): Promise<[time_us: number, 
   for (let s = 0; s < (iterations < 4 ? 2 : samples); s++) {
     await world.barrier();
     await stream.synchronize();
+    const begin = stream.recordTimed();
     const start = performance.now();
     for (let i = 0; i < iterations; i++) run();
-    const enqueued = performance.now();
+    const host_us = (performance.now() - start) * 1000;
+    const end = stream.recordTimed();
     await stream.synchronize();
-    const both = Float64Array.of(performance.now() - start, enqueued - start);
+    const both = Float64Array.of(end.time() - begin.time(), host_us);
     await world.allReduce(both, { op: "max" });
-    times.push(both[0] / iterations * 1000);
-    hosts.push(both[1] / iterations * 1000);
+    times.push(both[0] / iterations);
+    hosts.push(both[1] / iterations);
   }
   const median = (xs: number[]) => xs.sort((a, b) => a - b)[xs.length >> 1];
   return [median(times), median(hosts)];
+}
+
+/** Whether there is time to begin something; all ranks agree. */
+async function goesOn(): Promise<boolean> {
+  const late = Float64Array.of(Date.now() >= until_ms ? 1 : 0);
+  await world.allReduce(late, { op: "max" });
+  return late[0] === 0;
 }
 
 function floats(bytes: number): number {
@@ -98,14 +111,16 @@ function floats(bytes: number): number {
 
 const [smallest] = sizes.map((text) => Number(text.split(":")[0]));
 // V8 compiles what has run often: the comparison is one of running programs.
-for (let round = 0; round < 5; round++) {
+for (let round = 0; round < 5 && await goesOn(); round++) {
   for (const operation of Object.values(OPERATIONS)) {
     await measure(operation(world, floats(smallest)), 40);
   }
 }
-for (const [name, operation] of Object.entries(OPERATIONS)) {
-  for (const text of sizes) {
-    const [bytes, iterations] = text.split(":").map(Number);
+measuring: for (const text of sizes) {
+  const [bytes, iterations] = text.split(":").map(Number);
+  for (const [name, operation] of Object.entries(OPERATIONS)) {
+    if (!await goesOn()) break measuring;
+    device.anchor();
     const [time_us, host_us] = await measure(operation(world, floats(bytes)), iterations);
     if (rank === 0) console.log(`${name} ${bytes} ${time_us.toFixed(2)} ${host_us.toFixed(3)}`);
   }

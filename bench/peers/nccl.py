@@ -1,6 +1,6 @@
 # One rank of bench/nccl.ts: torch.distributed over NCCL, with the operations, sizes, repeats and streams of bench/_nccl_rank.ts. Each
-# operation is ordered after the current stream and before it again, as torch does unless told otherwise. Rank 0 prints
-# `op bytes time_us host_us`.
+# operation is ordered after the current stream and before it again, as torch does unless told otherwise; times are those of events on that
+# stream. Arguments as there. Rank 0 prints `op bytes time_us host_us`.
 
 import os
 import sys
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 samples = int(sys.argv[1])
-sizes = [tuple(int(n) for n in text.split(":")) for text in sys.argv[2:]]
+until_ms = float(sys.argv[2])
+sizes = [tuple(int(n) for n in text.split(":")) for text in sys.argv[3:]]
 torch.cuda.set_device(0)
 dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
 rank, size = dist.get_rank(), dist.get_world_size()
@@ -102,27 +103,45 @@ def measure(run, iterations):
     for _ in range(2 if iterations < 4 else samples):
         dist.barrier()
         torch.cuda.synchronize()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
         start = time.perf_counter()
         for _ in range(iterations):
             run()
-        enqueued = time.perf_counter()
+        host_us = (time.perf_counter() - start) * 1e6
+        end.record()
         torch.cuda.synchronize()
-        both = torch.tensor([time.perf_counter() - start, enqueued - start], dtype=torch.float64, device="cuda")
+        both = torch.tensor([begin.elapsed_time(end) * 1e3, host_us], dtype=torch.float64, device="cuda")
         dist.all_reduce(both, dist.ReduceOp.MAX)
-        whole, host = both.tolist()
-        times.append(whole / iterations * 1e6)
-        hosts.append(host / iterations * 1e6)
+        device_us, host_us = both.tolist()
+        times.append(device_us / iterations)
+        hosts.append(host_us / iterations)
     return sorted(times)[len(times) // 2], sorted(hosts)[len(hosts) // 2]
 
 
+def goes_on():
+    """Whether there is time to begin something; all ranks agree."""
+    late = torch.tensor([float(time.time() * 1e3 >= until_ms)], device="cuda")
+    dist.all_reduce(late, dist.ReduceOp.MAX)
+    return late.item() == 0
+
+
+def measure_all():
+    for nbytes, iterations in sizes:
+        for name, operation in OPERATIONS.items():
+            if not goes_on():
+                return
+            time_us, host_us = measure(operation(nbytes // 4), iterations)
+            if rank == 0:
+                print(f"{name} {nbytes} {time_us:.2f} {host_us:.3f}", flush=True)
+
+
 for _ in range(5):
+    if not goes_on():
+        break
     for operation in OPERATIONS.values():
         measure(operation(sizes[0][0] // 4), 40)
-for name, operation in OPERATIONS.items():
-    for nbytes, iterations in sizes:
-        time_us, host_us = measure(operation(nbytes // 4), iterations)
-        if rank == 0:
-            print(f"{name} {nbytes} {time_us:.2f} {host_us:.3f}", flush=True)
+measure_all()
 if rank == 0:
     version = ".".join(str(n) for n in torch.cuda.nccl.version())
     print(f"# torch {torch.__version__}, NCCL {version}", file=sys.stderr)
