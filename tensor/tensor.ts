@@ -19,6 +19,61 @@ export function sizeOf(shape: Shape): number {
   return size;
 }
 
+/** The scope that tensors are made in now. */
+let innermost: TensorScope | null = null;
+
+/**
+ * All or nothing for code that makes tensors and may fail half-way, as memory may not suffice: tensors that are made while a scope is open
+ * are freed at its end unless it was told to keep them. Only for code without `await`: what runs in between would be in the scope, too.
+ * Scopes may be nested.
+ *
+ * @example
+ * ```ts
+ * import { empty, type Tensor, TensorScope } from "./tensor.ts";
+ * import type { Device } from "./device.ts";
+ *
+ * function pair(device: Device): [Tensor, Tensor] {
+ *   using scope = new TensorScope();
+ *   return scope.keep([empty(device, [1000]), empty(device, [1000])]);
+ * }
+ * ```
+ */
+export class TensorScope implements Disposable {
+  readonly #outer = innermost;
+  readonly #made: Tensor[] = [];
+  #kept = false;
+
+  /** Opens the scope. */
+  constructor() {
+    innermost = this;
+  }
+
+  /** A tensor that owns memory was made in the scope. @ignore */
+  add(tensor: Tensor): void {
+    this.#made.push(tensor);
+  }
+
+  /**
+   * Lets all tensors that were made in the scope, and were not freed there, live on.
+   *
+   * @param result What the code returns.
+   * @returns The same.
+   */
+  keep<T>(result: T): T {
+    this.#kept = true;
+    return result;
+  }
+
+  /** Closes the scope. */
+  [Symbol.dispose](): void {
+    innermost = this.#outer;
+    for (const tensor of this.#made) {
+      if (!this.#kept) tensor[Symbol.dispose]();
+      else if (!tensor.disposed) innermost?.add(tensor);
+    }
+  }
+}
+
 /**
  * A dense, row-major array on a device. A tensor made by {@linkcode empty}, {@linkcode zeros} or {@linkcode fromArray}
  * owns its memory and frees it when disposed (`using`); views do not.
@@ -58,6 +113,7 @@ export class Tensor implements Disposable {
     this.address = memory.address;
     this.#owned = memory.owner === undefined;
     this.#live = memory.owner === undefined ? { yes: true } : memory.owner.#live;
+    if (innermost !== null && this.#owned) innermost.add(this);
   }
 
   /** Size in bytes. */
@@ -157,9 +213,10 @@ export function empty(device: Device, shape: Shape, dtype: DType = "f32"): Tenso
  * @returns The tensor; dispose of it.
  */
 export function zeros(device: Device, shape: Shape, dtype: DType = "f32"): Tensor {
+  using scope = new TensorScope();
   const tensor = empty(device, shape, dtype);
   device.kernels.fill(tensor, 0);
-  return tensor;
+  return scope.keep(tensor);
 }
 
 /**
@@ -183,9 +240,10 @@ export function fromArray(
       } elements: current value is ${array.length}`,
     );
   }
+  using scope = new TensorScope();
   const tensor = empty(device, shape, dtypeOf(array));
   device.write(array, tensor);
-  return tensor;
+  return scope.keep(tensor);
 }
 
 /**

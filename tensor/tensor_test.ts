@@ -5,7 +5,7 @@ import fc from "fast-check";
 import { CAPACITY_BYTES } from "./cpu/memory.ts";
 import { cpuDevice, hostView } from "./cpu/device.ts";
 import { bytesOf, dtypeOf, DTYPES, newArray } from "./dtype.ts";
-import { empty, fromArray, hostLike, type Tensor, zeros } from "./tensor.ts";
+import { empty, fromArray, hostLike, type Tensor, TensorScope, zeros } from "./tensor.ts";
 
 const device = cpuDevice();
 
@@ -126,4 +126,32 @@ Deno.test("a tensor with no elements works", async () => {
   assert.equal((await none.toArray()).length, 0);
   assert.equal(none.rows(0, 0).size, 0);
   none[Symbol.dispose]();
+});
+
+Deno.test("a scope frees what was made in it unless it keeps it, also in scopes around it", () => {
+  const before = device.memory().used_bytes;
+  const make = (fails: boolean): Tensor[] => {
+    using scope = new TensorScope();
+    const kept = [zeros(device, [10]), zeros(device, [20]).reshape(5, 4)];
+    using _temporary = zeros(device, [30]);
+    if (fails) throw new Error("half-way");
+    return scope.keep(kept);
+  };
+  assert.throws(() => make(true), /half-way/);
+  assert.equal(device.memory().used_bytes, before);
+  const around = (fails: boolean) => {
+    using scope = new TensorScope();
+    const made = make(false);
+    assert.throws(() => make(true), /half-way/);
+    assert(!made[0].disposed);
+    return fails ? made : scope.keep(made);
+  };
+  assert(around(true).every(({ disposed }) => disposed));
+  assert.equal(device.memory().used_bytes, before);
+  const made = around(false);
+  assert(made.every(({ disposed }) => !disposed));
+  assert(device.memory().used_bytes > before);
+  const own = empty(device, [3]);
+  assert(!own.disposed, "no scope is open any more");
+  own[Symbol.dispose]();
 });
