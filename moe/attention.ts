@@ -4,7 +4,7 @@
 
 import type { Device } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
-import { empty, type Tensor } from "../tensor/tensor.ts";
+import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
 import type { ModelConfig } from "./config.ts";
 import { linear, linearBackward } from "./linear.ts";
 import {
@@ -92,6 +92,7 @@ export class Attention implements Disposable {
   forward(x_ND: Tensor, rows: Rows): { out_ND: Tensor; saved: AttentionSaved } {
     const { headDim, heads, kvHeads, ropeTheta: theta } = this.#config;
     const { device, dtype } = x_ND, N = x_ND.shape[0];
+    using scope = new TensorScope();
     const q = empty(device, [N, heads * headDim], dtype);
     const k = empty(device, [N, kvHeads * headDim], dtype);
     const v = empty(device, k.shape, dtype);
@@ -102,7 +103,8 @@ export class Attention implements Disposable {
     const mixed = empty(device, q.shape, dtype);
     const lse = empty(device, [N, heads], dtype === "f64" ? "f64" : "f32");
     ops.attention(q, k, v, mixed, lse, { offsets: rows.offsets, heads, kvHeads, headDim });
-    return { out_ND: linear(mixed, this.#o.value), saved: { x_ND, q, k, v, mixed, lse } };
+    const out_ND = linear(mixed, this.#o.value);
+    return scope.keep({ out_ND, saved: { x_ND, q, k, v, mixed, lse } });
   }
 
   /**

@@ -5,7 +5,7 @@ import type { Device } from "../tensor/device.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import { Attention, type AttentionSaved, type Rows } from "./attention.ts";
 import type { ModelConfig } from "./config.ts";
-import { Norm, type Normed } from "./norm.ts";
+import { freeNormed, Norm, type Normed } from "./norm.ts";
 import type { Parameter } from "./parameter.ts";
 import { dropShown, type Shown } from "./shown.ts";
 import { repeatedStep, type Step } from "./step.ts";
@@ -111,7 +111,7 @@ export class Block implements Disposable {
   /**
    * Runs the layer.
    *
-   * @param x_ND Input, which the block frees: at once in inference, else in the backward pass.
+   * @param x_ND Input, which the block frees: at once in inference, else in the backward pass; never if it throws.
    * @param rows Sequences and positions.
    * @param step The step.
    * @returns What the feed-forward part returned, with `out_ND` the output of the block and `saved` what the backward pass
@@ -139,10 +139,14 @@ export class Block implements Disposable {
     rows: Rows,
     step: Step,
   ): Promise<{ inner: BlockInner; output: FeedForwardOutput }> {
-    const norm1 = this.norms[0].forward(x_ND);
+    using undo = new DisposableStack();
+    const norm1 = undo.adopt(this.norms[0].forward(x_ND), freeNormed);
     const { out_ND: x1_ND, saved: attention } = this.attention.forward(norm1.out_ND, rows);
-    const norm2 = this.norms[1].addForward(x_ND, x1_ND);
+    undo.use(x1_ND);
+    undo.defer(() => this.attention.release(attention));
+    const norm2 = undo.adopt(this.norms[1].addForward(x_ND, x1_ND), freeNormed);
     const output = await this.feedForward.forward(norm2.out_ND, step, x1_ND);
+    undo.move();
     return { inner: { norm1, attention, x1_ND, norm2, feedForward: output.saved }, output };
   }
 
@@ -155,7 +159,8 @@ export class Block implements Disposable {
   }
 
   /**
-   * Gradient of {@linkcode Block.forward}; adds to the parameters' gradients and frees what was saved.
+   * Gradient of {@linkcode Block.forward}; adds to the parameters' gradients, or overwrites them, and frees what was saved. If it throws, that
+   * is still to be given to {@linkcode Block.release}.
    *
    * @param dOut_ND Gradient of the output; becomes that of the input, as the residual stream's gradient is one tensor all the way.
    * @param saved From the forward pass.
@@ -171,6 +176,8 @@ export class Block implements Disposable {
   ): Promise<Tensor> {
     const [first, second] = this.norms, { x_ND } = saved;
     const inner = saved.inner ?? await this.#again(x_ND, rows, step);
+    using held = new DisposableStack();
+    held.defer(() => this.#releaseInner(inner));
     const { x1_ND, norm1, norm2 } = inner;
     const residual = { step, residual_ND: dOut_ND };
     {
@@ -179,7 +186,6 @@ export class Block implements Disposable {
     }
     using dNorm1 = this.attention.backward(dOut_ND, inner.attention, rows, step);
     first.backward(dNorm1, x_ND, norm1.invRms_N, residual);
-    this.#releaseRows(inner);
     x_ND[Symbol.dispose]();
     return dOut_ND;
   }
@@ -194,16 +200,12 @@ export class Block implements Disposable {
     if (inner) this.#releaseInner(inner);
   }
 
-  #releaseInner(inner: BlockInner): void {
-    this.feedForward.release(inner.feedForward);
-    this.attention.release(inner.attention);
-    this.#releaseRows(inner);
-  }
-
-  #releaseRows({ x1_ND, norm1, norm2 }: BlockInner): void {
-    for (const tensor of [x1_ND, ...Object.values(norm1), ...Object.values(norm2)]) {
-      tensor[Symbol.dispose]();
-    }
+  #releaseInner({ norm1, attention, x1_ND, norm2, feedForward }: BlockInner): void {
+    this.feedForward.release(feedForward);
+    this.attention.release(attention);
+    x1_ND[Symbol.dispose]();
+    freeNormed(norm1);
+    freeNormed(norm2);
   }
 
   /** Frees the weights. */

@@ -11,7 +11,7 @@ import type { Communicator, Work } from "../collectives/types.ts";
 import type { Device, RowGroups } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
 import * as routing from "../tensor/ops/routing.ts";
-import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
+import { empty, fromArray, type Tensor, TensorScope } from "../tensor/tensor.ts";
 import { type PlanOutline, type RoutingPlan, sameOrder } from "./plan.ts";
 
 /** Runs an all-to-all of the layer in its step. */
@@ -46,7 +46,8 @@ export interface PlacedPlan extends Disposable {
  */
 export function placePlan(device: Device, plan: RoutingPlan): PlacedPlan {
   const alone = plan.sendCounts.length === 1;
-  return owned({
+  using scope = new TensorScope();
+  const placed = owned({
     sendCounts: alone ? null : plan.sendCounts,
     recvCounts: alone ? null : plan.recvCounts,
     groups: { offsets: fromArray(device, plan.offsets), host: plan.offsets },
@@ -56,6 +57,7 @@ export function placePlan(device: Device, plan: RoutingPlan): PlacedPlan {
     toExpertMajor: plan.toExpertMajor && fromArray(device, plan.toExpertMajor),
     toRankMajor: plan.toRankMajor && fromArray(device, plan.toRankMajor),
   });
+  return scope.keep(placed);
 }
 
 /**
@@ -67,6 +69,7 @@ export function placePlan(device: Device, plan: RoutingPlan): PlacedPlan {
  */
 export function placeAlone(experts_NK: Tensor, experts: number): PlacedPlan {
   const { device, shape, size } = experts_NK;
+  using scope = new TensorScope();
   const slots_NK = empty(device, shape, "i32"), tokens_S = empty(device, [size], "i32");
   const offsets = empty(device, [experts + 1], "i32");
   routing.placeRows(experts_NK, { experts, starts: null }, {
@@ -74,7 +77,7 @@ export function placeAlone(experts_NK: Tensor, experts: number): PlacedPlan {
     tokens: tokens_S,
     offsets,
   });
-  return owned({
+  const placed = owned({
     sendCounts: null,
     recvCounts: null,
     groups: { offsets, host: null },
@@ -84,6 +87,7 @@ export function placeAlone(experts_NK: Tensor, experts: number): PlacedPlan {
     toExpertMajor: null,
     toRankMajor: null,
   });
+  return scope.keep(placed);
 }
 
 /**
@@ -107,6 +111,7 @@ export function placeOutline(
   numbers.set(pieces);
   numbers.set(offsets, pieces.length);
   numbers.set(rows_RL, pieces.length + offsets.length);
+  using scope = new TensorScope();
   const all = fromArray(device, numbers);
   const offsets_L = all.rows(pieces.length, pieces.length + offsets.length);
   const slots_NK = empty(device, shape, "i32"), tokens_S = empty(device, [size], "i32");
@@ -123,7 +128,7 @@ export function placeOutline(
     toRankMajor = empty(device, [rows], "i32");
     routing.majorOrders(counts.reshape(ranks, seats), toExpertMajor, toRankMajor);
   }
-  return owned({
+  const placed = owned({
     sendCounts,
     recvCounts,
     groups: { offsets: offsets_L, host: offsets },
@@ -133,6 +138,7 @@ export function placeOutline(
     toExpertMajor,
     toRankMajor,
   }, all);
+  return scope.keep(placed);
 }
 
 function owned(plan: Omit<PlacedPlan, typeof Symbol.dispose>, more?: Tensor): PlacedPlan {
@@ -152,18 +158,20 @@ function owned(plan: Omit<PlacedPlan, typeof Symbol.dispose>, more?: Tensor): Pl
  * @returns A new tensor [S, D].
  */
 export function permute(x_ND: Tensor, placed: PlacedPlan): Tensor {
+  using scope = new TensorScope();
   const send_SD = empty(x_ND.device, [placed.tokens_S.size, x_ND.shape[1]], x_ND.dtype);
-  if (send_SD.size === 0) return send_SD;
-  // A GPU reads each token once so.
-  if (x_ND.device.routing) routing.spreadRows(x_ND, placed.slots_NK, send_SD);
-  else ops.gatherRows(x_ND, placed.tokens_S, send_SD);
-  return send_SD;
+  if (send_SD.size > 0) {
+    // A GPU reads each token once so.
+    if (x_ND.device.routing) routing.spreadRows(x_ND, placed.slots_NK, send_SD);
+    else ops.gatherRows(x_ND, placed.tokens_S, send_SD);
+  }
+  return scope.keep(send_SD);
 }
 
 /**
  * Brings rows in the send order of each rank to the ranks of their experts.
  *
- * @param send_SD This rank's rows; freed once they have travelled.
+ * @param send_SD This rank's rows; freed once they have travelled, or could not.
  * @param placed The plan.
  * @param comm The expert-parallel ranks.
  * @param transfer Runs the all-to-all.
@@ -176,26 +184,14 @@ export async function toExperts(
   transfer: Transfer,
 ): Promise<Tensor> {
   const { sendCounts, recvCounts, toExpertMajor, rows } = placed;
-  if (!sendCounts || !recvCounts) {
-    await transfer(() => COMPLETED);
-    return send_SD;
-  }
-  const { device, dtype } = send_SD, width = send_SD.shape[1];
-  const recv_MD = empty(device, [rows, width], dtype);
-  const sent = elements(sendCounts, width), received = elements(recvCounts, width);
-  await transfer(() => comm.allToAllV(send_SD, sent, recv_MD, received));
-  send_SD[Symbol.dispose]();
-  if (!toExpertMajor || rows === 0) return recv_MD;
-  using arrived = recv_MD;
-  const x_MD = empty(device, [rows, width], dtype);
-  ops.gatherRows(arrived, toExpertMajor, x_MD);
-  return x_MD;
+  const counts = sendCounts && recvCounts && { sent: sendCounts, received: recvCounts, rows };
+  return reorder(await exchange(send_SD, counts, comm, transfer), toExpertMajor);
 }
 
 /**
  * Brings rows from the ranks of their experts back to the ranks of their tokens.
  *
- * @param y_MD Rows of this rank's experts, grouped by expert; freed once they have travelled.
+ * @param y_MD Rows of this rank's experts, grouped by expert; freed once they have travelled, or could not.
  * @param placed The plan.
  * @param comm The expert-parallel ranks.
  * @param transfer Runs the all-to-all.
@@ -207,23 +203,50 @@ export async function fromExperts(
   comm: Communicator,
   transfer: Transfer,
 ): Promise<Tensor> {
-  const { sendCounts, recvCounts, toRankMajor, tokens_S } = placed;
-  if (!sendCounts || !recvCounts) {
+  const { sendCounts, recvCounts, toRankMajor, tokens_S: { size: rows } } = placed;
+  const counts = sendCounts && recvCounts && { sent: recvCounts, received: sendCounts, rows };
+  return await exchange(reorder(y_MD, toRankMajor), counts, comm, transfer);
+}
+
+/** Rows by rank, and how many arrive in all. */
+interface ExchangeCounts {
+  readonly sent: Int32Array;
+  readonly received: Int32Array;
+  readonly rows: number;
+}
+
+/** Rows to the other ranks, and theirs here; frees what was sent. Without counts nothing travels. */
+async function exchange(
+  send: Tensor,
+  counts: ExchangeCounts | null,
+  comm: Communicator,
+  transfer: Transfer,
+): Promise<Tensor> {
+  using undo = new DisposableStack();
+  undo.use(send);
+  if (!counts) {
     await transfer(() => COMPLETED);
-    return y_MD;
+    undo.move();
+    return send;
   }
-  const { device, dtype } = y_MD, width = y_MD.shape[1];
-  let leaving = y_MD;
-  if (toRankMajor && y_MD.size > 0) {
-    using grouped = y_MD;
-    leaving = empty(device, y_MD.shape, dtype);
-    ops.gatherRows(grouped, toRankMajor, leaving);
-  }
-  using send_MD = leaving;
-  const back_SD = empty(device, [tokens_S.size, width], dtype);
-  const sent = elements(recvCounts, width), received = elements(sendCounts, width);
-  await transfer(() => comm.allToAllV(send_MD, sent, back_SD, received));
-  return back_SD;
+  const { sent, received, rows } = counts, width = send.shape[1];
+  const recv = undo.use(empty(send.device, [rows, width], send.dtype));
+  await transfer(() =>
+    comm.allToAllV(send, elements(sent, width), recv, elements(received, width))
+  );
+  undo.move();
+  send[Symbol.dispose]();
+  return recv;
+}
+
+/** Rows in another order; frees the old ones. Without an order they are the same. */
+function reorder(rows: Tensor, order: Tensor | null): Tensor {
+  if (!order || rows.size === 0) return rows;
+  using from = rows;
+  using scope = new TensorScope();
+  const to = empty(from.device, from.shape, from.dtype);
+  ops.gatherRows(from, order, to);
+  return scope.keep(to);
 }
 
 /** Counts of rows as counts of elements, which may be beyond 2³¹. */

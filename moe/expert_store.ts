@@ -11,7 +11,7 @@ import type { Communicator, Work } from "../collectives/types.ts";
 import type { Activation, Device } from "../tensor/device.ts";
 import type { DType } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
-import { empty, type Tensor } from "../tensor/tensor.ts";
+import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
 import { type ExpertLists, type ExpertMatrices, listsOf } from "./experts.ts";
 import type { PlacementPlan } from "./hooks.ts";
 import { normalKey } from "./init.ts";
@@ -266,13 +266,14 @@ export class ExpertStore implements Disposable {
    * @param hold Whether they shall. `parameters` changes.
    */
   holdMoments(hold: boolean): void {
-    this.#holdsMoments = hold;
-    this.#sit(this.#seated.map((expert) => {
-      if (expert.moments) freeMoments(expert.moments);
-      const { id, weights, gradient } = expert;
+    using scope = new TensorScope();
+    const seated = this.#seated.map(({ id, weights, gradient }) => {
       const moments = hold ? createMoments(weights.flat) : null;
       return this.#seat(id, { weights, gradient, moments });
-    }));
+    });
+    for (const { moments } of this.#seated) if (moments) freeMoments(moments);
+    this.#holdsMoments = hold;
+    this.#sit(scope.keep(seated));
   }
 
   /** Frees what the experts hold. Communicators of replicas end with the world. */

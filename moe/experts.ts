@@ -6,7 +6,7 @@
 
 import type { Activation, RowGroups } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
-import { empty, type Tensor } from "../tensor/tensor.ts";
+import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
 
 /** Weights of one expert, or their gradients. */
 export interface ExpertMatrices {
@@ -73,6 +73,7 @@ export function expertsForward(
   const { device, dtype } = x_MD;
   const [M, width] = x_MD.shape;
   const hidden = weights.down.length > 0 ? weights.down[0].shape[1] : 0;
+  using scope = new TensorScope();
   const up_MH = empty(device, [M, activation === "swiglu" ? 2 * hidden : hidden], dtype);
   const active_MF = empty(device, [M, hidden], dtype);
   const y_MD = empty(device, [M, width], dtype);
@@ -80,9 +81,9 @@ export function expertsForward(
     ops.groupedGemmActivation(x_MD, weights.up, rows, activation, up_MH, active_MF);
     ops.groupedGemm(active_MF, weights.down, rows, y_MD);
   }
-  if (!groups.recompute) return { y_MD, saved: { x_MD, up_MH, active_MF } };
-  active_MF[Symbol.dispose]();
-  return { y_MD, saved: { x_MD, up_MH, active_MF: null } };
+  if (groups.recompute) active_MF[Symbol.dispose]();
+  const saved = { x_MD, up_MH, active_MF: groups.recompute ? null : active_MF };
+  return scope.keep({ y_MD, saved });
 }
 
 /** Where the gradients of experts' weights go. */
@@ -112,10 +113,11 @@ export function expertsBackward(
   const { x_MD, up_MH } = saved;
   const { grads, beta } = gradients;
   const { device, dtype } = x_MD;
+  using scope = new TensorScope();
   const dX_MD = empty(device, x_MD.shape, dtype);
   if (x_MD.shape[0] === 0) {
     if (beta === 0) { for (const grad of [...grads.up, ...grads.down]) ops.fill(grad, 0); }
-    return dX_MD;
+    return scope.keep(dX_MD);
   }
   {
     const shape = [x_MD.shape[0], weights.down[0].shape[1]];
@@ -127,7 +129,7 @@ export function expertsBackward(
   ops.groupedGemmActivationBackward(dY_MD, weights.down, rows, activation, up_MH, dUp_MH);
   ops.groupedGemmWeightGrad(dUp_MH, x_MD, rows, grads.up, { beta });
   ops.groupedGemm(dUp_MH, weights.up, rows, dX_MD, { transposeWeight: true });
-  return dX_MD;
+  return scope.keep(dX_MD);
 }
 
 /**

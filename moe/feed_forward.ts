@@ -3,7 +3,7 @@
 
 import type { Device } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
-import { empty, type Tensor } from "../tensor/tensor.ts";
+import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
 import type { ModelConfig } from "./config.ts";
 import { linear, linearBackward } from "./linear.ts";
 import {
@@ -82,13 +82,14 @@ export class FeedForward implements Disposable {
     _step: Step,
     residual_ND?: Tensor,
   ): { out_ND: Tensor; saved: FeedForwardSaved } {
+    using scope = new TensorScope();
     const hidden = linear(x_ND, this.#in.value);
     const active_NF = this.#activate(hidden);
     const out_ND = linear(active_NF, this.#down.value);
     if (residual_ND) ops.add(residual_ND, out_ND, out_ND);
-    if (!this.#recompute) return { out_ND, saved: { x_ND, hidden, active_NF } };
-    active_NF[Symbol.dispose]();
-    return { out_ND, saved: { x_ND, hidden, active_NF: null } };
+    if (this.#recompute) active_NF[Symbol.dispose]();
+    const saved = { x_ND, hidden, active_NF: this.#recompute ? null : active_NF };
+    return scope.keep({ out_ND, saved });
   }
 
   #activate(hidden: Tensor): Tensor {

@@ -2,7 +2,7 @@
 
 import type { DType } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
-import { empty, type Tensor } from "../tensor/tensor.ts";
+import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
 import type { Parameter } from "./parameter.ts";
 import { gradientBeta, type Step } from "./step.ts";
 
@@ -15,9 +15,10 @@ import { gradientBeta, type Step } from "./step.ts";
  * @returns A new tensor [N, O].
  */
 export function linear(x_NI: Tensor, weight: Tensor, dtype: DType = x_NI.dtype): Tensor {
+  using scope = new TensorScope();
   const out_NO = empty(x_NI.device, [x_NI.shape[0], weight.shape[0]], dtype);
   ops.gemm(x_NI, weight, out_NO, { transposeB: true });
-  return out_NO;
+  return scope.keep(out_NO);
 }
 
 /**
@@ -36,9 +37,10 @@ export function linearBackward(
   options: { readonly step?: Step; readonly dX_NI?: Tensor } = {},
 ): Tensor {
   const { step, dX_NI } = options;
+  using scope = new TensorScope();
   const out = dX_NI ?? empty(x_NI.device, x_NI.shape, x_NI.dtype);
   ops.gemm(dOut_NO, weight.value, out, { beta: dX_NI ? 1 : 0 });
   const beta = gradientBeta(weight, step);
   ops.gemm(dOut_NO, x_NI, weight.grad, { transposeA: true, beta });
-  return out;
+  return scope.keep(out);
 }

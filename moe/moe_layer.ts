@@ -13,7 +13,7 @@
 
 import type { Work } from "../collectives/types.ts";
 import * as ops from "../tensor/ops.ts";
-import { empty, type Tensor } from "../tensor/tensor.ts";
+import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
 import { fromExperts, permute, type PlacedPlan, toExperts } from "./dispatch.ts";
 import { type ExpertGroups, expertsBackward, expertsForward, releaseExperts } from "./experts.ts";
 import { ExpertStore } from "./expert_store.ts";
@@ -21,6 +21,7 @@ import type { PlacementPlan } from "./hooks.ts";
 import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
 import type { MoeLayerOptions, MoeResult, MoeSaved, RoutingTap } from "./moe_types.ts";
 import { staticPlacement } from "./placement.ts";
+import { dropShown } from "./shown.ts";
 import { createRouter, type Router } from "./router.ts";
 import { isPlain, routeOnDevice } from "./router_device.ts";
 import { type Routed, routeOnHost, type RouterContext } from "./router_host.ts";
@@ -87,6 +88,7 @@ export class MoeLayer implements Disposable {
     const { device, comm, layer, width, experts, placement, seed, dtype } = all;
     for (const name of ["width", "hidden", "experts"] as const) checkSize(name, all[name], 1);
     checkSize("sharedExperts", all.sharedExperts, 0);
+    using scope = new TensorScope();
     this.#options = all;
     this.layer = layer;
     this.router = createRouter(all.router, experts);
@@ -100,6 +102,7 @@ export class MoeLayer implements Disposable {
     this.bias = new Float64Array(experts);
     this.#counts = new Float64Array(experts);
     this.#shared = all.sharedExperts > 0 ? new SharedExperts(all) : null;
+    scope.keep(this);
   }
 
   /**
@@ -134,8 +137,11 @@ export class MoeLayer implements Disposable {
   async forward(x_ND: Tensor, step: Step, residual_ND?: Tensor): Promise<MoeResult> {
     const { device, comm } = this.#options;
     this.#checkInput(x_ND);
+    using undo = new DisposableStack();
     const routed = await this.#route(x_ND, step);
     const { placed, weights_NK, shown } = routed;
+    undo.defer(() => dropShown([shown]));
+    undo.defer(() => routed.release());
 
     const arriving = toExperts(
       permute(x_ND, placed),
@@ -143,16 +149,19 @@ export class MoeLayer implements Disposable {
       comm,
       this.#transfer(step, "forward", "dispatch"),
     );
+    undo.defer(() => freeLater(arriving));
     const shared = this.#shared?.forward(x_ND) ?? null; // while the rows travel
+    if (shared) {
+      undo.use(shared.y_ND);
+      undo.defer(() => releaseExperts(shared.saved));
+    }
     const x_MD = await arriving;
     const { y_MD, saved: experts } = expertsForward(x_MD, this.#groups(placed));
-    const y_SD = await fromExperts(
-      y_MD,
-      placed,
-      comm,
-      this.#transfer(step, "forward", "combine"),
+    undo.defer(() => releaseExperts(experts));
+    const y_SD = undo.use(
+      await fromExperts(y_MD, placed, comm, this.#transfer(step, "forward", "combine")),
     );
-    const out_ND = empty(device, x_ND.shape, x_ND.dtype);
+    const out_ND = undo.use(empty(device, x_ND.shape, x_ND.dtype));
     // Experts, shared experts and residual are added in one pass where there are two of them, else in two.
     const onto = shared && residual_ND ? out_ND : shared?.y_ND ?? residual_ND;
     if (shared && residual_ND) ops.add(residual_ND, shared.y_ND, out_ND);
@@ -160,12 +169,13 @@ export class MoeLayer implements Disposable {
     shared?.y_ND[Symbol.dispose]();
     const saved: MoeSaved = { x_ND, routed, x_MD, experts, y_SD, shared: shared?.saved ?? null };
     if (!step.training) this.release(saved);
+    undo.move();
     return { out_ND, saved, shown };
   }
 
   /**
-   * Gradient of {@linkcode MoeLayer.forward}: adds to the parameters' gradients, those of the auxiliary losses included, and frees
-   * what was saved.
+   * Gradient of {@linkcode MoeLayer.forward}: adds to the parameters' gradients, or overwrites them, those of the auxiliary losses included, and
+   * frees what was saved. If it throws, that is still to be given to {@linkcode MoeLayer.release}.
    *
    * @param dOut_ND Gradient of the output.
    * @param saved From the forward pass.
@@ -177,14 +187,17 @@ export class MoeLayer implements Disposable {
     const { x_ND, routed, y_SD } = saved;
     const { placed, weights_NK } = routed;
     step.combineBackwardStarts(this.layer);
-    const dY_SD = empty(device, y_SD.shape, y_SD.dtype);
+    using undo = new DisposableStack();
+    const dY_SD = undo.use(empty(device, y_SD.shape, y_SD.dtype));
     using dWeights_NK = empty(device, weights_NK.shape, weights_NK.dtype);
     ops.combineRowsBackward(dOut_ND, y_SD, placed.slots_NK, weights_NK, dY_SD, dWeights_NK);
     const arriving = toExperts(dY_SD, placed, comm, this.#transfer(step, "backward", "combine"));
+    undo.defer(() => freeLater(arriving));
     // While the rows travel: shared experts and the router.
     const dShared_ND = saved.shared && this.#shared!.backward(dOut_ND, saved.shared, step);
+    if (dShared_ND) undo.use(dShared_ND);
     using dLogits_NE = await routed.logitsGradient(dWeights_NK, this.auxScale);
-    const dX_ND = dShared_ND ?? empty(device, x_ND.shape, x_ND.dtype);
+    const dX_ND = dShared_ND ?? undo.use(empty(device, x_ND.shape, x_ND.dtype));
     let written = dShared_ND !== null;
     if (routed.gateFirst) {
       routed.gateBackward(dLogits_NE, dX_ND, written ? 1 : 0);
@@ -210,6 +223,7 @@ export class MoeLayer implements Disposable {
     step.gradientReady(this.gate.name);
     this.release(saved);
     step.layerBackwardEnds(this.layer);
+    undo.move();
     return dX_ND;
   }
 
@@ -323,6 +337,11 @@ export class MoeLayer implements Disposable {
       );
     }
   }
+}
+
+/** Frees a tensor that is still on its way, when it comes. */
+function freeLater(arriving: Promise<Tensor>): void {
+  arriving.then((tensor) => tensor[Symbol.dispose](), () => {});
 }
 
 function sameSeats(a: PlacementPlan["seats"], b: PlacementPlan["seats"]): boolean {

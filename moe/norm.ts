@@ -2,7 +2,7 @@
 
 import type { Device } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
-import { empty, type Tensor } from "../tensor/tensor.ts";
+import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
 import type { ModelConfig } from "./config.ts";
 import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
 import type { Step } from "./step.ts";
@@ -13,6 +13,16 @@ export interface Normed {
   readonly out_ND: Tensor;
   /** `1 / rms(x)`, [N]. */
   readonly invRms_N: Tensor;
+}
+
+/**
+ * Frees a normed tensor.
+ *
+ * @param normed From {@linkcode Norm.forward} or {@linkcode Norm.addForward}.
+ */
+export function freeNormed({ out_ND, invRms_N }: Normed): void {
+  out_ND[Symbol.dispose]();
+  invRms_N[Symbol.dispose]();
 }
 
 /** One norm of the model. */
@@ -44,9 +54,10 @@ export class Norm implements Disposable {
    * @returns New tensors.
    */
   forward(x_ND: Tensor): Normed {
+    using scope = new TensorScope();
     const normed = this.#room(x_ND);
     ops.rmsNorm(x_ND, this.gain.value, normed.out_ND, normed.invRms_N, this.#eps);
-    return normed;
+    return scope.keep(normed);
   }
 
   /**
@@ -57,9 +68,10 @@ export class Norm implements Disposable {
    * @returns New tensors.
    */
   addForward(x_ND: Tensor, y_ND: Tensor): Normed {
+    using scope = new TensorScope();
     const normed = this.#room(x_ND);
     ops.addRmsNorm(x_ND, y_ND, this.gain.value, y_ND, normed.out_ND, normed.invRms_N, this.#eps);
-    return normed;
+    return scope.keep(normed);
   }
 
   /**
@@ -79,11 +91,12 @@ export class Norm implements Disposable {
     options: { readonly step: Step; readonly residual_ND?: Tensor },
   ): Tensor {
     const { step, residual_ND } = options;
+    using scope = new TensorScope();
     const dX_ND = residual_ND ?? empty(x_ND.device, x_ND.shape, x_ND.dtype);
     const { value, grad, name } = this.gain;
     ops.rmsNormBackward(dOut_ND, x_ND, value, invRms_N, dX_ND, grad, residual_ND);
     step.gradientReady(name);
-    return dX_ND;
+    return scope.keep(dX_ND);
   }
 
   #room({ device, shape, dtype }: Tensor): Normed {

@@ -3,7 +3,7 @@
 
 import type { AdamWUpdate } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
-import type { Tensor } from "../tensor/tensor.ts";
+import { type Tensor, TensorScope } from "../tensor/tensor.ts";
 import { createMoments, freeMoments, type Moments, type Parameter } from "./parameter.ts";
 
 /** Course of the learning rate: a linear warm-up, then half a cosine down to a floor. */
@@ -80,9 +80,11 @@ export class AdamW implements Disposable {
   constructor(parameters: () => readonly Parameter[], settings: AdamWSettings = {}) {
     this.#parameters = parameters;
     this.#settings = { beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, ...settings };
+    using scope = new TensorScope();
     for (const { name, value, moments } of parameters()) {
       if (!moments) this.#moments.set(name, createMoments(value));
     }
+    scope.keep(this);
   }
 
   /**

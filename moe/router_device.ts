@@ -71,21 +71,25 @@ export async function routeOnDevice(
   const { comm, router, gate, layer, tap } = context;
   const { device } = x_ND, N = x_ND.shape[0], E = router.experts, K = router.topK;
   const options = routeOptionsOf(router), length = 3 * E + 2;
-  const logits_NE = empty(device, [N, E]), lse_N = empty(device, [N]);
-  const experts_NK = empty(device, [N, K], "i32"), weights_NK = empty(device, [N, K]);
-  const records = new Shared(empty(device, [comm.size, length], "f64"));
+  using undo = new DisposableStack();
+  const logits_NE = undo.use(empty(device, [N, E])), lse_N = undo.use(empty(device, [N]));
+  const experts_NK = undo.use(empty(device, [N, K], "i32"));
+  const weights_NK = undo.use(empty(device, [N, K]));
+  const all = undo.use(empty(device, [comm.size, length], "f64"));
   const out = { experts: experts_NK, weights: weights_NK, lse: lse_N };
   routing.gate(x_ND, gate.value, logits_NE);
   let placed: PlacedPlan, shown: Shown;
+  const records = new Shared(all);
   if (comm.size === 1) {
-    routing.route(logits_NE, bias_E, options, { ...out, record: records.tensor.reshape(length) });
-    placed = placeAlone(experts_NK, E);
-    records.share();
+    routing.route(logits_NE, bias_E, options, { ...out, record: all.reshape(length) });
+    placed = undo.use(placeAlone(experts_NK, E));
+    // What is shown may be read before or after the backward pass, which needs the record, too.
+    const release = records.own();
     shown = {
-      records: records.tensor,
-      release: () => records.release(),
+      records: all,
+      release,
       finish(array) {
-        records.release();
+        release();
         const read = readRecords(array, router, 1);
         if (step.training && !step.repeated) context.count(read.chosen_E);
         return { auxLoss: read.auxLoss, stats: statsOf(read.chosen_E, 0, Int32Array.of(N * K)) };
@@ -94,12 +98,12 @@ export async function routeOnDevice(
   } else {
     using record = empty(device, [length], "f64");
     routing.route(logits_NE, bias_E, options, { ...out, record });
-    await comm.allGather(record, records.tensor).wait(device.stream);
-    const read = readRecords(await records.tensor.toArray() as Float64Array, router, comm.size);
+    await comm.allGather(record, all).wait(device.stream);
+    const read = readRecords(await all.toArray() as Float64Array, router, comm.size);
     const placement = await context.place(read.counts_RE, step);
     const ranks = { rank: comm.rank, ranks: comm.size, experts: E };
     const outline = outlinePlan({ ...ranks, counts_RE: read.counts_RE, placement });
-    placed = placeOutline(experts_NK, E, outline);
+    placed = undo.use(placeOutline(experts_NK, E, outline));
     if (step.training && !step.repeated) context.count(read.chosen_E);
     shown = {
       auxLoss: read.auxLoss,
@@ -110,7 +114,9 @@ export async function routeOnDevice(
     const chosen = await experts_NK.toArray() as Int32Array;
     tap.record(layer, { choices: K, experts_NK: chosen });
   }
-  const saved = { logits: logits_NE, lse: lse_N, experts: experts_NK, records: records.tensor };
+  const saved = { logits: logits_NE, lse: lse_N, experts: experts_NK, records: all };
+  const releaseRecords = records.own();
+  undo.move();
   return {
     placed,
     weights_NK,
@@ -132,26 +138,27 @@ export async function routeOnDevice(
     release() {
       placed[Symbol.dispose]();
       for (const tensor of [logits_NE, lse_N, experts_NK, weights_NK]) tensor[Symbol.dispose]();
-      records.release();
+      releaseRecords();
     },
   };
 }
 
-/** A tensor with several owners, which each release it once; the last frees it. */
+/** A tensor with several owners: the last one that lets go of it frees it. */
 class Shared {
-  readonly tensor: Tensor;
-  #owners = 1;
+  readonly #tensor: Tensor;
+  readonly #owners = new Set<symbol>();
 
   constructor(tensor: Tensor) {
-    this.tensor = tensor;
+    this.#tensor = tensor;
   }
 
-  share(): void {
-    this.#owners++;
-  }
-
-  release(): void {
-    if (--this.#owners === 0) this.tensor[Symbol.dispose]();
+  /** Makes one more owner; what it returns lets go, however often it is called. */
+  own(): () => void {
+    const owner = Symbol();
+    this.#owners.add(owner);
+    return () => {
+      if (this.#owners.delete(owner) && this.#owners.size === 0) this.#tensor[Symbol.dispose]();
+    };
   }
 }
 

@@ -11,7 +11,7 @@ import { type PlacedPlan, placePlan } from "./dispatch.ts";
 import type { PlacementPlan } from "./hooks.ts";
 import { linear, linearBackward } from "./linear.ts";
 import type { RoutingTap } from "./moe_types.ts";
-import type { Parameter } from "./parameter.ts";
+import { gradientDtype, type Parameter } from "./parameter.ts";
 import { makePlan } from "./plan.ts";
 import { routeBackward, type Router } from "./router.ts";
 import { routeGlobally } from "./router_exchange.ts";
@@ -98,8 +98,16 @@ export async function routeOnHost(
     counts_RE,
     placement,
   });
-  const placed = placePlan(device, plan);
-  const weights_NK = toDevice(x_ND, routing.weights_NK, [plan.tokens, plan.choices], x_ND.dtype);
+  using undo = new DisposableStack();
+  const placed = undo.use(placePlan(device, plan));
+  const { weights_NK: weights } = routing;
+  const weights_NK = toDevice(
+    x_ND,
+    weights,
+    [plan.tokens, plan.choices],
+    gradientDtype(x_ND.dtype),
+  );
+  undo.move();
   return {
     placed,
     weights_NK,

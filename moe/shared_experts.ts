@@ -6,7 +6,7 @@
 import type { Activation, Device } from "../tensor/device.ts";
 import type { DType } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
-import { empty, type Tensor } from "../tensor/tensor.ts";
+import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
 import type { ExpertsSaved } from "./experts.ts";
 import { linear, linearBackward } from "./linear.ts";
 import {
@@ -86,12 +86,13 @@ export class SharedExperts implements Disposable {
    * @returns The output [N, D], and what the backward pass needs.
    */
   forward(x_ND: Tensor): { readonly y_ND: Tensor; readonly saved: ExpertsSaved } {
+    using scope = new TensorScope();
     const up_MH = linear(x_ND, this.#up.value);
     const active_MF = this.#activate(up_MH);
     const y_ND = linear(active_MF, this.#down.value);
-    if (!this.#recompute) return { y_ND, saved: { x_MD: x_ND, up_MH, active_MF } };
-    active_MF[Symbol.dispose]();
-    return { y_ND, saved: { x_MD: x_ND, up_MH, active_MF: null } };
+    if (this.#recompute) active_MF[Symbol.dispose]();
+    const saved = { x_MD: x_ND, up_MH, active_MF: this.#recompute ? null : active_MF };
+    return scope.keep({ y_ND, saved });
   }
 
   #activate(up_MH: Tensor): Tensor {

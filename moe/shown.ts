@@ -31,7 +31,7 @@ export interface PendingShown {
   readonly records: Tensor;
   /** Makes numbers of the records' elements, and tells the layer, which counts its load; once. Throws if a logit was not finite. */
   finish(records: Float64Array): MoeShown;
-  /** Gives the records back. */
+  /** Gives the records back, if that has not happened. */
   release(): void;
 }
 
@@ -46,18 +46,44 @@ export type Shown = MoeShown | PendingShown;
  * @throws {RangeError} If a logit was not finite.
  */
 export async function readShown(all: readonly Shown[]): Promise<MoeShown[]> {
-  const pending = all.filter((one) => "records" in one);
-  if (pending.length === 0) return all as MoeShown[];
-  const read = await readTogether(pending.map(({ records }) => records));
+  const records = recordsOf(all);
+  try {
+    return finishShown(all, records.length > 0 ? await readTogether(records) : []);
+  } finally {
+    dropShown(all);
+  }
+}
+
+/**
+ * The records that are still on the device, for {@linkcode readTogether}.
+ *
+ * @param all What the layers have returned.
+ * @returns Their tensors, in the same order.
+ */
+export function recordsOf(all: readonly Shown[]): Tensor[] {
+  return all.filter((one) => "records" in one).map(({ records }) => records);
+}
+
+/**
+ * Losses and load, once the records are on the host.
+ *
+ * @param all What the layers have returned; those that are not finished stay to be dropped if one throws.
+ * @param records Elements of {@linkcode recordsOf} them.
+ * @returns Their losses and load, in the same order.
+ * @throws {RangeError} If a logit was not finite.
+ */
+export function finishShown(
+  all: readonly Shown[],
+  records: readonly Float64Array[],
+): MoeShown[] {
   let next = 0;
-  const shown = all.map((one) => "records" in one ? one.finish(read[next++]) : one);
-  return shown;
+  return all.map((one) => "records" in one ? one.finish(records[next++]) : one);
 }
 
 /**
  * Gives back what nobody will read.
  *
- * @param all What the layers have returned.
+ * @param all What the layers have returned; nothing happens to what was read or given back before.
  */
 export function dropShown(all: readonly Shown[]): void {
   for (const one of all) if ("records" in one) one.release();

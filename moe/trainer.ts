@@ -15,7 +15,7 @@ import { buildStepGraph } from "./graph.ts";
 import type { CollectiveScheduler, Schedule } from "./hooks.ts";
 import { CheckpointError } from "./manifest.ts";
 import { mixtralConfig } from "./mixtral_config.ts";
-import { dropShown, type MoeShown, readTogether, type Shown } from "./shown.ts";
+import { dropShown, finishShown, readTogether, recordsOf, type Shown } from "./shown.ts";
 import { type Batch, summaryOf, type Transformer } from "./transformer.ts";
 import { AdamW, type AdamWSettings, learningRate, type LearningRateOptions } from "./optimizer.ts";
 import type { Parameter } from "./parameter.ts";
@@ -121,7 +121,13 @@ export class Trainer implements AsyncDisposable {
         `Cannot train as "accumulate" must be a whole number >= 1: current value is ${full.accumulate}`,
       );
     }
-    return new Trainer(full, await options.world.dup());
+    const gradients = await options.world.dup();
+    try {
+      return new Trainer(full, gradients);
+    } catch (error) {
+      await gradients[Symbol.asyncDispose]();
+      throw error;
+    }
   }
 
   private constructor(options: Required<TrainerOptions>, gradients: Communicator) {
@@ -131,7 +137,11 @@ export class Trainer implements AsyncDisposable {
     this.learningRate = options.learningRate;
     // The host sees only when it called and when it looked, which overlap and say nothing of the share.
     if (device.kind === "cuda" && world.size > 1) recorder.timed = true;
-    for (const layer of model.moeLayers) layer.store.holdMoments(true);
+    using undo = new DisposableStack();
+    for (const { store } of model.moeLayers) {
+      undo.defer(() => store.holdMoments(false));
+      store.holdMoments(true);
+    }
     // The mean, not this rank's own rows: the graph must be alike on all ranks.
     const rows = data.tokensPerStep / (options.accumulate * world.size);
     const graph = buildStepGraph(model.outline(rows, world.size));
@@ -152,9 +162,10 @@ export class Trainer implements AsyncDisposable {
         parameters: model.parameters,
       })
       : null;
-    this.optimizer = new AdamW(() => this.#updated, adamW);
-    this.#sums = zeros(device, [SUMS], "f64");
-    this.#gradScale = zeros(device, [1]);
+    this.optimizer = undo.use(new AdamW(() => this.#updated, adamW));
+    this.#sums = undo.use(zeros(device, [SUMS], "f64"));
+    this.#gradScale = undo.use(zeros(device, [1]));
+    undo.move();
   }
 
   /** What this rank updates: its parameters, or its experts and its shards of the others. */
@@ -183,7 +194,7 @@ export class Trainer implements AsyncDisposable {
    * One step: forward, backward, reduction, update. All ranks call it together.
    *
    * @returns What it has shown.
-   * @throws {Error} If the loss or the gradient is not finite: the weights are as they were before. A trainer whose step has failed,
+   * @throws {Error} If the loss or the gradient is not finite; no weight has changed if it is the gradient. A trainer whose step has failed,
    * for whatever reason, makes no more steps, as gradients and loads may be half a step's.
    */
   async step(): Promise<StepMetrics> {
@@ -210,13 +221,15 @@ export class Trainer implements AsyncDisposable {
     ops.fill(this.#sums, 0);
     const tokens = data.tokensPerStep;
     const scales = { gradScale: 1 / tokens, auxScale: 1 / accumulate };
-    const passes: (readonly Shown[])[] = [];
+    const shown: Shown[] = [];
+    using held = new DisposableStack();
+    held.defer(() => dropShown(shown));
     for (let i = 0; i < accumulate; i++) {
       const pass = (number - 1) * accumulate + i, firstPass = i === 0;
       const reduces = i === accumulate - 1 ? this.#reducer.begin(pass, { firstPass }) : null;
       const step = reduces ?? plainStep(device, { training: true, number: pass, firstPass });
       const batch = this.#ahead?.pass === pass ? this.#ahead.batch : data.training(pass);
-      passes.push(await model.pass(batch, step, { lossSum: sum(LOSS), ...scales }));
+      shown.push(...await model.pass(batch, step, { lossSum: sum(LOSS), ...scales }));
       await reduces?.finish();
     }
     await model.reduceReplicas();
@@ -236,19 +249,19 @@ export class Trainer implements AsyncDisposable {
     const enqueued = now();
     const next = number * accumulate; // while a GPU works
     this.#ahead = { pass: next, batch: data.training(next) };
-    const { sums, read } = await this.#read(passes.flat());
+    // The step's one wait for the device: sums and what the layers have shown come to the host together.
+    const [sums, ...records] = await readTogether([this.#sums, ...recordsOf(shown)]);
     const loss = sums[LOSS] / tokens, norm = Math.sqrt(sums[SQUARES]);
     if (!Number.isFinite(loss) || !Number.isFinite(norm)) {
       this.optimizer.steps = number - 1;
-      dropShown(passes.flat());
       throw new Error(
         `Cannot go on training as loss and gradient must be finite: current value is ${loss} and ${norm} at step ${number}`,
       );
     }
-    const shown = read();
+    const read = finishShown(shown, records);
     let imbalance = 0, auxLoss = 0;
-    for (let i = 0, each = shown.length / accumulate; i < accumulate; i++) {
-      const summary = summaryOf(shown.slice(i * each, (i + 1) * each));
+    for (let i = 0, each = read.length / accumulate; i < accumulate; i++) {
+      const summary = summaryOf(read.slice(i * each, (i + 1) * each));
       imbalance += summary.imbalance / accumulate;
       auxLoss += summary.auxLoss / accumulate;
     }
@@ -267,20 +280,6 @@ export class Trainer implements AsyncDisposable {
       load_imbalance: imbalance,
       grad_norm: norm,
     };
-  }
-
-  /** The step's one wait for the device: sums and what the layers have shown come to the host together. */
-  async #read(shown: readonly Shown[]): Promise<{ sums: Float64Array; read: () => MoeShown[] }> {
-    const pending = shown.filter((one) => "records" in one);
-    const [sums, ...records] = await readTogether([
-      this.#sums,
-      ...pending.map((one) => one.records),
-    ]);
-    const read = () => {
-      let next = 0;
-      return shown.map((one) => "records" in one ? one.finish(records[next++]) : one);
-    };
-    return { sums, read };
   }
 
   /**

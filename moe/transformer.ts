@@ -6,7 +6,7 @@ import type { Communicator } from "../collectives/types.ts";
 import type { Device } from "../tensor/device.ts";
 import { bytesOf } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
-import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
+import { empty, fromArray, type Tensor, TensorScope } from "../tensor/tensor.ts";
 import type { Rows } from "./attention.ts";
 import { Block, type BlockSaved, type Recompute } from "./block.ts";
 import type { CheckpointTensor } from "./checkpoint.ts";
@@ -17,7 +17,7 @@ import type { ExpertPlacement } from "./hooks.ts";
 import { linear } from "./linear.ts";
 import { headLoss } from "./loss.ts";
 import { MoeLayer } from "./moe_layer.ts";
-import { Norm } from "./norm.ts";
+import { freeNormed, Norm } from "./norm.ts";
 import { createParameter, freeParameter, gradientDtype, type Parameter } from "./parameter.ts";
 import { staticPlacement } from "./placement.ts";
 import { dropShown, type MoeShown, type Shown } from "./shown.ts";
@@ -108,6 +108,7 @@ export class Transformer implements Disposable {
     }
     const { vocab, width, dtype, initStd } = config;
     const matrix = { shape: [vocab, width], dtype, init: { std: initStd, seed } };
+    using scope = new TensorScope();
     this.config = config;
     this.#device = device;
     // The embedding's backward pass adds rows; a head's writes every element, and a tied one comes first.
@@ -130,6 +131,7 @@ export class Transformer implements Disposable {
     });
     this.moeLayers = this.blocks.map(({ feedForward }) => feedForward)
       .filter((part) => part instanceof MoeLayer);
+    scope.keep(this);
   }
 
   /** Every parameter that this rank holds, each once; the same object until experts move. */
@@ -224,23 +226,42 @@ export class Transformer implements Disposable {
     using tokens = fromArray(this.#device, batch.tokens);
     using targets = fromArray(this.#device, batch.targets);
     const rows = this.#rowsOf(batch.offsets);
-    const { x_ND, saved, shown } = await this.#forward(tokens, rows, step);
     for (const layer of this.moeLayers) layer.auxScale = options.auxScale ?? 1;
-    const last = this.#norm.forward(x_ND);
-    const dLast = headLoss(last.out_ND, this.#head, { targets, step, ...options });
-    if (dLast) {
-      using dOut = dLast;
-      if (!this.config.tied) step.gradientReady(this.#head.name);
-      let dX = this.#norm.backward(dOut, x_ND, last.invRms_N, { step });
+    const { x_ND, saved, shown } = await this.#forward(tokens, rows, step);
+    using undo = new DisposableStack();
+    undo.defer(() => dropShown(shown));
+    using held = new DisposableStack();
+    held.use(x_ND);
+    held.defer(() => this.#release(saved));
+    // The residual stream's gradient: one tensor for all blocks.
+    const dX = this.#headPass(x_ND, targets, step, options);
+    if (dX) {
+      held.use(dX);
+      x_ND[Symbol.dispose]();
       for (let layer = this.blocks.length - 1; layer >= 0; layer--) {
-        dX = await this.blocks[layer].backward(dX, saved[layer]!, rows, step);
+        await this.blocks[layer].backward(dX, saved[layer]!, rows, step);
       }
       ops.scatterAddRows(dX, tokens, this.#embedding.grad);
       step.gradientReady(this.#embedding.name);
-      dX[Symbol.dispose]();
-    } else saved.forEach((s, layer) => s && this.blocks[layer].release(s));
-    for (const tensor of [x_ND, last.out_ND, last.invRms_N]) tensor[Symbol.dispose]();
+    }
+    undo.move();
     return shown;
+  }
+
+  /** The last norm, the head and the loss; the gradient of the input, if it is asked for. */
+  #headPass(x_ND: Tensor, targets: Tensor, step: Step, options: PassOptions): Tensor | null {
+    using held = new DisposableStack();
+    const last = held.adopt(this.#norm.forward(x_ND), freeNormed);
+    const dLast = headLoss(last.out_ND, this.#head, { targets, step, ...options });
+    if (!dLast) return null;
+    held.use(dLast);
+    if (!this.config.tied) step.gradientReady(this.#head.name);
+    return this.#norm.backward(dLast, x_ND, last.invRms_N, { step });
+  }
+
+  /** Frees what the blocks' forward passes have saved and no backward pass has freed. */
+  #release(saved: Forward["saved"]): void {
+    saved.forEach((one, layer) => one && this.blocks[layer].release(one));
   }
 
   /**
@@ -256,16 +277,14 @@ export class Transformer implements Disposable {
     const rows = this.#rowsOf(offsets);
     const { x_ND, saved, shown } = await this.#forward(ids, rows, step);
     dropShown(shown);
-    saved.forEach((s, layer) => s && this.blocks[layer].release(s));
+    this.#release(saved);
     using x = x_ND;
     using lastRows = fromArray(this.#device, offsets.slice(1).map((end) => end - 1));
     using ends = empty(this.#device, [offsets.length - 1, this.config.width], x.dtype);
     ops.gatherRows(x, lastRows, ends);
-    const last = this.#norm.forward(ends);
-    const logits = linear(last.out_ND, this.#head.value, gradientDtype(x.dtype));
-    last.out_ND[Symbol.dispose]();
-    last.invRms_N[Symbol.dispose]();
-    return logits;
+    using held = new DisposableStack();
+    const last = held.adopt(this.#norm.forward(ends), freeNormed);
+    return linear(last.out_ND, this.#head.value, gradientDtype(x.dtype));
   }
 
   /**
@@ -293,7 +312,13 @@ export class Transformer implements Disposable {
   async #forward(tokens: Tensor, rows: Rows, step: Step): Promise<Forward> {
     const saved: Forward["saved"] = [];
     const shown: Shown[] = [];
+    using undo = new DisposableStack();
     let x_ND = empty(this.#device, [tokens.size, this.config.width], this.config.dtype);
+    undo.defer(() => {
+      x_ND[Symbol.dispose]();
+      this.#release(saved);
+      dropShown(shown);
+    });
     ops.gatherRows(this.#embedding.value, tokens, x_ND);
     for (const block of this.blocks) {
       const { out_ND, saved: kept, output } = await block.forward(x_ND, rows, step);
@@ -301,6 +326,7 @@ export class Transformer implements Disposable {
       x_ND = out_ND;
       if (output.shown) shown.push(output.shown);
     }
+    undo.move();
     return { x_ND, saved, shown };
   }
 
