@@ -14,6 +14,7 @@ import { GradientReducer } from "./gradients.ts";
 import { buildStepGraph } from "./graph.ts";
 import type { CollectiveScheduler, Schedule } from "./hooks.ts";
 import { CheckpointError } from "./manifest.ts";
+import { loadingMasters } from "./masters.ts";
 import { mixtralConfig } from "./mixtral_config.ts";
 import { dropShown, finishShown, readTogether, recordsOf, type Shown } from "./shown.ts";
 import { type Batch, summaryOf, type Transformer } from "./transformer.ts";
@@ -318,7 +319,7 @@ export class Trainer implements AsyncDisposable {
     const contents: CheckpointContents = {
       step: this.steps,
       config: model.description,
-      model: this.#tensors(),
+      model: [...this.#weights(), ...model.buffers],
       optimizer: this.#moments(sharded),
       state: { ...options.state, ...positionOf(data) },
       transformersConfig: mixtralConfig(model.config, data.sequence) ?? undefined,
@@ -327,7 +328,7 @@ export class Trainer implements AsyncDisposable {
   }
 
   /**
-   * Goes on from a checkpoint, which any number of ranks may have written. All ranks call it together.
+   * Goes on from a checkpoint, which any number of ranks may have written, in another dtype, too. All ranks call it together.
    *
    * @param directory Where checkpoints lie: the newest complete one is taken.
    * @returns It, or null if there is none, and then nothing has changed.
@@ -338,24 +339,21 @@ export class Trainer implements AsyncDisposable {
     const found = await newestCheckpoint(directory, { comm: world });
     if (!found) return null;
     checkPosition(found, data);
+    const sharded = this.#shards?.forLoading((shard) => this.optimizer.momentsOf(shard));
+    const { parameters, optimizer } = loadingMasters(this.#weights(), this.#moments(sharded));
     const checkpoint = await loadCheckpoint(found, {
-      model: this.#tensors(),
-      optimizer: this.#moments(
-        this.#shards?.forLoading((shard) => this.optimizer.momentsOf(shard)),
-      ),
-      config: model.description,
+      model: [...parameters, ...model.buffers],
+      optimizer,
+      config: { ...model.description, dtype: found.config.dtype },
       comm: world,
     });
     this.optimizer.steps = checkpoint.step;
     return checkpoint;
   }
 
-  #tensors(): CheckpointTensor[] {
+  #weights(): CheckpointTensor[] {
     const { model } = this.#options;
-    return [
-      ...parameterTensors(model.parameters, (parameter) => model.ownerOf(parameter)),
-      ...model.buffers,
-    ];
+    return parameterTensors(model.parameters, (parameter) => model.ownerOf(parameter));
   }
 
   /** The optimizer's tensors; those of the replicated parameters are given where they are sharded. */

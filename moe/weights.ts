@@ -17,6 +17,8 @@ const MAX_INDEX_BYTES = 64 * 1024 * 1024;
 export interface NamedTensor extends TensorSource {
   /** Puts elements of the tensor's dtype and size into the model. */
   write(array: TypedArray): void | Promise<void>;
+  /** Whether a file may lack it: then nothing is written. @default {false} */
+  readonly optional?: boolean;
 }
 
 /** Several safetensors files as one. */
@@ -90,7 +92,8 @@ export class TensorFiles implements Disposable {
 }
 
 /**
- * Reads tensors into a model; floating types are converted if they differ. Nothing is written unless every tensor is there in its shape.
+ * Reads tensors into a model; floating types are converted if they differ. Nothing is written unless every tensor that is not optional is there, and
+ * all have their shape.
  *
  * @param files Where they are.
  * @param wanted The tensors.
@@ -101,9 +104,10 @@ export async function readTensors(
   files: TensorFiles,
   wanted: readonly NamedTensor[],
 ): Promise<void> {
-  for (const { name, shape, dtype } of wanted) {
+  for (const { name, shape, dtype, optional } of wanted) {
     const info = files.info(name);
     if (!info) {
+      if (optional) continue;
       throw new CheckpointError(
         `Cannot load ${files.folder} as it must have the tensor ${name}: current value is ${
           [...files.names].length
@@ -122,6 +126,7 @@ export async function readTensors(
     }
   }
   for (const tensor of wanted) {
+    if (!files.info(tensor.name)) continue;
     await tensor.write(convertFloats(await files.read(tensor.name), tensor.dtype));
   }
 }

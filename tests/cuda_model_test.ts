@@ -238,6 +238,40 @@ Deno.test({
 });
 
 Deno.test({
+  name: "cuda model: an f32 run goes on in bf16, and from there in f32, and loses no bit",
+  ignore,
+  async fn() {
+    const directory = await Deno.makeTempDir();
+    try {
+      const weights = async (model: Transformer) => {
+        const arrays = await Promise.all(model.parameters.map(({ value }) => value.toArray()));
+        return model.parameters.map(({ name }, i) => [name, arrays[i]]);
+      };
+      const exact = await train(cpu, {}, async (trainer, model) => {
+        await trainer.step();
+        await trainer.save(directory);
+        return await weights(model);
+      });
+      await train(cuda!, { dtype: "bf16" }, async (trainer) => {
+        await trainer.step(); // what it has is overwritten
+        await trainer.resume(directory);
+        await Deno.remove(directory, { recursive: true });
+        await trainer.save(directory);
+      });
+      for (const device of [cpu, cuda!]) {
+        await train(device, {}, async (trainer, model) => {
+          assert.equal((await trainer.resume(directory))?.step, 1);
+          assert.deepEqual(await weights(model), exact);
+          await trainer.step();
+        });
+      }
+    } finally {
+      await Deno.remove(directory, { recursive: true });
+    }
+  },
+});
+
+Deno.test({
   name: "cuda model: a gradient that is not finite changes no weight and is an error",
   ignore,
   async fn() {
