@@ -4,11 +4,13 @@
 import assert from "node:assert/strict";
 import { buildEmulator } from "./emulator/build.ts";
 import { buildNccl } from "./emulator/nccl.ts";
+import type { End } from "./nccl_failure_ranks.ts";
 import { Folder, launch } from "./launch_support.ts";
 import { likeOneRank, type RankOutcome } from "./_moe_case.ts";
 import { type RunOptions, runRanks } from "./_ranks.ts";
 
 const program = new URL("./_collectives_ranks.ts", import.meta.url);
+const failures = new URL("./nccl_failure_ranks.ts", import.meta.url);
 const moeProgram = new URL("./moe_program.ts", import.meta.url);
 const emulator = await buildEmulator();
 const library = emulator && await buildNccl(false);
@@ -89,6 +91,57 @@ Deno.test({
       assert.match(result!.message, /operation 1 of world/);
       assert.match(result!.message, /rank 1 called broadcast\(f32, 8 elements, root 0\)/);
     }
+  },
+});
+
+/** A peer of a rank that has failed hears of it long before its own patience ends. */
+function knows(ends: readonly End[]): void {
+  assert.match(ends.at(-1)!.message, /a rank has aborted/);
+  const ms = ends.reduce((sum, end) => sum + end.ms, 0);
+  assert(ms < 8000, `${ms} ms`);
+}
+
+Deno.test({
+  name: "nccl: a message that fails fails those of its group, for streams and host, and the peer",
+  ignore,
+  fn: async () => {
+    const args = { program: "messages" };
+    const ranks = await runRanks<End[]>(failures, 2, { args, env: ENV, check: false });
+    const [failed, peer] = ranks.map(({ result, output }) => {
+      assert(result, output);
+      return result;
+    });
+    assert.equal(failed.length, 4);
+    for (const { message, ms } of failed.slice(0, 3)) {
+      assert.match(message, /ncclSend failed .*told to fail/);
+      assert(ms < 2000, `${ms} ms`);
+    }
+    knows(peer);
+  },
+});
+
+Deno.test({
+  name: "nccl: a collective that a rank cannot enqueue ends on the others, too",
+  ignore,
+  fn: async () => {
+    const args = { program: "collective" };
+    const ranks = await runRanks<End[]>(failures, 2, { args, env: ENV, check: false });
+    const [failed, peer] = ranks.map(({ result, output }) => {
+      assert(result, output);
+      return result;
+    });
+    assert.match(failed[0].message, /ncclAllReduce failed .*told to fail/);
+    knows(peer);
+  },
+});
+
+Deno.test({
+  name: "nccl: messages of one group queue one microtask",
+  ignore,
+  fn: async () => {
+    const args = { program: "microtasks" };
+    const ranks = await runRanks<number>(failures, 2, { args, env: ENV });
+    for (const { result } of ranks) assert(result! <= 2, `${result} microtasks`);
   },
 });
 

@@ -22,6 +22,8 @@ export interface Tower {
   flush(): void;
   /** Notices what the device has passed; throws once the transport has failed. @param heard Whether somebody gets the error. */
   look(heard: boolean): void;
+  /** Throws the error of a transport that has failed, to somebody who gets it. */
+  check(): void;
   /** Somebody gets the error of a transport that has failed. */
   hear(): void;
   /** Looks for ranks that have gone and for errors of NCCL's own threads. */
@@ -58,9 +60,11 @@ export class HostFlight implements Completion {
   /** Whether it is complete. The first question comes from the call that has started it, so a message may still wait for company. */
   poll(): boolean {
     if (this.landed) return true;
-    if (this.#asked && this.end === undefined) this.tower.flush();
+    const first = !this.#asked;
     this.#asked = true;
-    if (this.end !== undefined) this.tower.look(this.#awaited);
+    if (first && this.end === undefined) return false;
+    this.tower.flush();
+    this.tower.look(this.#awaited); // also if it has no end, because its group has failed
     return this.landed;
   }
 
@@ -96,10 +100,11 @@ export class HostFlight implements Completion {
 
 /** An operation whose data is on the device: streams may be ordered after it. */
 export class DeviceFlight extends HostFlight {
-  /** Orders a stream after the operation. */
+  /** Orders a stream after the operation. @throws {Error} If the transport has failed: there is no result to come. */
   waitOn(stream: Stream): void {
     if (this.landed) return;
-    if (this.end === undefined) this.tower.flush();
-    if (this.end !== undefined) stream.wait(this.end);
+    this.tower.flush();
+    this.tower.check();
+    stream.wait(this.end!);
   }
 }

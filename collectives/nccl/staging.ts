@@ -1,5 +1,6 @@
 // Host arrays on their way through a GPU: pinned memory that the processor fills and reads, and device memory that NCCL works on. A slot
-// is one piece of both. Slots are reused by size and freed when the transport closes, because allocating either stalls the device.
+// is one piece of both, page-locked in parts because one call for much of it would hold up the main thread. Slots are reused by size and
+// freed when the transport closes, because allocating either stalls the device.
 
 import { checkCudart, CUDART, cudart } from "../../ffi/cudart.ts";
 import type { CudaDevice } from "../../tensor/cuda/device.ts";
@@ -9,14 +10,16 @@ import { bytesOf } from "../../tensor/dtype.ts";
 import type { Region } from "../transport.ts";
 
 const SMALLEST_BYTES = 4096;
+/** Memory that is page-locked at a time, which takes some 10 ms. */
+const PART_BYTES = 32 * 2 ** 20;
 
 /** Memory for one host array, on both sides. */
 interface Slot {
   readonly bytes: number;
   /** Device address. */
   readonly device: number;
-  /** Memory that the processor fills and reads. */
-  readonly pinned: PinnedMemory;
+  /** Memory that the processor fills and reads: parts of `PART_BYTES`. */
+  readonly pinned: readonly PinnedMemory[];
 }
 
 /** A host array that an operation in flight uses. */
@@ -34,6 +37,7 @@ export class Staging {
   readonly #device: CudaDevice;
   readonly #stream: CudaStream;
   readonly #idle = new Map<number, Slot[]>();
+  readonly #slots: Slot[] = [];
 
   /** @param device Whose memory. @param stream Copies are enqueued here. */
   constructor(device: CudaDevice, stream: CudaStream) {
@@ -45,54 +49,80 @@ export class Staging {
   stage(region: Region, filled: boolean): Staged {
     const bytes = region.length * bytesOf(region.dtype);
     const slot = this.#take(bytes);
-    if (filled && bytes > 0) {
-      new Uint8Array(slot.pinned.buffer).set(bytesOfArray(region));
-      copy(this.#stream, slot.device, slot.pinned.address, bytes, CUDART.hostToDevice);
+    if (filled) {
+      const source = bytesOfArray(region);
+      eachPart(slot, bytes, ({ buffer, address }, at, length) => {
+        new Uint8Array(buffer).set(source.subarray(at, at + length));
+        copy(this.#stream, slot.device + at, address, length, CUDART.hostToDevice);
+      });
     }
     return { region, address: BigInt(slot.device), slot };
   }
 
   /** Enqueues the way back to pinned memory. @param staged The array. */
   fetch({ region, slot }: Staged): void {
-    const bytes = region.length * bytesOf(region.dtype);
-    if (bytes === 0) return;
-    copy(this.#stream, slot.pinned.address, slot.device, bytes, CUDART.deviceToHost);
+    eachPart(slot, region.length * bytesOf(region.dtype), ({ address }, at, length) => {
+      copy(this.#stream, address, slot.device + at, length, CUDART.deviceToHost);
+    });
   }
 
   /** Ends a use, once the device has. @param staged The array. @param written Whether it gets what {@linkcode Staging.fetch} has brought. */
   finish({ region, slot }: Staged, written: boolean): void {
-    if (written && region.length > 0) {
-      const bytes = bytesOfArray(region);
-      bytes.set(new Uint8Array(slot.pinned.buffer, 0, bytes.byteLength));
+    if (written) {
+      const target = bytesOfArray(region);
+      eachPart(slot, target.byteLength, ({ buffer }, at, length) => {
+        target.set(new Uint8Array(buffer, 0, length), at);
+      });
     }
     this.#idle.get(slot.bytes)!.push(slot);
   }
 
   #take(bytes: number): Slot {
     let size = SMALLEST_BYTES;
-    while (size < bytes) size *= 2;
+    while (size < bytes && size < PART_BYTES) size *= 2;
+    if (size < bytes) size = Math.ceil(bytes / PART_BYTES) * PART_BYTES;
     let idle = this.#idle.get(size);
     if (idle === undefined) this.#idle.set(size, idle = []);
     return idle.pop() ?? this.#allocate(size);
   }
 
+  /** What a part of it cannot get is given back before the error is told. */
   #allocate(bytes: number): Slot {
-    const slot = {
-      bytes,
-      device: this.#device.allocate(bytes),
-      pinned: this.#device.pinned(bytes),
-    };
-    this.#stream.wait(this.#device.stream.record()); // memory is handed out in the order of that stream
+    const device = this.#device.allocate(bytes);
+    const pinned: PinnedMemory[] = [];
+    try {
+      for (let at = 0; at < bytes; at += PART_BYTES) {
+        pinned.push(this.#device.pinned(Math.min(PART_BYTES, bytes - at)));
+      }
+      this.#stream.wait(this.#device.stream.record()); // memory is handed out in the order of that stream
+    } catch (error) {
+      for (const part of pinned) part[Symbol.dispose]();
+      this.#device.free(device);
+      throw error;
+    }
+    const slot = { bytes, device, pinned };
+    this.#slots.push(slot);
     return slot;
   }
 
-  /** Frees all slots; nothing may be in flight. */
+  /** Frees all slots, also those whose operation was never enqueued; nothing may be in flight. */
   close(): void {
-    for (const { device, pinned } of [...this.#idle.values()].flat()) {
+    for (const { device, pinned } of this.#slots) {
       this.#device.free(device);
-      pinned[Symbol.dispose]();
+      for (const part of pinned) part[Symbol.dispose]();
     }
+    this.#slots.length = 0;
     this.#idle.clear();
+  }
+}
+
+function eachPart(
+  { pinned }: Slot,
+  bytes: number,
+  use: (part: PinnedMemory, at: number, length: number) => void,
+): void {
+  for (let i = 0, at = 0; at < bytes; i++, at += PART_BYTES) {
+    use(pinned[i], at, Math.min(PART_BYTES, bytes - at));
   }
 }
 

@@ -88,7 +88,8 @@ export class NcclTransport implements Transport, Tower {
   readonly #scratch: number;
   readonly #inFlight: HostFlight[] = [];
   #waiting: HostFlight[] = []; // messages that are not enqueued yet
-  #begun = 0;
+  #begun = 0; // collectives
+  #started = 0; // collectives and messages
   #failure: Error | undefined;
   #aborting: Promise<void> | undefined;
   #closed = false;
@@ -132,16 +133,13 @@ export class NcclTransport implements Transport, Tower {
         flights: this.#inFlight,
         begun: () => this.#begun,
         asyncError: () => asyncError(comm),
-        fail: (error) => this.#fail(error),
+        fail: (error) => void this.#fail(error),
       },
     );
   }
 
   start(request: CollectiveRequest): Completion {
-    if (this.#failure) {
-      this.#watch.told = true;
-      throw this.#failure;
-    }
+    this.check();
     this.#holdBack();
     const { operation, send, recv } = request;
     const paired = operation === "send" || operation === "recv";
@@ -176,7 +174,7 @@ export class NcclTransport implements Transport, Tower {
       }
       this.#end(flight);
     } catch (error) {
-      throw this.#failure = error as Error;
+      throw this.#fail(error as Error);
     }
   }
 
@@ -235,7 +233,7 @@ export class NcclTransport implements Transport, Tower {
       });
       this.#end(...flights);
     } catch (error) {
-      throw this.#failure = error as Error;
+      throw this.#fail(error as Error);
     }
   }
 
@@ -252,6 +250,12 @@ export class NcclTransport implements Transport, Tower {
     this.#retire();
     if (!this.#failure) return;
     if (heard) this.#watch.told = true;
+    throw this.#failure;
+  }
+
+  check(): void {
+    if (!this.#failure) return;
+    this.#watch.told = true;
     throw this.#failure;
   }
 
@@ -284,7 +288,7 @@ export class NcclTransport implements Transport, Tower {
   /** Bounds how far the host runs ahead of the device. */
   #holdBack(): void {
     // Nobody may ever await what only streams wait for: the progress engine lets go of it here.
-    if (this.#begun % LET_GO === 0) queueMicrotask(progress);
+    if (++this.#started % LET_GO === 0) queueMicrotask(progress);
     this.#retire();
     if (this.#inFlight.length < MOST_IN_FLIGHT) return;
     const end_ms = performance.now() + HOLD_MS;
@@ -294,11 +298,15 @@ export class NcclTransport implements Transport, Tower {
     }
   }
 
-  /** Nothing can complete any more: what runs on the device is stopped, or its streams would never move again. */
-  #fail(error: Error): void {
-    if (this.#failure) return;
+  /**
+   * Nothing can complete any more: what runs on the device is stopped, or its streams would never move again, and NCCL lets the other
+   * ranks know. @returns The first error.
+   */
+  #fail(error: Error): Error {
+    if (this.#failure) return this.#failure;
     this.#failure = error;
     void this.#stop();
+    return error;
   }
 
   #stop(): Promise<void> {
@@ -368,7 +376,7 @@ export class NcclTransport implements Transport, Tower {
         await new Promise((resolve) => setTimeout(resolve, 1));
       }
     } catch (error) {
-      this.#failure ??= error as Error;
+      this.#fail(error as Error);
     }
   }
 }

@@ -49,6 +49,15 @@ int fail(Comm* comm, int result, const std::string& why) {
   return result;
 }
 
+// Whether a call is to fail: LINA_EMULATOR_NCCL_FAIL names it; for tests of what its caller does then.
+bool told_to_fail(const char* call) {
+  const char* name = getenv("LINA_EMULATOR_NCCL_FAIL");
+  return name && strcmp(name, call) == 0;
+}
+
+// What a rank leaves in a communicator's folder when it has aborted it.
+std::string aborted_path(const Comm& comm) { return comm.folder + "/aborted"; }
+
 std::string path_of(const Comm& comm, int from, int to, long number) {
   return comm.folder + "/" + std::to_string(from) + "." + std::to_string(to) + "." + std::to_string(number);
 }
@@ -68,8 +77,10 @@ int take(Comm* comm, int peer, void* data, size_t bytes) {
   std::string path = path_of(*comm, peer, comm->rank, comm->received[size_t(peer)]++);
   auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(PATIENCE_MS);
   int file;
+  long waits = 0;
   while ((file = open(path.c_str(), O_RDONLY)) < 0) {
     if (comm->aborted) return fail(comm, INVALID_USAGE, "aborted");
+    if (++waits % 500 == 0 && access(aborted_path(*comm).c_str(), F_OK) == 0) return fail(comm, REMOTE_ERROR, "a rank has aborted");
     if (std::chrono::steady_clock::now() > end) return fail(comm, REMOTE_ERROR, "nothing comes from rank " + std::to_string(peer));
     usleep(20);
   }
@@ -223,6 +234,8 @@ int run_group() {
 }
 
 int message(Comm* comm, bool receive, void* data, size_t count, int type, int peer, void* stream) {
+  if (told_to_fail(receive ? "ncclRecv" : "ncclSend")) return fail(comm, SYSTEM_ERROR, "told to fail");
+  if (comm && comm->error) return comm->error;  // as NCCL: nothing runs on a communicator that has met an error
   if (!comm || peer < 0 || peer >= comm->size || type < 0 || type > BF16) return fail(comm, INVALID_ARGUMENT, "a wrong argument");
   group.push_back({comm, receive, data, count * WIDTH[type], peer, stream});
   return depth > 0 ? SUCCESS : run_group();
@@ -300,6 +313,8 @@ EXPORT int ncclCommDestroy(Comm* comm) {
 }
 EXPORT int ncclCommAbort(Comm* comm) {
   comm->aborted = true;  // not freed: a call on another thread may use it
+  int mark = creat(aborted_path(*comm).c_str(), 0600);  // the folder stays: others may still look into it
+  if (mark >= 0) close(mark);
   return SUCCESS;
 }
 EXPORT int ncclCommGetAsyncError(Comm* comm, int* error) {
@@ -323,6 +338,8 @@ EXPORT int ncclAllGather(const void* send, void* recv, size_t count, int type, C
   });
 }
 EXPORT int ncclAllReduce(const void* send, void* recv, size_t count, int type, int op, Comm* comm, void* stream) {
+  if (told_to_fail("ncclAllReduce")) return fail(comm, SYSTEM_ERROR, "told to fail");
+  if (comm->error) return comm->error;
   return enqueue(stream, [=]() -> int {
     std::vector<char> all(size_t(comm->size) * count * WIDTH[type]);
     if (int code = gather_all(comm, send, all.data(), count * WIDTH[type])) return code;
