@@ -23,6 +23,7 @@ import {
   type Parameter,
 } from "./parameter.ts";
 import { holdersOf } from "./placement.ts";
+import { ReplicaGroups } from "./replica_groups.ts";
 
 /** How an {@linkcode ExpertStore} is made; all but the device is alike on all ranks. */
 export interface ExpertStoreOptions {
@@ -149,8 +150,6 @@ export class ExpertStore implements Disposable {
   /** The lists of matrices, made once for the experts that sit now. */
   #matrices: ExpertLists | null = null;
   #gradients: ExpertLists | null = null;
-  /** Communicators of replicas, by the ranks they join; null where this rank is not one of them. */
-  readonly #groups = new Map<string, Communicator | null>();
 
   /**
    * Seats the experts of this rank and draws their first weights.
@@ -211,12 +210,13 @@ export class ExpertStore implements Disposable {
    * pass. Without replicas it does nothing.
    */
   async reduceReplicas(): Promise<void> {
-    await this.#openGroups();
+    const groups = ReplicaGroups.of(this.#options.comm);
+    await groups.open(this.#holders);
     const works: Work[] = [];
     for (const { id, gradient } of this.#byId()) {
       const holders = this.#holders[id];
       if (holders.length > 1) {
-        works.push(this.#groups.get(holders.join())!.allReduce(gradient.flat));
+        works.push(groups.get(holders)!.allReduce(gradient.flat));
       }
     }
     for (const work of works) await work.wait(this.#options.device.stream);
@@ -353,28 +353,6 @@ export class ExpertStore implements Disposable {
       const { name, value } = parameter;
       const std = parameter === down ? downStd : initStd;
       device.kernels.normal(value, normalKey(seed, name), std);
-    }
-  }
-
-  /** Makes the communicators of replicas that do not exist yet. Sets of ranks that do not meet are made by one split. */
-  async #openGroups(): Promise<void> {
-    const { comm } = this.#options;
-    const sets = this.#holders.filter((ranks) => ranks.length > 1).map((ranks) => ranks.join());
-    let missing = [...new Set(sets)].filter((set) => !this.#groups.has(set)).sort();
-    while (missing.length > 0) {
-      const taken = new Set<number>(), now: number[][] = [], later: string[] = [];
-      for (const set of missing) {
-        const ranks = set.split(",").map(Number);
-        if (ranks.some((rank) => taken.has(rank))) later.push(set);
-        else {
-          ranks.forEach((rank) => taken.add(rank));
-          now.push(ranks);
-        }
-      }
-      const color = now.findIndex((ranks) => ranks.includes(comm.rank));
-      const group = await comm.split(color < 0 ? null : color);
-      now.forEach((ranks, i) => this.#groups.set(ranks.join(), i === color ? group : null));
-      missing = later;
     }
   }
 }
