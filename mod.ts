@@ -51,6 +51,7 @@ export type {
   Stream,
   StreamEvent,
 } from "./tensor/device.ts";
+export { OutOfMemoryError } from "./tensor/memory_error.ts";
 export type { RandomKey } from "./tensor/random.ts";
 
 // What `world.device` is where its `kind` is "cuda". Types only: `init` loads the code, or `tensor/cuda/device.ts` for kernels of one's own.
@@ -64,7 +65,6 @@ export type {
 } from "./tensor/cuda/context.ts";
 export type { CudaEvent, CudaStream } from "./tensor/cuda/streams.ts";
 export type { PinnedMemory } from "./tensor/cuda/pinned.ts";
-export type { OutOfMemoryError } from "./tensor/cuda/arena.ts";
 export type { CudaEventHandle, CudaStreamHandle } from "./ffi/cudart.ts";
 export type { CudaHandle } from "./ffi/cuda_library.ts";
 

@@ -12,6 +12,7 @@ import { CHECKPOINTS } from "../moe/run.ts";
 import { byteTokenizer, StreamDecoder } from "../moe/tokenizer.ts";
 import { Transformer } from "../moe/transformer.ts";
 import { parameterTensors } from "../moe/weights.ts";
+import type { Device } from "../tensor/device.ts";
 import { runProgram } from "./lib/program.ts";
 import { tokenizerOf } from "./lib/tokenizer.ts";
 
@@ -95,6 +96,12 @@ function parse(args: readonly string[]): Options {
   };
 }
 
+/** A model as a device computes it: the CPU has no bf16, a GPU no f64. */
+function suited(model: ModelOptions, { kind }: Device): ModelOptions {
+  const own = kind === "cuda" ? "bf16" : "f64";
+  return { ...model, dtype: model.dtype === own ? own : "f32" };
+}
+
 async function main(options: Options, begun: () => void): Promise<void> {
   await using world = await init({ device: options.device });
   const inner = join(options.path, CHECKPOINTS);
@@ -113,7 +120,7 @@ async function main(options: Options, begun: () => void): Promise<void> {
       `Cannot generate as the tokenizer must be "${state.tokenizer}", as in training: current value is "${tokenizer.name}"`,
     );
   }
-  const config = modelConfig(found.config as unknown as ModelOptions);
+  const config = modelConfig(suited(found.config as unknown as ModelOptions, world.device));
   using model = new Transformer({ device: world.device, comm: world, config, seed: 0 });
   await loadCheckpoint(found, {
     model: [...parameterTensors(model.parameters), ...model.buffers],
@@ -137,4 +144,9 @@ async function main(options: Options, begun: () => void): Promise<void> {
   await show(text.flush() + "\n");
 }
 
-await runProgram({ help: () => HELP, parse, main });
+await runProgram({
+  help: () => HELP,
+  parse,
+  main,
+  lessMemory: "Less memory: a shorter --context, or more ranks.",
+});

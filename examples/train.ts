@@ -46,6 +46,11 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     );
   }
   await using world = await init({ device: options.device });
+  if (has("shard-optimizer") && world.size === 1) {
+    throw new Error(
+      "Cannot train as --shard-optimizer must have several ranks to spread over (launch.ts -n): current value is 1",
+    );
+  }
   const gpu = world.device.kind === "cuda";
   const config = options.model(tokenizer.vocabularySize, gpu ? "bf16" : "f32");
   const file = text("data") ?? join(import.meta.dirname!, "data", "austen.txt");
@@ -348,4 +353,10 @@ function millions(n: number): string {
   return n < 1e6 ? `${(n / 1e3).toFixed(0)} k` : `${(n / 1e6).toFixed(2)} M`;
 }
 
-await runProgram({ help: trainHelp, parse: parseTrainOptions, main });
+await runProgram({
+  help: trainHelp,
+  parse: parseTrainOptions,
+  main,
+  lessMemory:
+    "Less memory: more passes (--accumulate) or a smaller --batch, --recompute block, a shorter --seq, more ranks (and --shard-optimizer), or a smaller model.",
+});

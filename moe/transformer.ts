@@ -95,7 +95,7 @@ export class Transformer implements Disposable {
    * Makes the model; its first weights depend on the seed only.
    *
    * @param options Sizes, device, ranks, seed.
-   * @throws {RangeError} If experts do not fit on the ranks.
+   * @throws {RangeError} If experts do not fit on the ranks, or the device does not compute in the dtype.
    */
   constructor(options: TransformerOptions) {
     const { device, config, seed, recompute = "none" } = options;
@@ -107,6 +107,14 @@ export class Transformer implements Disposable {
       );
     }
     const { vocab, width, dtype, initStd } = config;
+    const dtypes = device.kind === "cuda" ? ["f32", "bf16"] : ["f32", "f64"];
+    if (!dtypes.includes(dtype)) {
+      throw new RangeError(
+        `Cannot make a model as its dtype must be ${
+          dtypes.join(" or ")
+        } on ${device.name}: current value is ${dtype}`,
+      );
+    }
     const matrix = { shape: [vocab, width], dtype, init: { std: initStd, seed } };
     using scope = new TensorScope();
     this.config = config;

@@ -54,6 +54,7 @@ export interface Device {
   /**
    * Memory of at least `bytes` bytes, aligned to 64 bytes (CPU) or 256 (CUDA), contents undefined.
    * @returns Byte offset in the CPU's linear memory, or the device address.
+   * @throws {OutOfMemoryError} If there is not as much.
    */
   allocate(bytes: number): number;
   /**

@@ -190,7 +190,8 @@ export class Tensor implements Disposable {
  * @param shape Sizes of the dimensions.
  * @param dtype Element type. @default {"f32"}
  * @returns The tensor; dispose of it.
- * @throws {RangeError} If a dimension is not a whole number ≥ 0, or the memory does not suffice.
+ * @throws {RangeError} If a dimension is not a whole number ≥ 0.
+ * @throws {OutOfMemoryError} If the memory does not suffice.
  */
 export function empty(device: Device, shape: Shape, dtype: DType = "f32"): Tensor {
   for (const n of shape) {

@@ -258,6 +258,13 @@ Deno.test({
         await Deno.remove(directory, { recursive: true });
         await trainer.save(directory);
       });
+      const generate = new URL("../examples/generate.ts", import.meta.url).href;
+      const { code, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
+        args: ["run", "-A", "--no-check", generate, directory, "--device", "cpu", "--tokens", "5"],
+      }).output();
+      const text = new TextDecoder();
+      assert.equal(code, 0, text.decode(stderr));
+      assert.equal(text.decode(stdout).length, "It was ".length + 5 + 1);
       for (const device of [cpu, cuda!]) {
         await train(device, {}, async (trainer, model) => {
           assert.equal((await trainer.resume(directory))?.step, 1);

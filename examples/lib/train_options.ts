@@ -245,7 +245,9 @@ function oneOf<T extends string>(
 ): T | undefined {
   if (value === undefined || words.includes(value as T)) return value as T | undefined;
   throw new TypeError(
-    `Cannot train as --${name} must be ${words.join(", ")}: current value is ${value}`,
+    `Cannot train as --${name} must be ${
+      words.join(", ").replace(/, ([^,]*)$/, " or $1")
+    }: current value is ${value}`,
   );
 }
 

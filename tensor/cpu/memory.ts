@@ -3,6 +3,7 @@
 // never move. 4 GiB are reserved; the system hands out pages when they are first touched.
 
 import { libc } from "../../ffi/libc.ts";
+import { OutOfMemoryError } from "../memory_error.ts";
 
 const PAGE_BYTES = 65536;
 const PAGES = 65536;
@@ -81,7 +82,7 @@ function classOf(bytes: number): number {
  *
  * @param bytes Least size in bytes.
  * @returns Its byte offset, a multiple of 64; contents are undefined.
- * @throws {RangeError} If the linear memory is full.
+ * @throws {OutOfMemoryError} If the linear memory is full.
  */
 export function allocate(bytes: number): number {
   if (!memory) open();
@@ -109,8 +110,8 @@ function reclaimable(size: number): number {
     if (other > size && other < best && list.length > 0) best = other;
   }
   if (best === Infinity) {
-    throw new RangeError(
-      `Cannot allocate ${size} bytes on the CPU as one rank's tensors must fit in ${CAPACITY_BYTES} bytes: current value is ${used} bytes in use; use more ranks or a smaller batch`,
+    throw new OutOfMemoryError(
+      `Cannot allocate ${size} bytes on the CPU as one rank's tensors must fit in ${CAPACITY_BYTES} bytes: current value is ${used} bytes in use; a smaller batch, more ranks or recomputed activations take less`,
     );
   }
   return best;

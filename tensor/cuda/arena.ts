@@ -1,6 +1,8 @@
 // The memory pool of a GPU: best-fit over blocks that are split and joined again, in plain typed arrays. Allocating and freeing
 // touch no driver; only growth does, through a `MemorySource`. Everything is in the order of one stream, so nothing waits.
 
+import { OutOfMemoryError } from "../memory_error.ts";
+
 /** Bytes of one unit; every block is a whole number of them, and every address a multiple (CUDA asks for 256 at most). */
 const UNIT = 512;
 /** Smallest growth, so that small tensors share it. */
@@ -245,12 +247,6 @@ export interface MemorySource {
   free_bytes(): number;
 }
 
-/** The GPU's memory does not suffice. */
-export class OutOfMemoryError extends RangeError {
-  /** @ignore */
-  override readonly name = "OutOfMemoryError";
-}
-
 interface Region {
   readonly base: number;
   readonly blocks: Blocks;
@@ -384,7 +380,7 @@ export class Arena {
         mebibytes(this.#used)
       } are in use of ${mebibytes(this.#reserved)} reserved, the GPU has ${
         mebibytes(source.free_bytes())
-      } free; largest allocations: ${largest}`,
+      } free; largest allocations: ${largest}; a smaller batch, more ranks or recomputed activations take less`,
     );
   }
 }

@@ -2,7 +2,8 @@
 
 import assert from "node:assert/strict";
 import fc from "fast-check";
-import { Arena, Blocks, type MemorySource, OutOfMemoryError } from "./arena.ts";
+import { OutOfMemoryError } from "../memory_error.ts";
+import { Arena, Blocks, type MemorySource } from "./arena.ts";
 
 const MIB = 2 ** 20;
 

@@ -8,7 +8,7 @@ import { cpuDevice } from "../cpu/device.ts";
 import type { RoutingKernels } from "../device.ts";
 import { DTYPES, newArray, type TypedArray } from "../dtype.ts";
 import { empty, fromArray } from "../tensor.ts";
-import { OutOfMemoryError } from "./arena.ts";
+import { OutOfMemoryError } from "../memory_error.ts";
 import type { ModuleSource } from "./context.ts";
 import { cudaDevice, findCuda } from "./device.ts";
 import { CompileError } from "../../ffi/nvrtc.ts";

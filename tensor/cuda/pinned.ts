@@ -6,8 +6,9 @@ import { CudaError } from "../../ffi/cuda_library.ts";
 import { checkCudart, CUDART, cudart, cudartError } from "../../ffi/cudart.ts";
 import { libc } from "../../ffi/libc.ts";
 import type { StreamEvent } from "../device.ts";
+import { OutOfMemoryError } from "../memory_error.ts";
 import type { Arena } from "./arena.ts";
-import { Blocks, OutOfMemoryError } from "./arena.ts";
+import { Blocks } from "./arena.ts";
 import { type CudaStream, type EventPool, passing } from "./streams.ts";
 
 /** Segments of the upload ring as long as the stream moves, and bytes of each. */
