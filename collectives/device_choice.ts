@@ -27,6 +27,8 @@ export interface DeviceDecision {
   readonly reason: string;
   /** Ranks that share a GPU with a rank before them. */
   readonly sharing: readonly number[];
+  /** Whether the CPU was chosen although some rank has a GPU. */
+  readonly unused?: true;
 }
 
 /** How a rank looks for its GPU; tests bring their own. */
@@ -43,7 +45,13 @@ export function decide(records: readonly DeviceRecord[], share: boolean): Device
   const without = records.findIndex(({ gpu }) => gpu === null);
   if (without >= 0) {
     const who = records.length === 1 ? "" : `rank ${without}: `;
-    return { kind: "cpu", reason: `${who}${records[without].reason}`, sharing: [] };
+    const some = records.some(({ gpu }) => gpu !== null);
+    const decision = {
+      kind: "cpu",
+      reason: `${who}${records[without].reason}`,
+      sharing: [],
+    } as const;
+    return some ? { ...decision, unused: true } : decision;
   }
   const firstOn = new Map<string, number>();
   const sharing: number[] = [];
@@ -61,7 +69,30 @@ export function decide(records: readonly DeviceRecord[], share: boolean): Device
     `${firstOn.size} GPUs are not enough for ${records.length} ranks (rank ${rank} would share that of rank ${
       firstOn.get(records[rank].gpu!)
     }; --share-gpu allows it)`;
-  return { kind: "cpu", reason: reason.replace(/^1 GPUs are/, "1 GPU is"), sharing };
+  const text = reason.replace(/^1 GPUs are/, "1 GPU is");
+  return { kind: "cpu", reason: text, sharing, unused: true };
+}
+
+/**
+ * One line for people: why a job computes on processors where there is a GPU, or that GPUs are shared. Where there is none, nobody asks.
+ *
+ * @param decision What was decided.
+ * @param wish What was asked for.
+ * @param hardware Whether there is NVIDIA hardware in this machine.
+ * @returns The line, or null.
+ */
+export function noteOf(
+  { kind, reason, sharing, unused }: DeviceDecision,
+  wish: DeviceWish,
+  hardware: () => boolean = hasNvidiaHardware,
+): string | null {
+  if (sharing.length > 0 && kind === "cuda") {
+    return "lina: ranks share a GPU, which is for testing: NCCL then connects them by sockets";
+  }
+  if (kind === "cuda" || wish.device !== "auto" || wish.backend !== "auto") return null;
+  return unused || hardware()
+    ? `lina: the CPU is used, as ${reason.replace(/\s*\n\s*/g, " ")}`
+    : null;
 }
 
 /**

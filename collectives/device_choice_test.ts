@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import fc from "fast-check";
-import { chooseDevice, decide, type DeviceRecord, gpuOf } from "./device_choice.ts";
+import { chooseDevice, decide, type DeviceRecord, gpuOf, noteOf } from "./device_choice.ts";
 import { LocalStore } from "./rendezvous/local_store.ts";
 import { readEnvironment } from "./rendezvous/environment.ts";
 
@@ -15,6 +15,24 @@ Deno.test("decide() takes GPUs if every rank has one of its own", () => {
   });
   const own = decide([has("a"), has("b")], false);
   assert.deepEqual([own.kind, own.reason], ["cuda", "every rank has a GPU of its own"]);
+});
+
+Deno.test("one line tells why a GPU that a rank has is not used, and nothing where there is none", () => {
+  const auto = { device: "auto", backend: "auto" } as const;
+  const few = decide([has("a"), has("a")], false);
+  const line =
+    /^lina: the CPU is used, as 1 GPU is not enough for 2 ranks .*--share-gpu allows it\)$/;
+  assert.match(noteOf(few, auto, () => false)!, line);
+  // Another rank's machine may have the GPU.
+  assert.match(
+    noteOf(decide([none("no driver"), has("a")], false), auto, () => false)!,
+    /no driver/,
+  );
+  const nobody = decide([none("no\n  driver"), none("no driver")], false);
+  assert.equal(noteOf(nobody, auto, () => false), null);
+  assert.equal(noteOf(nobody, auto, () => true), "lina: the CPU is used, as rank 0: no driver");
+  assert.equal(noteOf(few, { ...auto, device: "cpu" }, () => true), null);
+  assert.match(noteOf(decide([has("a"), has("a")], true), auto, () => true)!, /share a GPU/);
 });
 
 Deno.test("decide() says which rank lacks a GPU and why, or who would share one", () => {

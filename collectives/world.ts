@@ -3,7 +3,7 @@
 
 import type { Device } from "../tensor/device.ts";
 import { createCommunicator } from "./communicator.ts";
-import { chooseDevice, type DeviceDecision, hasNvidiaHardware } from "./device_choice.ts";
+import { chooseDevice, type DeviceDecision, noteOf } from "./device_choice.ts";
 import {
   BACKEND_CHOICES,
   type BackendChoice,
@@ -92,7 +92,8 @@ export async function init(options: InitOptions = {}): Promise<World> {
   try {
     const here = { store, departed, timeout_ms };
     const decision = await chooseDevice(env, wish, here);
-    if (env.rank === 0) tell(decision, wish);
+    const note = env.rank === 0 ? noteOf(decision, wish) : null;
+    if (note !== null) console.warn(note);
     const device = decision.kind === "cpu" ? (await cpu).cpuDevice() : await openCuda();
     const context: BootContext = {
       ...here,
@@ -118,21 +119,6 @@ function beOneOf(what: string, value: string, choices: readonly string[]): void 
   throw new TypeError(
     `Cannot choose a ${what} as it must be one of ${choices.join(", ")}: current value is ${value}`,
   );
-}
-
-/** One line for people: why a machine with GPUs computes on its processor, or that GPUs are shared. */
-function tell(
-  { kind, reason, sharing }: DeviceDecision,
-  wish: { device: DeviceChoice; backend: BackendChoice },
-): void {
-  if (sharing.length > 0 && kind === "cuda") {
-    console.warn(
-      `lina: ranks share a GPU, which is for testing: NCCL then connects them by sockets`,
-    );
-  }
-  if (kind === "cpu" && wish.device === "auto" && wish.backend === "auto" && hasNvidiaHardware()) {
-    console.warn(`lina: the CPU is used, as ${reason.replace(/\s*\n\s*/g, " ")}`);
-  }
 }
 
 async function openCuda(): Promise<Device> {
