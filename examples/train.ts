@@ -119,10 +119,13 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
       (data.train.length / 1e6).toFixed(2)
     } M training tokens${checkpoint ? `; from step ${checkpoint.step}` : ""}`,
   );
-  const traceFrom = trainer.steps + 21, traceSteps = number("trace-steps");
-  const deviceTrace = traceSteps > 0 ? await deviceTraceOf(world) : null;
-  if (traceFrom === trainer.steps + 1) deviceTrace?.begin();
-  const peak = gpu ? peakTflops(world.device.name) : undefined;
+  const first = trainer.steps + 1, traceSteps = number("trace-steps");
+  // Twenty steps warm up, if there are as many.
+  const traced = (): [number, number] => {
+    const from = first + Math.max(0, Math.min(20, budget.steps + 1 - first - traceSteps));
+    return [from, from + traceSteps];
+  };
+  const peak = config.dtype === "bf16" ? peakTflops(world.device.name) : undefined;
   const flops = stepFlops(config, number("batch"), number("seq"));
   const rows = await run(trainer, {
     world,
@@ -134,10 +137,9 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     keep: number("keep"),
     state: () => ({ ...budget.settled, tokenizer: tokenizer.name }),
     idealStep_s: peak && flops / (peak * 1e12 * world.size),
-    trace: traceSteps > 0 ? [traceFrom, traceFrom + traceSteps] : undefined,
+    trace: traced,
+    deviceTrace: traceSteps > 0 ? await deviceTraceOf(world) : undefined,
     onStep: async (row) => {
-      if (row.step === traceFrom - 1) deviceTrace?.begin();
-      if (row.step === traceFrom + traceSteps - 1) await deviceTrace?.end();
       if (await budget.onStep(row)) {
         trainer.learningRate = course(options, budget.steps);
       }
@@ -182,7 +184,7 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
 
 /** Device times for the trace, on a GPU. */
 async function deviceTraceOf({ device }: World) {
-  if (device.kind !== "cuda") return null;
+  if (device.kind !== "cuda") return undefined;
   const { DeviceTrace } = await import("../tensor/cuda/trace.ts");
   return new DeviceTrace(device as ConstructorParameters<typeof DeviceTrace>[0]);
 }

@@ -31,8 +31,10 @@ export interface RunOptions {
   readonly keep?: number;
   /** More to put into each checkpoint, besides the step. */
   readonly state?: () => object;
-  /** Steps whose spans are recorded: the first and the one after the last. @default {none} */
-  readonly trace?: readonly [number, number];
+  /** Steps whose spans are recorded: the first and the one after the last; asked again before every step. @default {none} */
+  readonly trace?: () => readonly [number, number];
+  /** Is told of the begin and the end of each of these steps: gives the recorder a GPU's own times. @default {none} */
+  readonly deviceTrace?: { begin(): void; end(): Promise<void> };
   /** Model FLOPs of a step / FLOPs per second that all devices of the job can do at most: gives `mfu`. @default {not known} */
   readonly idealStep_s?: number;
   /** Called after every step, on every rank. */
@@ -50,15 +52,18 @@ export const CHECKPOINTS = "checkpoint";
  * @returns The lines of `metrics.jsonl` of the whole run, on rank 0; of what this process did, elsewhere.
  */
 export async function run(trainer: Trainer, options: RunOptions): Promise<readonly MetricsRow[]> {
-  const { world, directory, validateEvery, checkpointEvery, trace } = options;
+  const { world, directory, validateEvery, checkpointEvery, deviceTrace } = options;
   const root = world.rank === 0;
   const metrics = `${directory}/metrics.jsonl`;
   const rows = root ? keepRows(metrics, trainer.steps) : [];
   using file = root ? await Deno.open(metrics, { append: true, create: true }) : null;
   while (trainer.steps < options.steps()) {
     const number = trainer.steps + 1;
-    recorder.capturing = trace !== undefined && number >= trace[0] && number < trace[1];
+    const [from, to] = options.trace?.() ?? [Infinity, Infinity];
+    recorder.capturing = number >= from && number < to;
+    if (recorder.capturing) deviceTrace?.begin();
     const shown = await trainer.step();
+    if (recorder.capturing) await deviceTrace?.end();
     recorder.capturing = false;
     const last = number >= options.steps();
     const validates = validateEvery > 0 && (last || number % validateEvery === 0);

@@ -5,6 +5,7 @@ import { cpuDevice } from "../tensor/cpu/device.ts";
 import { modelConfig, type ModelOptions } from "./config.ts";
 import { Fifo } from "./fifo.ts";
 import type { Boundary, CollectiveScheduler } from "./hooks.ts";
+import { recorder } from "../trace/mod.ts";
 import { run } from "./run.ts";
 import { Trainer } from "./trainer.ts";
 import { trainingData } from "./training_data.ts";
@@ -122,7 +123,16 @@ Deno.test("run: one line of metrics per step; lines of undone steps go", async (
       validationBatches: 1,
       checkpointEvery: 3,
     };
-    await train({}, (trainer) => run(trainer, options));
+    const told: string[] = [];
+    const deviceTrace = {
+      begin: () => void told.push(`begin, capturing ${recorder.capturing}`),
+      end: () => Promise.resolve(told.push("end")).then(() => {}),
+    };
+    const before = recorder.spans.length;
+    const trace = (): [number, number] => [2, 4];
+    await train({}, (trainer) => run(trainer, { ...options, trace, deviceTrace }));
+    assert.deepEqual(told, Array(2).fill(["begin, capturing true", "end"]).flat());
+    assert(recorder.spans.length > before && !recorder.capturing);
     const rows = Deno.readTextFileSync(path).trim().split("\n").map((line) => JSON.parse(line));
     assert.deepEqual(rows.map((row) => row.step), [1, 2, 3, 4]);
     assert.deepEqual(rows.map((row) => typeof row.val_loss), [

@@ -181,6 +181,8 @@ Deno.test("train.ts: a tokenizer of its own, a sharded optimizer, blocks compute
     const rows = metrics(folder, "b");
     assert.ok(Math.abs(rows[0].loss - Math.log(512)) < 0.5 && rows[11].loss < rows[0].loss);
     assert.throws(() => Deno.statSync(join(folder, "b", "checkpoint")), Deno.errors.NotFound);
+    const trace = Deno.readTextFileSync(join(folder, "b", "trace.json"));
+    assert(trace.includes("reduceScatter"), "a run of few steps has a trace, too");
   });
 });
 
