@@ -142,7 +142,7 @@ Deno.test({
   fn: async () => {
     await using mps = await Mps.start();
     const env = { ...ENV, ...mps.env };
-    // Every layer makes communicators for its replicas, which takes a while on a shared GPU.
+    // Making the communicators of replicas takes a while on a shared GPU.
     const routers = ["softmax", "switch, capacity by position", "expert choice"];
     const args = { splits: [[10, 10, 10, 10], [0, 27, 1, 12]], seed: 3, routers };
     const ranks = await runRanks<Record<string, RankOutcome>>(moeProgram, 4, { args, env });

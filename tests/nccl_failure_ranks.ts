@@ -2,6 +2,7 @@
 // emulator, what a lost peer leaves open ends (on a GPU it would stand still until the watch aborts it), and the next call tells.
 
 import type { Communicator, Work } from "../collectives/types.ts";
+import type { Store } from "../collectives/transport.ts";
 import type { Device } from "../tensor/device.ts";
 import { zeros } from "../tensor/tensor.ts";
 import { rankMain } from "./_ranks.ts";
@@ -41,11 +42,15 @@ async function messages(comm: Communicator, device: Device): Promise<End[]> {
   return ends;
 }
 
-async function collective(comm: Communicator, device: Device): Promise<End[]> {
+/** Rank 0 stays until its peer knows: it must hear of the failure, not of the end. */
+async function collective(comm: Communicator, device: Device, store: Store): Promise<End[]> {
   const x = zeros(device, [4]);
   await comm.barrier();
   if (comm.rank === 0) Deno.env.set("LINA_EMULATOR_NCCL_FAIL", "ncclAllReduce");
-  return [await ending(() => comm.allReduce(x)), await ending(() => comm.barrier())];
+  const ends = [await ending(() => comm.allReduce(x)), await ending(() => comm.barrier())];
+  if (comm.rank === 0) await store.get("known", 10_000);
+  else await store.set("known", new Uint8Array(1));
+  return ends;
 }
 
 /** Many messages of one group. @returns Microtasks that were queued for them. */
@@ -69,6 +74,6 @@ async function microtasks(comm: Communicator, device: Device): Promise<number> {
   return during;
 }
 
-await rankMain(({ comm, args, device }) =>
-  ({ messages, collective, microtasks })[(args as Args).program](comm, device!)
+await rankMain(({ comm, args, device, store }) =>
+  ({ messages, collective, microtasks })[(args as Args).program](comm, device!, store)
 );
