@@ -130,7 +130,8 @@ export type {
   FeedForwardPart,
   Recompute,
 } from "./moe/block.ts";
-export type { Attention, AttentionSaved, Rows } from "./moe/attention.ts";
+export type { Attention, AttentionSaved } from "./moe/attention.ts";
+export type { Rows } from "./moe/rows.ts";
 export type { Norm, Normed } from "./moe/norm.ts";
 export { type StepMetrics, Trainer, type TrainerOptions } from "./moe/trainer.ts";
 export type { AdamW, AdamWSettings, LearningRateOptions } from "./moe/optimizer.ts";

@@ -13,15 +13,8 @@ import {
   freeParameter,
   type Parameter,
 } from "./parameter.ts";
+import type { Rows } from "./rows.ts";
 import type { Step } from "./step.ts";
-
-/** Where the rows of a batch belong: lengths of its sequences and the position of each row in its own. */
-export interface Rows {
-  /** First row of each sequence and, last, the number of rows. */
-  readonly offsets: Int32Array;
-  /** Position of each row in its sequence, i32 [N]. */
-  readonly positions: Tensor;
-}
 
 /** What the backward pass of attention needs. */
 export interface AttentionSaved {

@@ -3,10 +3,11 @@
 
 import type { Device } from "../tensor/device.ts";
 import type { Tensor } from "../tensor/tensor.ts";
-import { Attention, type AttentionSaved, type Rows } from "./attention.ts";
+import { Attention, type AttentionSaved } from "./attention.ts";
 import type { ModelConfig } from "./config.ts";
 import { freeNormed, Norm, type Normed } from "./norm.ts";
 import type { Parameter } from "./parameter.ts";
+import type { Rows } from "./rows.ts";
 import { dropShown, type Shown } from "./shown.ts";
 import { repeatedStep, type Step } from "./step.ts";
 

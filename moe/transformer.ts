@@ -7,7 +7,6 @@ import type { Device } from "../tensor/device.ts";
 import { bytesOf } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, fromArray, type Tensor, TensorScope } from "../tensor/tensor.ts";
-import type { Rows } from "./attention.ts";
 import { Block, type BlockSaved, type Recompute } from "./block.ts";
 import type { CheckpointTensor } from "./checkpoint.ts";
 import { type ModelConfig, modelDescription } from "./config.ts";
@@ -20,6 +19,7 @@ import { MoeLayer } from "./moe_layer.ts";
 import { freeNormed, Norm } from "./norm.ts";
 import { createParameter, freeParameter, gradientDtype, type Parameter } from "./parameter.ts";
 import { staticPlacement } from "./placement.ts";
+import { type Rows, RowsOfShapes } from "./rows.ts";
 import { dropShown, type MoeShown, type Shown } from "./shown.ts";
 import type { Step } from "./step.ts";
 
@@ -69,9 +69,6 @@ export interface PassSummary {
 
 const RECOMPUTES: readonly Recompute[] = ["none", "activation", "block"];
 
-/** Shapes of batches whose positions are kept on the device. */
-const SHAPES = 2;
-
 /** A decoder-only language model with Mixture-of-Experts layers. */
 export class Transformer implements Disposable {
   /** Sizes. */
@@ -81,7 +78,7 @@ export class Transformer implements Disposable {
   /** The MoE layers among them. */
   readonly moeLayers: readonly MoeLayer[];
   readonly #device: Device;
-  readonly #rows: Rows[] = [];
+  readonly #rows: RowsOfShapes;
   /** The parameters, and those of the feed-forward parts that they were gathered from. */
   #parameters: {
     readonly parts: readonly (readonly Parameter[])[];
@@ -119,6 +116,7 @@ export class Transformer implements Disposable {
     using scope = new TensorScope();
     this.config = config;
     this.#device = device;
+    this.#rows = new RowsOfShapes(device);
     // The embedding's backward pass adds rows; a head's writes every element, and a tied one comes first.
     const overwriting = { ...matrix, overwrites: true };
     this.#embedding = createParameter(device, "model.embed_tokens.weight", {
@@ -233,7 +231,7 @@ export class Transformer implements Disposable {
   async pass(batch: Batch, step: Step, options: PassOptions): Promise<readonly Shown[]> {
     using tokens = fromArray(this.#device, batch.tokens);
     using targets = fromArray(this.#device, batch.targets);
-    const rows = this.#rowsOf(batch.offsets);
+    using rows = this.#rows.take(batch.offsets);
     for (const layer of this.moeLayers) layer.auxScale = options.auxScale ?? 1;
     const { x_ND, saved, shown } = await this.#forward(tokens, rows, step);
     using undo = new DisposableStack();
@@ -282,7 +280,7 @@ export class Transformer implements Disposable {
    */
   async logits(tokens: Int32Array, offsets: Int32Array, step: Step): Promise<Tensor> {
     using ids = fromArray(this.#device, tokens);
-    const rows = this.#rowsOf(offsets);
+    using rows = this.#rows.take(offsets);
     const { x_ND, saved, shown } = await this.#forward(ids, rows, step);
     dropShown(shown);
     this.#release(saved);
@@ -305,16 +303,6 @@ export class Transformer implements Disposable {
   /** Ends a step: routers that balance load by a bias move it. */
   endStep(): void {
     for (const layer of this.moeLayers) layer.endStep();
-  }
-
-  /** Positions are kept for batches of the last few shapes: those of training and of validation, as a rule. */
-  #rowsOf(offsets: Int32Array): Rows {
-    const kept = this.#rows;
-    const place = kept.findIndex((rows) => equal(rows.offsets, offsets));
-    const rows = place < 0 ? rowsOf(this.#device, offsets) : kept.splice(place, 1)[0];
-    kept.unshift(rows);
-    if (kept.length > SHAPES) kept.pop()!.positions[Symbol.dispose]();
-    return rows;
   }
 
   async #forward(tokens: Tensor, rows: Rows, step: Step): Promise<Forward> {
@@ -340,7 +328,7 @@ export class Transformer implements Disposable {
 
   /** Frees the weights. */
   [Symbol.dispose](): void {
-    for (const { positions } of this.#rows.splice(0)) positions[Symbol.dispose]();
+    this.#rows[Symbol.dispose]();
     freeParameter(this.#embedding);
     this.#norm[Symbol.dispose]();
     if (!this.config.tied) freeParameter(this.#head);
@@ -400,17 +388,4 @@ function imbalanceOf(counts: Float64Array): number {
 
 function outlineOf({ name, grad, group }: Parameter): GradientOutline {
   return { name, elements: grad.size, elementBytes: bytesOf(grad.dtype), group };
-}
-
-/** Positions of the rows, each counted from the start of its sequence. */
-function rowsOf(device: Device, offsets: Int32Array): Rows {
-  const positions = new Int32Array(offsets[offsets.length - 1]);
-  for (let s = 0; s + 1 < offsets.length; s++) {
-    for (let row = offsets[s]; row < offsets[s + 1]; row++) positions[row] = row - offsets[s];
-  }
-  return { offsets: offsets.slice(), positions: fromArray(device, positions) };
-}
-
-function equal(a: Int32Array, b: Int32Array): boolean {
-  return a.length === b.length && a.every((x, i) => x === b[i]);
 }

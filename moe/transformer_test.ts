@@ -98,6 +98,25 @@ Deno.test("model: logits of the last rows are those of the whole pass", async ()
   last.forEach((x, i) => assert.ok(Math.abs(x - all[22 + i]) < 1e-12));
 });
 
+Deno.test("model: passes of many shapes may run side by side", async () => {
+  const before = device.memory().used_bytes;
+  {
+    const config = modelConfig({ ...SMALL, ...CHANGES[1] });
+    using model = new Transformer({ device, config, seed: 3, comm: worldOfOne() });
+    const logits = async (length: number) => {
+      const tokens = Int32Array.from({ length }, (_, i) => i % config.vocab);
+      using out = await model.logits(tokens, Int32Array.of(0, length), plainStep(device));
+      return await out.toArray();
+    };
+    const lengths = [1, 2, 3, 4, 5, 2, 1];
+    const together = await Promise.all(lengths.map(logits));
+    for (const [i, length] of lengths.entries()) {
+      assert.deepEqual(together[i], await logits(length));
+    }
+  }
+  assert.equal(device.memory().used_bytes, before);
+});
+
 for (
   const change of [CHANGES[1], { ...CHANGES[4], experts: 4, router: { kind: "gshard" } as const }]
 ) {
