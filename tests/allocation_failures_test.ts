@@ -13,6 +13,9 @@ import { Transformer } from "../moe/transformer.ts";
 import { cpuDevice } from "../tensor/cpu/device.ts";
 import type { CudaDevice } from "../tensor/cuda/device.ts";
 import type { Device } from "../tensor/device.ts";
+import * as ops from "../tensor/ops.ts";
+import * as routing from "../tensor/ops/routing.ts";
+import { TensorScope, zeros } from "../tensor/tensor.ts";
 import { testDevice } from "./emulator/device.ts";
 
 class NoMemory extends RangeError {}
@@ -21,8 +24,10 @@ class NoMemory extends RangeError {}
 class Watched implements Disposable {
   /** Allocations that were asked for. */
   count = 0;
-  /** Addresses of live tensors; a kernel may keep a table, but that is bounded. */
+  /** Addresses of live tensors. */
   readonly live = new Set<number>();
+  /** Addresses of what kernels hold: of their scratch memory, and of the tables that they keep. */
+  readonly held = new Set<number>();
   readonly #undo = new DisposableStack();
 
   constructor(device: Device, first: number) {
@@ -42,10 +47,16 @@ class Watched implements Disposable {
     });
     const { context } = device as Partial<CudaDevice>;
     if (!context) return;
-    const scratch = context.allocate;
+    const { allocate: take, free: give } = context;
     this.#replace(context, "allocate", (bytes: number) => {
       ask();
-      return scratch(bytes);
+      const address = take(bytes);
+      this.held.add(address);
+      return address;
+    });
+    this.#replace(context, "free", (address: number) => {
+      this.held.delete(address);
+      give(address);
     });
   }
 
@@ -146,3 +157,65 @@ for (const [device, every] of [[cpuDevice(), 1], [cuda, 7]] as const) {
     });
   }
 }
+
+Deno.test({
+  name: "no memory for a kernel's own needs: what it has taken is given back",
+  ignore: cuda === null,
+  fn() {
+    const device = cuda!, N = 300, D = 16, E = 6, K = 2;
+    using scope = new TensorScope();
+    const f32 = (...shape: number[]) => zeros(device, shape);
+    const i32 = (...shape: number[]) => zeros(device, shape, "i32");
+    const x = f32(N, D), rows = i32(N), logits = f32(N, E), gain = f32(D), invRms = f32(N);
+    const experts = i32(N, K), weights = f32(N, K), record = zeros(device, [3 * E + 2], "f64");
+    const layout = { experts: E, starts: null };
+    const route = {
+      experts: E,
+      choices: K,
+      scores: "softmax",
+      renormalise: true,
+      scale: 1,
+      groups: 1,
+      groupLimit: 1,
+      firstOnly: false,
+    } as const;
+    const narrow = zeros(device, [N, D], "bf16"), shape = { heads: 2, kvHeads: 2, headDim: 8 };
+    const attention = { ...shape, offsets: Int32Array.of(0, N) };
+    const calls: Record<string, () => void> = {
+      scatterAddRows: () => ops.scatterAddRows(x, rows, f32(70_000, D)),
+      route: () => {
+        routing.route(logits, null, route, { experts, weights, lse: invRms, record });
+      },
+      placeRows: () => {
+        const out = { slots: i32(N, K), tokens: i32(N * K), offsets: i32(E + 1) };
+        routing.placeRows(experts, layout, out);
+      },
+      gate: () => routing.gate(narrow, f32(E, D), logits),
+      gateBackward: () => routing.gateBackward(logits, x, f32(E, D), f32(N, D), f32(E, D)),
+      rmsNormBackward: () => ops.rmsNormBackward(x, f32(N, D), gain, invRms, f32(N, D), f32(D)),
+      attention: () => ops.attention(x, x, x, f32(N, D), f32(N, 2), attention),
+      attentionBackward: () => {
+        const [dQ, dK, dV] = [f32(N, D), f32(N, D), f32(N, D)];
+        ops.attentionBackward(x, x, x, x, f32(N, D), f32(N, 2), attention, dQ, dK, dV);
+      },
+      sumSquares: () => ops.sumSquares([x, logits], zeros(device, [1], "f64")),
+    };
+    for (const [name, call] of Object.entries(calls)) {
+      call(); // tables are kept
+      for (let first = 1;; first++) {
+        using watched = new Watched(device, first);
+        try {
+          using _scope = new TensorScope();
+          call();
+          assert(first > 1, name);
+          break;
+        } catch (error) {
+          assert(error instanceof NoMemory, `${name}: ${(error as Error).stack}`);
+        } finally {
+          assert.equal(watched.held.size, 0, `${name}, allocation ${first}`);
+        }
+      }
+    }
+    void scope;
+  },
+});

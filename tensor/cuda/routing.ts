@@ -207,15 +207,14 @@ export function routingKernels(context: CudaContext): RoutingKernels {
       const [N, E] = logits.shape, { way, shift } = describe(N, options);
       const perPass = 256 >> shift;
       const blocks = Math.max(1, Math.min(ROUTE_BLOCKS, Math.ceil(N / perPass)));
-      const counts = context.allocate(4 * 2 * E * blocks),
-        sums = context.allocate(8 * (E + 1) * blocks);
+      const sums_bytes = 8 * (E + 1) * blocks;
+      const sums = context.allocate(sums_bytes + 4 * 2 * E * blocks), counts = sums + sums_bytes;
       const limits = options.groupLimit < options.groups ? perPass * (E + options.groups) * 4 : 0;
       // deno-fmt-ignore
       routes[way].launch(blocks, 1, 1, 256, 8 * 8 * (E + 1) + 8 * E + limits, logits.address, bias ? bias.address : 0, struct,
         out.experts.address, out.weights.address, out.lse.address, counts, sums);
       // deno-fmt-ignore
       routeRecord.launch(Math.ceil((3 * E + 2) / 8), 1, 1, 256, 0, counts, sums, E, blocks, N, out.record.address);
-      context.free(counts);
       context.free(sums);
     },
     routeBackward(dWeights, saved, options, dLogits) {

@@ -120,17 +120,19 @@ export function rowsKernels(context: CudaContext): Rows {
       }
       const wide = x.dtype === "bf16" ? 8 : 4;
       const aligned = width % wide === 0 && (x.address | out.address) % 16 === 0;
-      const sorted = sorter.sortRows(rows.address, count, all);
       const columns = Math.ceil(width / (aligned ? 32 * wide : 32));
-      const kernel = aligned ? kernels.wide : kernels.plain;
-      const pieces = Math.ceil(count / PIECE), parts = context.allocate(4 * pieces * width);
-      // deno-fmt-ignore
-      kernel.launch(Math.ceil(count / 8), columns, 1, THREADS, 0, x.address, sorted.keys, sorted.order, out.address, parts, count, all, width);
-      // deno-fmt-ignore
-      kernels.rest.launch(pieces - 1, Math.ceil(width / 128), 1, 128, 0, sorted.keys, out.address, parts, count, all, width);
-      context.free(parts);
-      context.free(sorted.keys);
-      context.free(sorted.order);
+      const kernel = aligned ? kernels.wide : kernels.plain, pieces = Math.ceil(count / PIECE);
+      const { keys, order, memory } = sorter.sortRows(rows.address, count, all);
+      try {
+        const parts = context.allocate(4 * pieces * width);
+        // deno-fmt-ignore
+        kernel.launch(Math.ceil(count / 8), columns, 1, THREADS, 0, x.address, keys, order, out.address, parts, count, all, width);
+        // deno-fmt-ignore
+        kernels.rest.launch(pieces - 1, Math.ceil(width / 128), 1, 128, 0, keys, out.address, parts, count, all, width);
+        context.free(parts);
+      } finally {
+        context.free(memory);
+      }
     },
     combineRows(y, slots, weights, out, residual) {
       const kernels = of("combine rows", y), [tokens, choices] = slots.shape;

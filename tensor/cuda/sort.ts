@@ -89,23 +89,24 @@ export class Sorter {
    * @param keys Address of i32 [size].
    * @param size Number of items, at least 1.
    * @param rows Number of rows: keys are below.
-   * @returns Addresses of the keys in order and of their places before, i32 [size] each; give both back.
+   * @returns Addresses of the keys in order and of their places before, i32 [size] each, and of the memory that they are in: give it back.
    */
   sortRows(
     keys: number,
     size: number,
     rows: number,
-  ): { readonly keys: number; readonly order: number } {
+  ): { readonly keys: number; readonly order: number; readonly memory: number } {
     const { context, tiles, tile } = this.#layout(size);
     const all = bitsOf(rows + 1), passes = Math.ceil(all / MOST_BITS);
     const bits = Math.ceil(all / passes), bins = 2 ** bits;
-    const counts = context.allocate(4 * tiles * bins);
-    // Passes write to two buffers in turn.
-    const buffer = () => ({ keys: context.allocate(4 * size), order: context.allocate(4 * size) });
-    const buffers = passes > 1 ? [buffer(), buffer()] : [buffer()];
+    // Passes write to two buffers of keys and order in turn; behind them lie the counts.
+    const buffers = Math.min(2, passes), counts_bytes = 4 * tiles * bins;
+    const memory = context.allocate(8 * size * buffers + counts_bytes);
+    const counts = memory + 8 * size * buffers;
     let from = { keys, order: 0 };
     for (let pass = 0; pass < passes; pass++) {
-      const shift = pass * bits, to = buffers[pass % 2];
+      const shift = pass * bits, start = memory + pass % 2 * 8 * size;
+      const to = { keys: start, order: start + 4 * size };
       // deno-fmt-ignore
       this.#count.launch(tiles, 1, 1, THREADS, 4 * bins, from.keys, size, tile, shift, bins - 1, rows, bins, counts);
       // deno-fmt-ignore
@@ -113,13 +114,7 @@ export class Sorter {
         rows, bins, bits, counts, tiles, to.keys, to.order);
       from = to;
     }
-    for (const { keys, order } of buffers) {
-      if (keys === from.keys) continue;
-      context.free(keys);
-      context.free(order);
-    }
-    context.free(counts);
-    return from;
+    return { ...from, memory };
   }
 
   #layout(size: number): { context: CudaContext; tiles: number; tile: number } {
