@@ -100,7 +100,7 @@ export class FeedForward implements Disposable {
   }
 
   /**
-   * Gradient of {@linkcode FeedForward.forward}; adds to the parameters' gradients and frees what was saved.
+   * Gradient of {@linkcode FeedForward.forward}; adds to the parameters' gradients, or overwrites them, and frees what was saved.
    *
    * @param dOut_ND Gradient of the output.
    * @param saved From the forward pass.

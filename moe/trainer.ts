@@ -2,6 +2,7 @@
 // surrounds a run (files, progress, when to save) is in `run.ts`. The data are a function of the number of the pass, so the step's
 // number is their position.
 
+import { progress } from "../collectives/progress.ts";
 import type { Communicator, Traffic } from "../collectives/types.ts";
 import type { Device } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
@@ -291,6 +292,9 @@ export class Trainer implements AsyncDisposable {
    */
   async validate(limit?: number): Promise<number> {
     const { model, data, device, world } = this.#options;
+    // A GPU's all-to-alls of steps before count in the next step, but none of these.
+    progress();
+    const before_us = recorder.total("allToAll");
     using sums = zeros(device, [2], "f64");
     let tokens = 0;
     for (const batch of data.validation(limit)) {
@@ -300,6 +304,8 @@ export class Trainer implements AsyncDisposable {
     ops.fill(sums.rows(1, 2), tokens);
     await world.allReduce(sums).wait(device.stream);
     const [loss, all] = await sums.toArray() as Float64Array;
+    progress();
+    this.#allToAll_us += recorder.total("allToAll") - before_us;
     return loss / all;
   }
 

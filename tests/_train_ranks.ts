@@ -47,6 +47,8 @@ export interface TrainArgs {
   readonly shardOptimizer?: boolean;
   /** What is computed again in the backward pass. */
   readonly recompute?: Recompute;
+  /** Validations after each step. @default {0} */
+  readonly validations?: number;
   /** Returns a checksum of every parameter that the rank speaks for. */
   readonly parameters?: boolean;
 }
@@ -178,6 +180,7 @@ async function train(comm: Communicator, args: TrainArgs, device: Device): Promi
     gradNorm.push(row.grad_norm);
     auxLoss.push(row.aux_loss);
     a2aShare.push(row.a2a_share);
+    for (let i = args.validations ?? 0; i > 0; i--) await trainer.validate();
     if (seatings.length > 1) {
       seating = (seating + 1) % seatings.length;
       for (const layer of model.moeLayers) await layer.store.moveTo(seatings[seating].seats);

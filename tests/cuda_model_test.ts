@@ -124,6 +124,24 @@ for (const dtype of ["f32", "bf16"] as const) {
   }
 }
 
+for (const dtype of ["f32", "bf16"] as const) {
+  Deno.test({
+    name: `cuda model: a first pass without rows leaves gradients of zero, ${dtype}`,
+    ignore,
+    async fn() {
+      for (const change of CASES) {
+        using model = modelOn(cuda!, modelConfig({ ...SMALL, ...change, dtype }));
+        for (const { grad, overwrites } of model.parameters) {
+          cuda!.kernels.fill(grad, overwrites ? NaN : 0);
+        }
+        const { loss, grads } = await passOn(model, cuda!, batchOf(0));
+        assert.equal(loss, 0);
+        for (const { name, grad } of grads) assert(grad.every((x) => x === 0), name);
+      }
+    },
+  });
+}
+
 const TEXT = new TextEncoder().encode(
   "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife.",
 );
