@@ -44,15 +44,17 @@ export type {
   GemmOptions,
   Kernels,
   MemoryStats,
-  RouteBackwardOptions,
-  RouteOptions,
-  RoutingKernels,
   RowGroups,
   Stream,
   StreamEvent,
 } from "./tensor/device.ts";
 export { OutOfMemoryError } from "./tensor/memory_error.ts";
 export type { RandomKey } from "./tensor/random.ts";
+export type {
+  RouteBackwardOptions,
+  RouteOptions,
+  RoutingKernels,
+} from "./tensor/routing_kernels.ts";
 
 // What `world.device` is where its `kind` is "cuda". Types only: `init` loads the code, or `tensor/cuda/device.ts` for kernels of one's own.
 export type { CudaDevice, CudaDeviceOptions } from "./tensor/cuda/device.ts";

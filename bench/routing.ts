@@ -3,7 +3,7 @@
 //
 //   deno run -A bench/routing.ts
 
-import type { RouteOptions } from "../tensor/device.ts";
+import type { RouteOptions } from "../tensor/routing_kernels.ts";
 import { cudaDevice } from "../tensor/cuda/device.ts";
 import * as ops from "../tensor/ops.ts";
 import * as routing from "../tensor/ops/routing.ts";

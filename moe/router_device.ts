@@ -5,8 +5,8 @@
 //
 // Shape letters: N tokens of this rank, D model width, E experts, K choices per token, R ranks, S rows sent, M rows received.
 
-import type { RouteOptions } from "../tensor/device.ts";
 import * as routing from "../tensor/ops/routing.ts";
+import { MOST_CHOICES, MOST_EXPERTS, type RouteOptions } from "../tensor/routing_kernels.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
 import { placeAlone, type PlacedPlan, placeOutline } from "./dispatch.ts";
 import { outlinePlan } from "./plan.ts";
@@ -15,9 +15,6 @@ import type { Routed, RouterContext } from "./router_host.ts";
 import { routerLosses, type RouterSums } from "./router_losses.ts";
 import { type MoeShown, type Shown, statsOf } from "./shown.ts";
 import type { Step } from "./step.ts";
-
-/** Most experts, and choices of a token, that a device routes. */
-const MOST_EXPERTS = 1024, MOST_CHOICES = 16;
 
 /**
  * Whether a device that routes by itself can run a router in a pass; alike on all ranks.

@@ -3,7 +3,8 @@
 
 import assert from "node:assert/strict";
 import fc from "fast-check";
-import type { Device, RouteOptions } from "../tensor/device.ts";
+import type { Device } from "../tensor/device.ts";
+import type { RouteOptions } from "../tensor/routing_kernels.ts";
 import * as ops from "../tensor/ops.ts";
 import * as routing from "../tensor/ops/routing.ts";
 import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";

@@ -5,7 +5,7 @@ import fc from "fast-check";
 import { emulated, testDevice } from "../../tests/emulator/device.ts";
 import { now } from "../../trace/mod.ts";
 import { cpuDevice } from "../cpu/device.ts";
-import type { RoutingKernels } from "../device.ts";
+import type { RoutingKernels } from "../routing_kernels.ts";
 import { DTYPES, newArray, type TypedArray } from "../dtype.ts";
 import { empty, fromArray } from "../tensor.ts";
 import { OutOfMemoryError } from "../memory_error.ts";

@@ -1,6 +1,7 @@
 // Puts the kernels of the rooms together: which modules are compiled when a device is made, and which room has which kernel.
 
-import type { Kernels, RoutingKernels } from "../device.ts";
+import type { Kernels } from "../device.ts";
+import type { RoutingKernels } from "../routing_kernels.ts";
 import {
   attentionBackwardModule,
   attentionGeneralModule,

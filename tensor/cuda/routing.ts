@@ -1,8 +1,13 @@
 // Launches of gate.cu and routing.cu: the router of a MoE layer on the device. Which kernel a shape gets, and how work is split into blocks, is
 // decided here, by shapes alone, so that equal inputs give equal bits.
 
-import type { RouteOptions, RoutingKernels } from "../device.ts";
 import { bytesOf } from "../dtype.ts";
+import {
+  MOST_CHOICES,
+  MOST_EXPERTS,
+  type RouteOptions,
+  type RoutingKernels,
+} from "../routing_kernels.ts";
 import type { Tensor } from "../tensor.ts";
 import type { CudaContext, ModuleSource, ParameterType } from "./context.ts";
 import gateSource from "./gate.cu" with { type: "text" };
@@ -47,8 +52,6 @@ const ROUTE_BYTES = 56;
 const ROUTE: ParameterType = { bytes: ROUTE_BYTES };
 /** Experts per lane that the kernels are made for. */
 const PER_LANE = [1, 2, 4, 8, 32];
-/** Most experts and choices of a token. */
-const MOST_EXPERTS = 1024, MOST_CHOICES = 16;
 
 const SPREAD: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i64", "i32", "i64", "i32"];
 /** Sizes of a unit that rows are spread by. */

@@ -2,8 +2,9 @@
 // Letters: N tokens, D model width, E experts, K choices per token, S rows, R ranks, L seats, M rows received.
 
 import { now } from "../../trace/mod.ts";
-import type { Device, RouteBackwardOptions, RouteOptions, RoutingKernels } from "../device.ts";
+import type { Device } from "../device.ts";
 import type { DType } from "../dtype.ts";
+import type { RouteBackwardOptions, RouteOptions, RoutingKernels } from "../routing_kernels.ts";
 import type { Tensor } from "../tensor.ts";
 import { alive, disjoint, fail, isMatrix, lead, ran } from "./check.ts";
 
