@@ -1,5 +1,5 @@
 // The experts of a rank as one batched network: a grouped GEMM in, an activation, a grouped GEMM out, over rows that lie together by
-// expert; and the gradient below it. Shared experts are one group of all tokens. No routing and no communication here.
+// expert; and the gradient below it. No routing and no communication here; experts that every token meets are feed_forward.ts.
 //
 // Shape letters: M rows, grouped by expert, D model width, F hidden width, H width before the activation (2F for SwiGLU, else F),
 // L experts of this rank.

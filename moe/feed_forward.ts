@@ -1,10 +1,11 @@
-// The dense feed-forward network of a layer: SwiGLU as in Llama and Mistral, or two matrices with ReLU or GELU between. What a MoE layer
-// replaces. Shapes: N rows, D model width, F hidden width.
+// The dense feed-forward network: SwiGLU as in Llama and Mistral, or two matrices with ReLU or GELU between. In a dense layer it is what a
+// mixture of experts replaces; beside a mixture it is the experts that every token meets. Replicated on every rank, so nothing travels.
+// Shapes: N rows, D model width, F hidden width.
 
-import type { Device } from "../tensor/device.ts";
+import type { Activation, Device } from "../tensor/device.ts";
+import type { DType } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
-import type { ModelConfig } from "./config.ts";
 import { linear, linearBackward } from "./linear.ts";
 import {
   createFusedParameters,
@@ -13,6 +14,30 @@ import {
   type Parameter,
 } from "./parameter.ts";
 import type { Step } from "./step.ts";
+
+/** How a {@linkcode FeedForward} is made. */
+export interface FeedForwardOptions {
+  /** Where the weights live. */
+  readonly device: Device;
+  /** Begin of the weights' names in checkpoints: `model.layers.0.mlp.` */
+  readonly prefix: string;
+  /** D. */
+  readonly width: number;
+  /** F. */
+  readonly hidden: number;
+  /** Between the two layers. */
+  readonly activation: Activation;
+  /** Element type. */
+  readonly dtype: DType;
+  /** Whether the activation is computed again in the backward pass instead of kept. @default {false} */
+  readonly recompute?: boolean;
+  /** The run's seed. */
+  readonly seed: number;
+  /** Standard deviation of the first weights. */
+  readonly initStd: number;
+  /** Standard deviation of the first weights back to the model width. */
+  readonly downStd: number;
+}
 
 /** What the backward pass of a dense network needs. */
 export interface FeedForwardSaved {
@@ -24,49 +49,39 @@ export interface FeedForwardSaved {
   readonly active_NF: Tensor | null;
 }
 
-/** The dense feed-forward network of one layer. */
+/** A dense feed-forward network. */
 export class FeedForward implements Disposable {
   /** The projections, in the order in which their gradients become ready. */
   readonly parameters: readonly Parameter[];
-  readonly #config: ModelConfig;
-  readonly #recompute: boolean;
+  readonly #options: FeedForwardOptions;
   /** Gate and up, or up alone. */
   readonly #in: Parameter;
   readonly #down: Parameter;
 
   /**
-   * Makes the projections.
+   * Draws the first weights.
    *
-   * @param device Where the weights live.
-   * @param layer Number of the layer.
-   * @param config Sizes of the model.
-   * @param options Seed of the weights, and whether the activation is computed again in the backward pass. @default {{recompute: false}}
+   * @param options Sizes, names and seed.
    */
-  constructor(
-    device: Device,
-    layer: number,
-    config: ModelConfig,
-    options: { readonly seed: number; readonly recompute?: boolean },
-  ) {
-    const { seed } = options;
-    const { width, hidden, activation, layers, initStd: std, dtype } = config;
-    const prefix = `model.layers.${layer}.mlp.`;
-    this.#config = config;
-    this.#recompute = options.recompute ?? false;
+  constructor(options: FeedForwardOptions) {
+    const { device, prefix, width, hidden, activation, dtype, seed, initStd, downStd } = options;
+    this.#options = options;
+    using scope = new TensorScope();
     this.#down = createParameter(device, `${prefix}down_proj.weight`, {
       shape: [width, hidden],
       dtype,
-      init: { std: std / Math.sqrt(2 * layers), seed },
+      init: { std: downStd, seed },
       overwrites: true,
     });
     const names = activation === "swiglu" ? ["gate_proj", "up_proj"] : ["up_proj"];
     const { whole, parts } = createFusedParameters(
       device,
       names.map((name) => ({ name: `${prefix}${name}.weight`, rows: hidden })),
-      { columns: width, dtype, init: { std, seed }, overwrites: true },
+      { columns: width, dtype, init: { std: initStd, seed }, overwrites: true },
     );
     this.#in = whole;
     this.parameters = [this.#down, ...parts];
+    scope.keep(this);
   }
 
   /**
@@ -81,19 +96,20 @@ export class FeedForward implements Disposable {
     x_ND: Tensor,
     _step: Step,
     residual_ND?: Tensor,
-  ): { out_ND: Tensor; saved: FeedForwardSaved } {
+  ): { readonly out_ND: Tensor; readonly saved: FeedForwardSaved } {
+    const { recompute = false } = this.#options;
     using scope = new TensorScope();
     const hidden = linear(x_ND, this.#in.value);
     const active_NF = this.#activate(hidden);
     const out_ND = linear(active_NF, this.#down.value);
     if (residual_ND) ops.add(residual_ND, out_ND, out_ND);
-    if (this.#recompute) active_NF[Symbol.dispose]();
-    const saved = { x_ND, hidden, active_NF: this.#recompute ? null : active_NF };
+    if (recompute) active_NF[Symbol.dispose]();
+    const saved = { x_ND, hidden, active_NF: recompute ? null : active_NF };
     return scope.keep({ out_ND, saved });
   }
 
   #activate(hidden: Tensor): Tensor {
-    const { activation, hidden: F } = this.#config;
+    const { activation, hidden: F } = this.#options;
     const active_NF = empty(hidden.device, [hidden.shape[0], F], hidden.dtype);
     ops.activation(activation, hidden, active_NF);
     return active_NF;
@@ -105,15 +121,19 @@ export class FeedForward implements Disposable {
    * @param dOut_ND Gradient of the output.
    * @param saved From the forward pass.
    * @param step Told of each gradient that is complete.
-   * @returns Gradient of the input.
+   * @returns Gradient of the input by way of the network, a new tensor.
    */
-  backward(dOut_ND: Tensor, saved: FeedForwardSaved, step: Step): Tensor {
+  backward(
+    dOut_ND: Tensor,
+    saved: FeedForwardSaved,
+    step: Pick<Step, "firstPass" | "gradientReady">,
+  ): Tensor {
     const { x_ND, hidden } = saved;
     using active_NF = saved.active_NF ?? this.#activate(hidden);
     using dActive_NF = linearBackward(dOut_ND, active_NF, this.#down, { step });
     step.gradientReady(this.#down.name);
     using dHidden = empty(hidden.device, hidden.shape, hidden.dtype);
-    ops.activationBackward(this.#config.activation, dActive_NF, hidden, dHidden);
+    ops.activationBackward(this.#options.activation, dActive_NF, hidden, dHidden);
     const dX_ND = linearBackward(dHidden, x_ND, this.#in, { step });
     for (const { name } of this.parameters.slice(1)) step.gradientReady(name);
     this.release(saved);

@@ -34,7 +34,7 @@ export function linearBackward(
   dOut_NO: Tensor,
   x_NI: Tensor,
   weight: Pick<Parameter, "value" | "grad" | "overwrites">,
-  options: { readonly step?: Step; readonly dX_NI?: Tensor } = {},
+  options: { readonly step?: Pick<Step, "firstPass">; readonly dX_NI?: Tensor } = {},
 ): Tensor {
   const { step, dX_NI } = options;
   using scope = new TensorScope();

@@ -17,6 +17,7 @@ import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
 import { fromExperts, permute, type PlacedPlan, toExperts } from "./dispatch.ts";
 import { type ExpertGroups, expertsBackward, expertsForward, releaseExperts } from "./experts.ts";
 import { ExpertStore } from "./expert_store.ts";
+import { FeedForward } from "./feed_forward.ts";
 import type { PlacementPlan } from "./hooks.ts";
 import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
 import type { MoeLayerOptions, MoeResult, MoeSaved, RoutingTap } from "./moe_types.ts";
@@ -26,7 +27,6 @@ import { createRouter, type Router } from "./router.ts";
 import { isPlain, routeOnDevice } from "./router_device.ts";
 import { type Routed, routeOnHost, type RouterContext } from "./router_host.ts";
 import { updateBias } from "./router_sigmoid.ts";
-import { SharedExperts } from "./shared_experts.ts";
 import type { Step } from "./step.ts";
 
 export type {
@@ -55,7 +55,8 @@ export class MoeLayer implements Disposable {
   /** Records or replays choices; alike on all ranks in whether it replays. */
   tap: RoutingTap | null = null;
   readonly #options: Required<MoeLayerOptions>;
-  readonly #shared: SharedExperts | null;
+  /** The experts that every token meets (DeepSeek-MoE), as one network of as many times the hidden width. */
+  readonly #shared: FeedForward | null;
   /** The parameters, and the experts' among them. */
   #parameters: {
     readonly experts: readonly Parameter[] | null;
@@ -101,7 +102,11 @@ export class MoeLayer implements Disposable {
     });
     this.bias = new Float64Array(experts);
     this.#counts = new Float64Array(experts);
-    this.#shared = all.sharedExperts > 0 ? new SharedExperts(all) : null;
+    this.#shared = all.sharedExperts === 0 ? null : new FeedForward({
+      ...all,
+      prefix: `model.layers.${layer}.mlp.shared_experts.`,
+      hidden: all.hidden * all.sharedExperts,
+    });
     scope.keep(this);
   }
 
@@ -150,10 +155,10 @@ export class MoeLayer implements Disposable {
       this.#transfer(step, "forward", "dispatch"),
     );
     undo.defer(() => freeLater(arriving));
-    const shared = this.#shared?.forward(x_ND) ?? null; // while the rows travel
+    const shared = this.#shared?.forward(x_ND, step) ?? null; // while the rows travel
     if (shared) {
-      undo.use(shared.y_ND);
-      undo.defer(() => releaseExperts(shared.saved));
+      undo.use(shared.out_ND);
+      undo.defer(() => this.#shared!.release(shared.saved));
     }
     const x_MD = await arriving;
     const { y_MD, saved: experts } = expertsForward(x_MD, this.#groups(placed));
@@ -163,10 +168,10 @@ export class MoeLayer implements Disposable {
     );
     const out_ND = undo.use(empty(device, x_ND.shape, x_ND.dtype));
     // Experts, shared experts and residual are added in one pass where there are two of them, else in two.
-    const onto = shared && residual_ND ? out_ND : shared?.y_ND ?? residual_ND;
-    if (shared && residual_ND) ops.add(residual_ND, shared.y_ND, out_ND);
+    const onto = shared && residual_ND ? out_ND : shared?.out_ND ?? residual_ND;
+    if (shared && residual_ND) ops.add(residual_ND, shared.out_ND, out_ND);
     ops.combineRows(y_SD, placed.slots_NK, weights_NK, out_ND, onto);
-    shared?.y_ND[Symbol.dispose]();
+    shared?.out_ND[Symbol.dispose]();
     const saved: MoeSaved = { x_ND, routed, x_MD, experts, y_SD, shared: shared?.saved ?? null };
     if (!step.training) this.release(saved);
     undo.move();
@@ -194,7 +199,8 @@ export class MoeLayer implements Disposable {
     const arriving = toExperts(dY_SD, placed, comm, this.#transfer(step, "backward", "combine"));
     undo.defer(() => freeLater(arriving));
     // While the rows travel: shared experts and the router.
-    const dShared_ND = saved.shared && this.#shared!.backward(dOut_ND, saved.shared, step);
+    const later = { firstPass: step.firstPass, gradientReady: () => {} }; // behind the all-to-alls
+    const dShared_ND = saved.shared && this.#shared!.backward(dOut_ND, saved.shared, later);
     if (dShared_ND) undo.use(dShared_ND);
     using dLogits_NE = await routed.logitsGradient(dWeights_NK, this.auxScale);
     const dX_ND = dShared_ND ?? undo.use(empty(device, x_ND.shape, x_ND.dtype));
@@ -251,7 +257,7 @@ export class MoeLayer implements Disposable {
     saved.x_MD[Symbol.dispose]();
     saved.y_SD[Symbol.dispose]();
     releaseExperts(saved.experts);
-    if (saved.shared) releaseExperts(saved.shared);
+    if (saved.shared) this.#shared!.release(saved.shared);
   }
 
   /** Frees the weights. */

@@ -7,6 +7,7 @@ import type { Activation, Device } from "../tensor/device.ts";
 import type { DType } from "../tensor/dtype.ts";
 import type { Tensor } from "../tensor/tensor.ts";
 import type { ExpertsSaved } from "./experts.ts";
+import type { FeedForwardSaved } from "./feed_forward.ts";
 import type { ExpertPlacement } from "./hooks.ts";
 import type { RouterOptions } from "./router.ts";
 import type { Routed } from "./router_host.ts";
@@ -62,7 +63,7 @@ export interface MoeSaved {
   /** Outputs of the experts in the send order; owned. */
   readonly y_SD: Tensor;
   /** What the shared experts keep; owned. */
-  readonly shared: ExpertsSaved | null;
+  readonly shared: FeedForwardSaved | null;
 }
 
 /** What the forward pass returns. */

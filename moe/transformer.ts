@@ -129,9 +129,7 @@ export class Transformer implements Disposable {
       : createParameter(device, "lm_head.weight", overwriting);
     this.blocks = Array.from({ length: config.layers }, (_, layer) => {
       const dense = config.experts === 0 || layer < config.denseLayers;
-      const feedForward = dense
-        ? new FeedForward(device, layer, config, { seed, recompute: recompute === "activation" })
-        : mixture(options, layer);
+      const feedForward = dense ? network(options, layer) : mixture(options, layer);
       const runsAgain = recompute === "block";
       return new Block(device, layer, config, { feedForward, seed, runsAgain });
     });
@@ -358,25 +356,28 @@ export function summaryOf(shown: readonly MoeShown[]): PassSummary {
   return { auxLoss, imbalance };
 }
 
+/** What dense networks and mixtures have in common. */
+function partOptions({ device, config, seed, recompute }: TransformerOptions) {
+  const { width, hidden, activation, layers, initStd, dtype } = config;
+  // What adds to the residual stream starts smaller, so that its variance does not grow with depth (GPT-2).
+  const downStd = initStd / Math.sqrt(2 * layers), again = recompute === "activation";
+  return { device, width, hidden, activation, dtype, seed, initStd, downStd, recompute: again };
+}
+
+function network(options: TransformerOptions, layer: number): FeedForward {
+  return new FeedForward({ ...partOptions(options), prefix: `model.layers.${layer}.mlp.` });
+}
+
 function mixture(options: TransformerOptions, layer: number): MoeLayer {
-  const { device, comm, config, seed, placement } = options;
-  const { width, hidden, experts, router, activation, sharedExperts, initStd, dtype } = config;
+  const { comm, config: { experts, router, sharedExperts }, placement } = options;
   return new MoeLayer({
-    device,
+    ...partOptions(options),
     comm,
     layer,
-    width,
-    hidden,
     experts,
     router,
-    activation,
     sharedExperts,
     placement: placement ?? staticPlacement(),
-    recompute: options.recompute === "activation",
-    seed,
-    initStd,
-    downStd: initStd / Math.sqrt(2 * config.layers),
-    dtype,
   });
 }
 
