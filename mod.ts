@@ -89,6 +89,7 @@ export { normal, type Random, random } from "./moe/init.ts";
 export type { Moments, Parameter } from "./moe/parameter.ts";
 export type { ExpertStore } from "./moe/expert_store.ts";
 export type { ExpertLists, ExpertMatrices, ExpertsSaved } from "./moe/experts.ts";
+export type { FeedForwardSaved } from "./moe/feed_forward.ts";
 export type {
   CommonRouterOptions,
   ExpertChoiceOptions,
