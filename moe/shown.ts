@@ -81,7 +81,7 @@ export function finishShown(
 }
 
 /**
- * Gives back what nobody will read.
+ * Gives back what nobody will read. A training pass whose load stayed on the device does then not count for a selection bias.
  *
  * @param all What the layers have returned; nothing happens to what was read or given back before.
  */
