@@ -136,8 +136,15 @@ Deno.test("training: a low limit clips the update, not the norm that is shown", 
 for (const ranks of [2, 4]) {
   Deno.test(`training: a sharded optimizer changes no loss and holds less (${ranks} ranks)`, async () => {
     const model = { sharedExperts: 1, denseLayers: 1, experts: 4 };
-    // Buckets of several gradients that no number of ranks divides, large gradients alone, and parts of gradients.
-    for (const more of [{ bucketBytes: 7000 }, { policy: "parts" }] as const) {
+    // Buckets of several gradients that no number of ranks divides, large gradients alone, parts of gradients, and some of fewer elements than
+    // ranks.
+    const tiny = { ...model, width: 2, heads: 1, kvHeads: 1, headDim: 2, hidden: 3 };
+    for (
+      const more of [{ bucketBytes: 7000 }, { policy: "parts" }, {
+        bucketBytes: 1,
+        model: tiny,
+      }] as const
+    ) {
       const common = { steps: 4, accumulate: 2, clip: 0.1, model, parameters: true, ...more };
       const [whole, sharded] = await Promise.all([
         train(ranks, common),
