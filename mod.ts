@@ -33,7 +33,16 @@ export type {
 } from "./collectives/types.ts";
 
 // Arrays on a device.
-export { empty, fromArray, hostLike, type Shape, sizeOf, Tensor, zeros } from "./tensor/tensor.ts";
+export {
+  empty,
+  fromArray,
+  hostLike,
+  type Shape,
+  sizeOf,
+  Tensor,
+  TensorScope,
+  zeros,
+} from "./tensor/tensor.ts";
 export { bytesOf, type DType, dtypeOf, DTYPES, type TypedArray } from "./tensor/dtype.ts";
 export type {
   Activation,

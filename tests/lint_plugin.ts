@@ -1,6 +1,7 @@
 // The two lines that hold the house: only ffi/ opens C libraries, and imports go one way,
 // ffi <- tensor <- collectives <- moe <- lina <- serve, examples, with trace below all. Library code, which must work when it is
-// imported by URL, imports nothing but relative files and `node:` modules. Named in deno.json, so `deno lint` checks it.
+// imported by URL, imports nothing but relative files and `node:` modules. And what tensor/tensor.ts asks of scopes. Named in deno.json, so
+// `deno lint` checks it.
 
 /** The rooms from the lowest to the highest; a room imports from itself and from those before it. */
 const ROOMS = ["trace", "ffi", "tensor", "collectives", "moe", "lina"] as const;
@@ -60,6 +61,14 @@ interface Specified {
   readonly source: Deno.lint.StringLiteral | Deno.lint.Expression | null;
 }
 
+/** What a node lies in, with what functions have. */
+interface Enclosing {
+  readonly type: string;
+  readonly parent?: Enclosing;
+  readonly async?: boolean;
+  readonly generator?: boolean;
+}
+
 function checkImport(context: Deno.lint.RuleContext, node: Specified): void {
   const source = node.source;
   if (source?.type !== "Literal" || typeof source.value !== "string") return;
@@ -91,6 +100,21 @@ const plugin: Deno.lint.Plugin = {
           ExportAllDeclaration: (node) => checkImport(context, node),
           ExportNamedDeclaration: (node) => checkImport(context, node),
           ImportExpression: (node) => checkImport(context, node),
+        };
+      },
+    },
+    "scopes-without-await": {
+      create(context) {
+        return {
+          'NewExpression[callee.name="TensorScope"]'(node: Deno.lint.NewExpression) {
+            let around: Enclosing = node;
+            while (around.parent && !/Function/.test(around.type)) around = around.parent;
+            if (around.async || around.generator) {
+              const message =
+                "A TensorScope must be closed by the function that opens it before others run: no async function, no generator";
+              context.report({ node, message });
+            }
+          },
         };
       },
     },

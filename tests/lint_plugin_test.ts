@@ -74,3 +74,19 @@ Deno.test("what every rank loads at its start imports no node: module, which tak
   assert.ok(modules.length > 50);
   assert.deepEqual(importers, []);
 });
+
+Deno.test("the rules see a scope of tensors where other code may run in between", () => {
+  const good = `
+    function f() { using s = new TensorScope(); return s.keep(1); }
+    async function g() { await (() => { using s = new TensorScope(); })(); }
+    class A { constructor() { using s = new TensorScope(); } }
+  `;
+  assert.deepEqual(lint("moe/x.ts", good), []);
+  const bad = `
+    async function f() { using s = new TensorScope(); }
+    const g = async () => { using s = new TensorScope(); };
+    class A { async h() { using s = new TensorScope(); } }
+    function* i() { using s = new TensorScope(); }
+  `;
+  assert.equal(lint("moe/x.ts", bad).length, 4);
+});
