@@ -6,6 +6,7 @@ import type { Recompute } from "../moe/block.ts";
 import { createCommunicator } from "../collectives/communicator.ts";
 import { openSelf } from "../collectives/self.ts";
 import { type ModelConfig, modelConfig, type ModelOptions } from "../moe/config.ts";
+import { generate } from "../moe/generate.ts";
 import { readShown } from "../moe/shown.ts";
 import { plainStep } from "../moe/step.ts";
 import { Trainer } from "../moe/trainer.ts";
@@ -350,6 +351,26 @@ for (const dtype of ["f32", "bf16"] as const) {
     },
   });
 }
+
+Deno.test({
+  name: "cuda model: a text goes on as on the CPU, and nothing is kept of it",
+  ignore,
+  async fn() {
+    const texts = [];
+    for (const device of [cpu, cuda!]) {
+      using model = modelOn(device, modelConfig({ ...SMALL, ...MOE, headDim: 16 }));
+      const tokens: number[] = [], used: number[] = [];
+      const options = { tokens: 12, context: 8, temperature: 0 };
+      for await (const token of generate(model, device, [1, 2, 3], options)) {
+        tokens.push(token);
+        used.push(device.memory().used_bytes);
+      }
+      texts.push(tokens);
+      assert.equal(used.at(-1), used.at(-4)); // the context is full
+    }
+    assert.deepEqual(texts[1], texts[0]);
+  },
+});
 
 Deno.test({
   name: "cuda model: memory stays as it is, over a thousand steps on a GPU",
