@@ -1,18 +1,7 @@
 // Element-wise kernels: fill, copy with conversion, sums of two arrays, activations and their gradients. All are bound by memory: a thread
 // moves one pack of 16 bytes of each array and the grid covers them all (two or four packs per thread were slower). Addresses that are not
-// aligned to their packs take a loop over single elements, and so do the last elements. Not here: rows (loss.cu) and optimizer (optimizer.cu).
-
-constexpr float LOG2E = 1.4426950408889634f;
-
-#ifndef LINA_EMULATE
-DEVICE float reciprocal_fast(float x) {
-  float out;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
-}
-#else
-DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
-#endif
+// aligned to their packs take a loop over single elements, and so do the last elements. Formulas are in
+// activations.cuh, which comes before this file. Not here: rows (loss.cu) and optimizer (optimizer.cu).
 
 template <int BYTES>
 DEVICE bool aligned(const void* address) { return ((u64)address & (BYTES - 1)) == 0; }
@@ -158,24 +147,6 @@ CONVERT(i32, f64)
 ARITHMETIC(f32)
 ARITHMETIC(bf16)
 
-// 1 / (1 + e^−x): 0 where e^−x is infinite.
-DEVICE float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-LOG2E * x)); }
-
-// gelu(x) = x · s with s = sigmoid(2u), u = √(2/π) (x + 0.044715 x³), since (1 + tanh u) / 2 = sigmoid(2u).
-constexpr float GELU_SCALE = 1.5957691216057308f, GELU_CUBE = 0.044715f;
-struct Gelu {
-  static DEVICE float value(float x) { return x * sigmoid(GELU_SCALE * x * fmaf(GELU_CUBE * x, x, 1.0f)); }
-  static DEVICE float gradient(float d, float x) {
-    float s = sigmoid(GELU_SCALE * x * fmaf(GELU_CUBE * x, x, 1.0f));
-    float slope = x * s * (1.0f - s) * GELU_SCALE * fmaf(3.0f * GELU_CUBE * x, x, 1.0f);
-    return d * (s + (s == 0.0f || s == 1.0f ? 0.0f : slope));  // 0 · ∞ for large x
-  }
-};
-struct Relu {
-  static DEVICE float value(float x) { return x < 0.0f ? 0.0f : x; }
-  static DEVICE float gradient(float d, float x) { return x > 0.0f ? d : 0.0f; }
-};
-
 // i / by in 32 bits where that is enough, which it nearly always is.
 DEVICE i64 divide(i64 i, i64 by) {
   return ((u64)(i | by) >> 32) == 0 ? (i64)((u32)i / (u32)by) : i / by;
@@ -185,7 +156,6 @@ DEVICE i64 divide(i64 i, i64 by) {
 template <typename T>
 DEVICE void swiglu(const T* x, T* out, i64 rows, i64 F) {
   constexpr int N = 16 / sizeof(T);
-  auto formula = [](float gate, float up) { return gate * sigmoid(gate) * up; };
   i64 first = (i64)blockIdx.x * blockDim.x;
   if (F % N == 0 && aligned<16>(x) && aligned<16>(out)) {
     i64 width = F / N, i = first + threadIdx.x;
@@ -194,23 +164,17 @@ DEVICE void swiglu(const T* x, T* out, i64 rows, i64 F) {
     Pack<T, N> gate = *(const Pack<T, N>*)from, up = *(const Pack<T, N>*)(from + F);
     float results[N];
 #pragma unroll
-    for (int j = 0; j < N; j++) results[j] = formula(to_f32(gate.at[j]), to_f32(up.at[j]));
+    for (int j = 0; j < N; j++) results[j] = Swiglu::value(to_f32(gate.at[j]), to_f32(up.at[j]));
     put(out + i * N, results);
   } else {
     i64 end = (first + blockDim.x) * N < rows * F ? (first + blockDim.x) * N : rows * F;
     for (i64 i = first * N + threadIdx.x; i < end; i += blockDim.x) {
       const T* from = x + i + divide(i, F) * F;
-      put_one(out + i, formula(to_f32(from[0]), to_f32(from[F])));
+      put_one(out + i, Swiglu::value(to_f32(from[0]), to_f32(from[F])));
     }
   }
 }
 
-// With s = sigmoid(gate): dGate = d · up · s (1 + gate (1 − s)), dUp = d · gate · s.
-DEVICE void swiglu_gradient(float d, float gate, float up, float& d_gate, float& d_up) {
-  float s = sigmoid(gate), silu = gate * s;
-  d_gate = d * up * fmaf(silu, 1.0f - s, s);
-  d_up = d * silu;
-}
 template <typename T>
 DEVICE void swiglu_backward(const T* d_out, const T* x, T* d_x, i64 rows, i64 F) {
   constexpr int N = 16 / sizeof(T);
@@ -223,7 +187,7 @@ DEVICE void swiglu_backward(const T* d_out, const T* x, T* d_x, i64 rows, i64 F)
     Pack<T, N> gate = *(const Pack<T, N>*)(x + at), up = *(const Pack<T, N>*)(x + at + F);
     float d_gate[N], d_up[N];
 #pragma unroll
-    for (int j = 0; j < N; j++) swiglu_gradient(to_f32(d.at[j]), to_f32(gate.at[j]), to_f32(up.at[j]), d_gate[j], d_up[j]);
+    for (int j = 0; j < N; j++) Swiglu::gradient(to_f32(d.at[j]), to_f32(gate.at[j]), to_f32(up.at[j]), d_gate[j], d_up[j]);
     put(d_x + at, d_gate);
     put(d_x + at + F, d_up);
   } else {
@@ -231,7 +195,7 @@ DEVICE void swiglu_backward(const T* d_out, const T* x, T* d_x, i64 rows, i64 F)
     for (i64 i = first * N + threadIdx.x; i < end; i += blockDim.x) {
       i64 at = i + divide(i, F) * F;
       float d_gate, d_up;
-      swiglu_gradient(to_f32(d_out[i]), to_f32(x[at]), to_f32(x[at + F]), d_gate, d_up);
+      Swiglu::gradient(to_f32(d_out[i]), to_f32(x[at]), to_f32(x[at + F]), d_gate, d_up);
       put_one(d_x + at, d_gate);
       put_one(d_x + at + F, d_up);
     }

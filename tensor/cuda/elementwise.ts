@@ -6,6 +6,7 @@ import type { Activation, Kernels } from "../device.ts";
 import type { Tensor } from "../tensor.ts";
 import type { CudaContext, CudaKernel, ModuleSource, ParameterType } from "./context.ts";
 import source from "./elementwise.cu" with { type: "text" };
+import activations from "./activations.cuh" with { type: "text" };
 
 type Elementwise = Pick<
   Kernels,
@@ -28,7 +29,7 @@ const conversions = CONVERTED.flatMap((from) =>
 /** The kernels of elementwise.cu. */
 export const elementwiseModule: ModuleSource = {
   name: "elementwise",
-  source,
+  source: `${activations}\n#line 1 "elementwise.cu"\n${source}`,
   kernels: Object.fromEntries([
     ["fill_pattern", ["ptr", "i64", "i32", "i32"]],
     ["copy_bytes", ["ptr", "ptr", "i64"]],

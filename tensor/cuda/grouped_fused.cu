@@ -1,13 +1,15 @@
 // Grouped products with the experts' activation on Hopper: the product into the hidden width writes what it made and its activation, the product
 // back through the second layer leaves as the gradient before the activation. The same persistent kernel as in grouped_hopper.cu, with more
 // work per result: a finished tile waits as bf16 pairs in registers, and the steps of the next tile treat a part of it each (a phase) while the
-// tensor cores multiply. grouped_walk.cuh and grouped_hopper.cuh come before this file.
+// tensor cores multiply. activations.cuh, grouped_walk.cuh and grouped_hopper.cuh come before this file.
+// There is no gradient of SwiGLU: with two matrices to fetch and two to write it was no faster than two kernels.
 //
 // Letters: F hidden width, `up` the matrix before the activation, [R, F], or [R, 2F] with the gates first for SwiGLU. A chunk is 64 of a
 // consumer's columns of the tile.
 
 constexpr int RELU = 0, GELU = 1, SWIGLU = 2;
-constexpr float LOG2E = 1.4426950408889634f;
+constexpr int STAGES = 4;
+constexpr int BLOCKS = 2;  // blocks in shared memory that a consumer has for results
 
 // Shape of a kernel.
 template <bool BACK, int OF>
@@ -16,9 +18,6 @@ struct Fused {
   static constexpr int KIND = OF;
   // Columns of the hidden width in a tile. SwiGLU forward: 128 gates beside the 128 columns that they gate.
   static constexpr int COLUMNS = !BACK && OF == SWIGLU ? 128 : 256;
-  // Blocks in shared memory that a consumer has for results; SwiGLU's gradient keeps two pairs and so gets a stage less.
-  static constexpr int BLOCKS = BACK && OF == SWIGLU ? 4 : 2;
-  static constexpr int STAGES = BACK && OF == SWIGLU ? 3 : 4;
   static constexpr int PHASES = BACK ? 11 : OF == SWIGLU ? 8 : 12;
 };
 
@@ -36,45 +35,14 @@ struct Drawn {
   int row, row_end, column;
 };
 
-template <int STAGES>
 struct FusedShared {
   u64 full[STAGES], empty[STAGES], drawn_full[DRAWS], drawn_empty[DRAWS];
   u64 loaded[2][2];  // of consumers: pieces of `up`
   Drawn drawn[DRAWS];
 };
 
-// --- Formulas.
 DEVICE float low_half(u32 x) { return __uint_as_float(x << 16); }
 DEVICE float high_half(u32 x) { return __uint_as_float(x & 0xffff0000u); }
-DEVICE float sigmoid_exp2(float z) {  // 1 / (1 + 2^z)
-  float out;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(1.0f + exp2_fast(z)));
-  return out;
-}
-// GELU's sigmoid(2 √(2/π) (x + 0.044715 x³)) as 1 / (1 + 2^(x (GELU_A + GELU_B x²))).
-constexpr float GELU_SCALE = 1.5957691216057308f, GELU_CUBE = 0.044715f;
-constexpr float GELU_A = -GELU_SCALE * LOG2E, GELU_B = GELU_A * GELU_CUBE;
-
-template <int KIND>
-DEVICE float activate(float x) {
-  if (KIND == RELU) return x < 0.0f ? 0.0f : x;
-  return x * sigmoid_exp2(x * fmaf(GELU_B, x * x, GELU_A));
-}
-template <int KIND>
-DEVICE float slope_times(float x, float d) {
-  if (KIND == RELU) return x > 0.0f ? d : 0.0f;
-  // Beyond ±100 the slope is 0 or 1, and the powers are finite within. NaN stays.
-  asm("{ .reg .f32 least; max.NaN.f32 least, %0, 0fC2C80000; min.NaN.f32 %0, least, 0f42C80000; }" : "+f"(x));
-  float square = x * x, s = sigmoid_exp2(x * fmaf(GELU_B, square, GELU_A));
-  float slope = x * fmaf(3.0f * GELU_SCALE * GELU_CUBE, square, GELU_SCALE);
-  return d * fmaf(slope, fmaf(-s, s, s), s);
-}
-DEVICE float gated(float gate, float up) { return gate * sigmoid_exp2(-LOG2E * gate) * up; }
-DEVICE void gated_gradient(float d, float& gate, float& up) {
-  float s = sigmoid_exp2(-LOG2E * gate), silu = gate * s, d_up = d * silu;
-  gate = d * up * fmaf(silu, 1.0f - s, s);
-  up = d_up;
-}
 
 // --- Pieces of 16 rows by 16 columns that a warp has as two columns a register, in the order of wgmma's sums.
 DEVICE void put_piece(u32 to, const u32 (&from)[4]) {
@@ -168,8 +136,9 @@ struct Later {
         u32 x = pairs[FROM + 2 * j + i];
         if (S::KIND == SWIGLU) {
           u32 y = pairs[(FROM + 2 * j + i + 32) % 64];
-          piece[i] = pack_bf16(gated(low_half(x), low_half(y)), gated(high_half(x), high_half(y)));
-        } else piece[i] = pack_bf16(activate<S::KIND>(low_half(x)), activate<S::KIND>(high_half(x)));
+          piece[i] = pack_bf16(Swiglu::value(low_half(x), low_half(y)), Swiglu::value(high_half(x), high_half(y)));
+        } else if (S::KIND == GELU) piece[i] = pack_bf16(Gelu::value(low_half(x)), Gelu::value(high_half(x)));
+        else piece[i] = pack_bf16(Relu::value(low_half(x)), Relu::value(high_half(x)));
       }
       put_piece(place(block(turn), j), piece);
     }
@@ -195,53 +164,37 @@ struct Later {
     }
   }
 
-  // --- Backward: a chunk of `up` comes into a slot (SwiGLU: gates and what they gate), becomes the gradient there and leaves.
-  static constexpr int PER_SLOT = S::BLOCKS / 2;
-  // Once the slot's last contents have left; chunks go to the two slots in turn.
+  // --- Backward: a chunk of `up` comes into a block, becomes the gradient there and leaves. Chunks take the two blocks in turn.
+  // Once the block's last contents have left:
   template <int CHUNK>
   DEVICE void fetch(int at_row, int at_column) {
     if (threadIdx.x % 128 != 0) return;
     u64* barrier = loaded + CHUNK % 2;
-    u32 to = block(CHUNK % 2 * PER_SLOT);
     store_box_wait<0>();
-    barrier_arrive_bytes(barrier, PER_SLOT * BLOCK_BYTES);
-    load_box(to, problem->up_map, at_column + 64 * CHUNK, at_row, barrier);
-    if (S::KIND == SWIGLU)
-      load_box(to + BLOCK_BYTES, problem->up_map, problem->f_size + at_column + 64 * CHUNK, at_row, barrier);
+    barrier_arrive_bytes(barrier, BLOCK_BYTES);
+    load_box(block(CHUNK % 2), problem->up_map, at_column + 64 * CHUNK, at_row, barrier);
   }
   template <int CHUNK, int HALF>
   DEVICE void treat() {
-    u32 first = block(CHUNK % 2 * PER_SLOT);
-    asm volatile("" : "+r"(first));  // addresses are computed here, not kept in registers
-    u32 second = first + BLOCK_BYTES;
-    int f = column + 64 * CHUNK, F = problem->f_size;
+    u32 at = block(CHUNK % 2);
+    asm volatile("" : "+r"(at));  // addresses are computed here, not kept in registers
     if (HALF == 0) barrier_wait(loaded + CHUNK % 2, CHUNK / 2);
 #pragma unroll
     for (int j = 4 * HALF; j < 4 * HALF + 4; j += 2) {
-      u32 x[4], y[4];
-      get_piece(x, place(first, j));
-      if (S::KIND == SWIGLU) get_piece(y, place(second, j));
+      u32 x[4];
+      get_piece(x, place(at, j));
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         u32 d = pairs[16 * CHUNK + 2 * j + i];
-        if (S::KIND == SWIGLU) {
-          float gates[2] = {low_half(x[i]), high_half(x[i])}, ups[2] = {low_half(y[i]), high_half(y[i])};
-          gated_gradient(low_half(d), gates[0], ups[0]);
-          gated_gradient(high_half(d), gates[1], ups[1]);
-          x[i] = pack_bf16(gates[0], gates[1]), y[i] = pack_bf16(ups[0], ups[1]);
-        } else {
-          x[i] = pack_bf16(slope_times<S::KIND>(low_half(x[i]), low_half(d)),
-                           slope_times<S::KIND>(high_half(x[i]), high_half(d)));
-        }
+        x[i] = S::KIND == GELU ? pack_bf16(Gelu::gradient(low_half(d), low_half(x[i])), Gelu::gradient(high_half(d), high_half(x[i])))
+                               : pack_bf16(Relu::gradient(low_half(d), low_half(x[i])), Relu::gradient(high_half(d), high_half(x[i])));
       }
-      put_piece(place(first, j), x);
-      if (S::KIND == SWIGLU) put_piece(place(second, j), y);
+      put_piece(place(at, j), x);
     }
     if (HALF == 0) return;
-    int width = S::KIND == SWIGLU ? 2 * F : F;
+    int f = column + 64 * CHUNK;
     ready();
-    leave(first, problem->out_map, problem->out, f, f, width);
-    if (S::KIND == SWIGLU) leave(second, problem->out_map, problem->out, f, F + f, width);
+    leave(at, problem->out_map, problem->out, f, f, problem->f_size);
   }
   template <int PHASE>
   DEVICE void backward() {
@@ -287,7 +240,7 @@ struct Later {
 // --- The kernel.
 // One thread: loads the stages of tile after tile, and draws the tiles.
 template <typename S>
-DEVICE void produce_fused(const FusedProblem& p, FusedShared<S::STAGES>& shared, u32 ring) {
+DEVICE void produce_fused(const FusedProblem& p, FusedShared& shared, u32 ring) {
   Walk<S::BACKWARD, TILE_M, S::COLUMNS> walk(p.offsets, nullptr, p.groups, 0, p.f_size);
   Tile tile;
   int unit = blockIdx.x, stage = 0, phase = 0, draw = 0, draw_phase = 0, acquired = -1;
@@ -315,7 +268,7 @@ DEVICE void produce_fused(const FusedProblem& p, FusedShared<S::STAGES>& shared,
         load_box(b, b_map, k, n, full);
         load_box(b + 2 * BLOCK_BYTES, b_map, k, (S::KIND == SWIGLU ? p.f_size : 128) + n, full);
       }
-      if (++stage == S::STAGES) stage = 0, phase ^= 1;
+      if (++stage == STAGES) stage = 0, phase ^= 1;
     }
   }
   // The last block leaves the counter as it was found.
@@ -324,11 +277,11 @@ DEVICE void produce_fused(const FusedProblem& p, FusedShared<S::STAGES>& shared,
 
 // 128 threads: multiplies 64 rows of each tile, also where a group has ended before them (see grouped_hopper.cu).
 template <typename S>
-DEVICE void consume_fused(const FusedProblem& p, FusedShared<S::STAGES>& shared, u32 ring, int consumer) {
+DEVICE void consume_fused(const FusedProblem& p, FusedShared& shared, u32 ring, int consumer) {
   constexpr int B_MAJOR = S::BACKWARD;
   Later<S> later;
   later.problem = &p, later.consumer = consumer, later.loaded = shared.loaded[consumer], later.turn = 0;
-  later.blocks = ring + S::STAGES * STAGE_BYTES + consumer * S::BLOCKS * BLOCK_BYTES;
+  later.blocks = ring + STAGES * STAGE_BYTES + consumer * BLOCKS * BLOCK_BYTES;
   later.next = S::BACKWARD ? 10 : S::PHASES;  // the first tile's `up` is fetched, nothing else is to do
   int thread = threadIdx.x % 128, stage = 0, phase = 0, draw = 0, draw_phase = 0;
   later.first_place = (thread / 32 * 16 + thread % 16) * 128 + (((thread / 16 % 2) ^ (thread % 8)) << 4);
@@ -357,7 +310,7 @@ DEVICE void consume_fused(const FusedProblem& p, FusedShared<S::STAGES>& shared,
 #pragma unroll 1
       for (int i = 0; i < phases_per_step && later.next < S::PHASES; i++) later.advance();
       previous = stage;
-      if (++stage == S::STAGES) stage = 0, phase ^= 1;
+      if (++stage == STAGES) stage = 0, phase ^= 1;
     }
     multiply_wait<0>();
     if (thread == 0) barrier_arrive(&shared.empty[previous]);
@@ -375,10 +328,10 @@ template <bool BACKWARD, int KIND>
 DEVICE void grouped_fused(const FusedProblem& p) {
   typedef Fused<BACKWARD, KIND> S;
   extern __shared__ __align__(1024) u8 memory[];
-  __shared__ FusedShared<S::STAGES> shared;
+  __shared__ FusedShared shared;
   u32 ring = (shared_address(memory) + 1023) & ~1023u;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < S::STAGES; s++) barrier_init(&shared.full[s], 1), barrier_init(&shared.empty[s], 2);
+    for (int s = 0; s < STAGES; s++) barrier_init(&shared.full[s], 1), barrier_init(&shared.empty[s], 2);
     for (int s = 0; s < DRAWS; s++) barrier_init(&shared.drawn_full[s], 1), barrier_init(&shared.drawn_empty[s], 8);
     for (int s = 0; s < 4; s++) barrier_init(&shared.loaded[s / 2][s % 2], 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -407,4 +360,3 @@ FUSED(grouped_gelu, false, GELU)
 FUSED(grouped_swiglu, false, SWIGLU)
 FUSED(grouped_relu_back, true, RELU)
 FUSED(grouped_gelu_back, true, GELU)
-FUSED(grouped_swiglu_back, true, SWIGLU)
