@@ -95,7 +95,7 @@ class Model(torch.nn.Module):
             auxiliary = auxiliary + aux
         x = F.rms_norm(x, (x.shape[-1],), self.norm.to(BF16), 1e-5)
         logits = F.linear(x, self.head.to(BF16)).float()
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1)), auxiliary
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1)), auxiliary
 
 
 def load(model, directory, c):
