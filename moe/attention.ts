@@ -51,12 +51,13 @@ export class Attention implements Disposable {
    * @param seed Seed of the weights.
    */
   constructor(device: Device, layer: number, config: ModelConfig, seed: number) {
-    const { width, heads, kvHeads, headDim, layers, initStd: std, dtype } = config;
+    const { width, heads, kvHeads, headDim, layers, initStd: std, dtype, gradientDtype } = config;
     const nameOf = (part: string) => `model.layers.${layer}.self_attn.${part}_proj.weight`;
     this.#config = config;
     this.#o = createParameter(device, nameOf("o"), {
       shape: [width, heads * headDim],
       dtype,
+      gradientDtype,
       // What adds to the residual stream starts smaller, so that its variance does not grow with depth (GPT-2).
       init: { std: std / Math.sqrt(2 * layers), seed },
       overwrites: true,
@@ -68,7 +69,7 @@ export class Attention implements Disposable {
         { name: nameOf("k"), rows: kvHeads * headDim },
         { name: nameOf("v"), rows: kvHeads * headDim },
       ],
-      { columns: width, dtype, init: { std, seed }, overwrites: true },
+      { columns: width, dtype, gradientDtype, init: { std, seed }, overwrites: true },
     );
     this.#qkv = whole;
     this.#qkvNames = parts.map(({ name }) => name);

@@ -1,7 +1,8 @@
 // The sizes of a language model, checked once before anything is allocated. Plain data: it is written into checkpoints as JSON.
 
 import type { Activation } from "../tensor/device.ts";
-import type { DType } from "../tensor/dtype.ts";
+import { type DType, wideDtype } from "../tensor/dtype.ts";
+import { gradientDtype } from "./parameter.ts";
 import { createRouter, type RouterOptions } from "./router.ts";
 
 /** Sizes and constants of a Mixture-of-Experts language model. */
@@ -40,6 +41,12 @@ export interface ModelConfig {
   readonly initStd: number;
   /** Element type of weights and activations. */
   readonly dtype: DType;
+  /**
+   * Element type of the gradients of matrices, embedding and head included: f32 (f64 for f64), or that of the weights, which is bf16 for a bf16
+   * model. Those of the norms' gains and the gates, which are small, and which every token adds to, are f32 at least. It may change
+   * when a run goes on.
+   */
+  readonly gradientDtype: DType;
 }
 
 /** What must be given of a configuration; the rest has defaults. */
@@ -51,7 +58,7 @@ export type ModelOptions =
  * Fills in and checks a configuration.
  *
  * @param options The sizes; without others `kvHeads` is `heads`, `headDim` is `width / heads`, `hidden` is `4 · width`,
- * and the network is dense; with experts the router is Mixtral's top-2.
+ * the network is dense and gradients are f32 (f64 for f64); with experts the router is Mixtral's top-2.
  * @returns The whole configuration.
  * @throws {RangeError} If a size is impossible; the message names it.
  *
@@ -81,6 +88,7 @@ export function modelConfig(options: ModelOptions): ModelConfig {
     initStd: 0.02,
     dtype: "f32",
     ...options,
+    gradientDtype: options.gradientDtype ?? wideDtype(options.dtype ?? "f32"),
   };
   for (const name of ["vocab", "width", "layers", "heads", "kvHeads", "hidden"] as const) {
     demand(
@@ -127,6 +135,7 @@ export function modelConfig(options: ModelOptions): ModelConfig {
     "f32, f64, bf16 or f16",
     config.dtype,
   );
+  gradientDtype(config.dtype, config.gradientDtype);
   for (const name of ["ropeTheta", "normEps", "initStd"] as const) {
     demand(Number.isFinite(config[name]) && config[name] > 0, name, "a number > 0", config[name]);
   }
@@ -142,7 +151,7 @@ export function modelConfig(options: ModelOptions): ModelConfig {
  * @returns Plain data.
  */
 export function modelDescription(config: ModelConfig): object {
-  const { router, initStd: _, ...sizes } = config;
+  const { router, initStd: _, gradientDtype: __, ...sizes } = config;
   if (config.experts === 0) return sizes;
   const full = createRouter(router, config.experts);
   const { kind, topK, renormalise, scale, groups, groupLimit } = full;

@@ -43,6 +43,8 @@ export interface ExpertStoreOptions {
   readonly activation: Activation;
   /** Element type. */
   readonly dtype: DType;
+  /** Element type of the gradients: see `gradientDtype` of parameter.ts. @default {that of the weights; f32 where it has 16 bits} */
+  readonly gradientDtype?: DType;
   /** Experts of each rank. */
   readonly seats: PlacementPlan["seats"];
   /** The run's seed; an expert's first weights depend on it and on the names of the weights only. */
@@ -162,7 +164,8 @@ export class ExpertStore implements Disposable {
     checkSeats(seats, comm.size);
     const size = (activation === "swiglu" ? 3 : 2) * hidden * width;
     this.#weightPool = new BlockPool(device, size, dtype);
-    this.#gradientPool = new BlockPool(device, size, gradientDtype(dtype));
+    const summed = gradientDtype(dtype, options.gradientDtype);
+    this.#gradientPool = new BlockPool(device, size, summed);
     this.#options = options;
     this.#seats = seats;
     this.#holders = holdersOf(seats, experts);

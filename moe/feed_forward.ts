@@ -29,6 +29,8 @@ export interface FeedForwardOptions {
   readonly activation: Activation;
   /** Element type. */
   readonly dtype: DType;
+  /** Element type of the gradients: see `gradientDtype` of parameter.ts. @default {that of the weights; f32 where it has 16 bits} */
+  readonly gradientDtype?: DType;
   /** Whether the activation is computed again in the backward pass instead of kept. @default {false} */
   readonly recompute?: boolean;
   /** The run's seed. */
@@ -64,12 +66,14 @@ export class FeedForward implements Disposable {
    * @param options Sizes, names and seed.
    */
   constructor(options: FeedForwardOptions) {
-    const { device, prefix, width, hidden, activation, dtype, seed, initStd, downStd } = options;
+    const { device, prefix, width, hidden, activation, seed, initStd, downStd } = options;
+    const { dtype, gradientDtype } = options;
     this.#options = options;
     using scope = new TensorScope();
     this.#down = createParameter(device, `${prefix}down_proj.weight`, {
       shape: [width, hidden],
       dtype,
+      gradientDtype,
       init: { std: downStd, seed },
       overwrites: true,
     });
@@ -77,7 +81,7 @@ export class FeedForward implements Disposable {
     const { whole, parts } = createFusedParameters(
       device,
       names.map((name) => ({ name: `${prefix}${name}.weight`, rows: hidden })),
-      { columns: width, dtype, init: { std: initStd, seed }, overwrites: true },
+      { columns: width, dtype, gradientDtype, init: { std: initStd, seed }, overwrites: true },
     );
     this.#in = whole;
     this.parameters = [this.#down, ...parts];

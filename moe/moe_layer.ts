@@ -19,7 +19,7 @@ import { type ExpertGroups, expertsBackward, expertsForward, releaseExperts } fr
 import { ExpertStore } from "./expert_store.ts";
 import { FeedForward } from "./feed_forward.ts";
 import type { PlacementPlan } from "./hooks.ts";
-import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
+import { createParameter, freeParameter, gradientDtype, type Parameter } from "./parameter.ts";
 import type { MoeLayerOptions, MoeResult, MoeSaved, RoutingTap } from "./moe_types.ts";
 import { staticPlacement } from "./placement.ts";
 import { dropShown } from "./shown.ts";
@@ -83,6 +83,7 @@ export class MoeLayer implements Disposable {
       seed: 0,
       downStd: initStd,
       dtype: "f32",
+      gradientDtype: gradientDtype(options.dtype ?? "f32"),
       ...options,
       initStd,
     };

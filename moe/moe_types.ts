@@ -48,6 +48,8 @@ export interface MoeLayerOptions {
   readonly downStd?: number;
   /** Element type of weights and activations; the gate computes in f32 at least. @default {"f32"} */
   readonly dtype?: DType;
+  /** Element type of the gradients of experts, shared ones included: see `gradientDtype` of parameter.ts. @default {"f32"; "f64" for f64} */
+  readonly gradientDtype?: DType;
 }
 
 /** What the backward pass of a layer needs. */

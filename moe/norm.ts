@@ -32,7 +32,7 @@ export class Norm implements Disposable {
   readonly #eps: number;
 
   /**
-   * Makes the gain, of ones.
+   * Makes the gain, of ones. Its gradient is f32 at least, whatever that of the matrices is: every row of a batch adds to it, and it is small.
    *
    * @param device Where the gain lives.
    * @param name Name of the gain in checkpoints.

@@ -1,6 +1,6 @@
 // A trainable tensor with its gradient and what the optimizer and the gradient reduction must know of it.
 
-import type { DType } from "../tensor/dtype.ts";
+import { type DType, wideDtype } from "../tensor/dtype.ts";
 import type { Device } from "../tensor/device.ts";
 import { empty, type Shape, type Tensor, zeros } from "../tensor/tensor.ts";
 import { normalKey } from "./init.ts";
@@ -21,7 +21,7 @@ export interface Parameter {
   readonly name: string;
   /** The weights the kernels read. */
   readonly value: Tensor;
-  /** Sum of the gradients of a step's passes; same shape, in the dtype of {@linkcode gradientDtype}. */
+  /** Sum of the gradients of a step's passes; same shape, in a dtype of {@linkcode gradientDtype}. */
   readonly grad: Tensor;
   /**
    * Whether the backward pass overwrites the gradient in the first pass of a step (see `Step.firstPass`); else it only adds, and the
@@ -44,6 +44,8 @@ export interface ParameterOptions {
   readonly shape: Shape;
   /** Element type of the weights. */
   readonly dtype: DType;
+  /** Element type of the gradient: see {@linkcode gradientDtype}. @default {that of the weights; f32 where it has 16 bits} */
+  readonly gradientDtype?: DType;
   /** Normal numbers of this standard deviation, seeded by the run's seed and the name; or one constant value. */
   readonly init: { readonly std: number; readonly seed: number } | { readonly value: number };
   /** Whether the first pass of a step overwrites the gradient. @default {false} */
@@ -51,13 +53,39 @@ export interface ParameterOptions {
 }
 
 /**
- * Element type in which the gradient of weights is summed and reduced.
+ * Element type of a gradient: in memory, between the ranks that reduce it, and as the optimizer reads it.
+ *
+ * Weights of 16 bits have a choice. In f32, the default, sums over passes and ranks lose nothing. In the weights' own type a gradient takes
+ * half the memory, and half the bytes of writing, reducing and reading; products are still summed in f32 and rounded once per pass, but
+ * a second pass is added to what was rounded, and so is another rank's part.
+ *
+ * Gradients are those of the mean over the global batch from the start (`PassOptions.gradScale`), so no sum is divided afterwards, and in
+ * bf16, whose range is that of f32, none can underflow sooner.
  *
  * @param dtype Element type of the weights.
- * @returns The same, but f32 for weights of 16 bits: sums over passes and ranks would lose what they add.
+ * @param chosen The choice: f32 (f64 for f64), or that of the weights. @default {that of the weights; f32 where it has 16 bits}
+ * @returns The element type of the gradient.
+ * @throws {RangeError} If the weights cannot have it.
+ *
+ * @example
+ * ```ts
+ * import { gradientDtype } from "./parameter.ts";
+ * import assert from "node:assert/strict";
+ *
+ * assert.equal(gradientDtype("bf16"), "f32");
+ * assert.equal(gradientDtype("bf16", "bf16"), "bf16");
+ * assert.throws(() => gradientDtype("f32", "bf16"), RangeError);
+ * ```
  */
-export function gradientDtype(dtype: DType): DType {
-  return dtype === "bf16" || dtype === "f16" ? "f32" : dtype;
+export function gradientDtype(dtype: DType, chosen?: DType): DType {
+  const wide = wideDtype(dtype);
+  if (chosen === undefined || chosen === wide) return wide;
+  if (chosen === dtype) return dtype;
+  throw new RangeError(
+    `Cannot make parameters as "gradientDtype" must be ${
+      dtype === wide ? wide : `${wide} or ${dtype}`
+    } for ${dtype} weights: current value is ${chosen}`,
+  );
 }
 
 /**
@@ -67,7 +95,7 @@ export function gradientDtype(dtype: DType): DType {
  * @returns The moments, in f32 at least.
  */
 export function createMoments({ device, shape, dtype }: Tensor): Moments {
-  const wide = dtype === "f64" ? "f64" : "f32";
+  const wide = wideDtype(dtype);
   return {
     moment1: zeros(device, shape, wide),
     moment2: zeros(device, shape, wide),
@@ -91,7 +119,7 @@ export function createParameter(
   const { shape, dtype, init, overwrites = false } = options;
   const value = empty(device, shape, dtype);
   initialise(name, value, init);
-  const grad = zeros(device, shape, gradientDtype(dtype));
+  const grad = zeros(device, shape, gradientDtype(dtype, options.gradientDtype));
   return { name, value, grad, overwrites, group: "world", decay: shape.length > 1 };
 }
 

@@ -4,14 +4,14 @@
 // Shape letters: N tokens of this rank, D model width, E experts, K choices per token.
 
 import type { Communicator } from "../collectives/types.ts";
-import type { DType, TypedArray } from "../tensor/dtype.ts";
+import { type DType, type TypedArray, wideDtype } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
 import { type PlacedPlan, placePlan } from "./dispatch.ts";
 import type { PlacementPlan } from "./hooks.ts";
 import { linear, linearBackward } from "./linear.ts";
 import type { RoutingTap } from "./moe_types.ts";
-import { gradientDtype, type Parameter } from "./parameter.ts";
+import type { Parameter } from "./parameter.ts";
 import { makePlan } from "./plan.ts";
 import { routeBackward, type Router } from "./router.ts";
 import { routeGlobally } from "./router_exchange.ts";
@@ -105,7 +105,7 @@ export async function routeOnHost(
     x_ND,
     weights,
     [plan.tokens, plan.choices],
-    gradientDtype(x_ND.dtype),
+    wideDtype(x_ND.dtype),
   );
   undo.move();
   return {
@@ -149,7 +149,7 @@ async function logitsOf(x_ND: Tensor, gate: Parameter): Promise<Float64Array> {
 
 /** A tensor's numbers on the host, in f64. */
 async function hostNumbers(x: Tensor): Promise<Float64Array> {
-  using wide = widened(x, x.dtype === "f64" ? "f64" : "f32");
+  using wide = widened(x, wideDtype(x.dtype));
   return new Float64Array(await wide.tensor.toArray() as Float32Array);
 }
 

@@ -4,7 +4,7 @@
 
 import type { Communicator } from "../collectives/types.ts";
 import type { Device } from "../tensor/device.ts";
-import { bytesOf } from "../tensor/dtype.ts";
+import { bytesOf, wideDtype } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, fromArray, type Tensor, TensorScope } from "../tensor/tensor.ts";
 import { Block, type BlockSaved, type Recompute } from "./block.ts";
@@ -17,7 +17,7 @@ import { linear } from "./linear.ts";
 import { headLoss } from "./loss.ts";
 import { MoeLayer } from "./moe_layer.ts";
 import { freeNormed, Norm } from "./norm.ts";
-import { createParameter, freeParameter, gradientDtype, type Parameter } from "./parameter.ts";
+import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
 import { staticPlacement } from "./placement.ts";
 import { type Rows, RowsOfShapes } from "./rows.ts";
 import { dropShown, type MoeShown, type Shown } from "./shown.ts";
@@ -103,7 +103,7 @@ export class Transformer implements Disposable {
         }: current value is ${recompute}`,
       );
     }
-    const { vocab, width, dtype, initStd } = config;
+    const { vocab, width, dtype, gradientDtype, initStd } = config;
     const dtypes = device.kind === "cuda" ? ["f32", "bf16"] : ["f32", "f64"];
     if (!dtypes.includes(dtype)) {
       throw new RangeError(
@@ -112,7 +112,8 @@ export class Transformer implements Disposable {
         } on ${device.name}: current value is ${dtype}`,
       );
     }
-    const matrix = { shape: [vocab, width], dtype, init: { std: initStd, seed } };
+    const init = { std: initStd, seed };
+    const matrix = { shape: [vocab, width], dtype, gradientDtype, init };
     using scope = new TensorScope();
     this.config = config;
     this.#device = device;
@@ -288,7 +289,7 @@ export class Transformer implements Disposable {
     ops.gatherRows(x, lastRows, ends);
     using held = new DisposableStack();
     const last = held.adopt(this.#norm.forward(ends), freeNormed);
-    return linear(last.out_ND, this.#head.value, gradientDtype(x.dtype));
+    return linear(last.out_ND, this.#head.value, wideDtype(x.dtype));
   }
 
   /**
@@ -358,10 +359,11 @@ export function summaryOf(shown: readonly MoeShown[]): PassSummary {
 
 /** What dense networks and mixtures have in common. */
 function partOptions({ device, config, seed, recompute }: TransformerOptions) {
-  const { width, hidden, activation, layers, initStd, dtype } = config;
+  const { width, hidden, activation, layers, initStd, dtype, gradientDtype } = config;
   // What adds to the residual stream starts smaller, so that its variance does not grow with depth (GPT-2).
   const downStd = initStd / Math.sqrt(2 * layers), again = recompute === "activation";
-  return { device, width, hidden, activation, dtype, seed, initStd, downStd, recompute: again };
+  const types = { dtype, gradientDtype };
+  return { device, width, hidden, activation, ...types, seed, initStd, downStd, recompute: again };
 }
 
 function network(options: TransformerOptions, layer: number): FeedForward {

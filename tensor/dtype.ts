@@ -42,6 +42,16 @@ const INFO: Readonly<Record<DType, DTypeInfo>> = {
 export const DTYPES: readonly DType[] = ["f32", "f64", "f16", "bf16", "i32", "u8", "i64", "i16"];
 
 /**
+ * The floating type in which sums over numbers of a type are kept.
+ *
+ * @param dtype The numbers' type.
+ * @returns f64 for f64, else f32.
+ */
+export function wideDtype(dtype: DType): DType {
+  return dtype === "f64" ? "f64" : "f32";
+}
+
+/**
  * Size of one element of a type.
  *
  * @param dtype The element type.
