@@ -1,9 +1,9 @@
 // Grouped products with an activation, for devices without a kernel of their own for them: the product, then the activation.
 
-import type { Activation, Kernels, RowGroups } from "./device.ts";
-import { empty, type Tensor } from "./tensor.ts";
+import type { Kernels } from "./device.ts";
+import { empty } from "./tensor.ts";
 
-/** The kernels that are called in turn. */
+/** The kernels that are called in turn; the product takes rows by index, too. */
 export type GroupedActivationParts = Pick<
   Kernels,
   "groupedGemm" | "activation" | "activationBackward"
@@ -23,29 +23,16 @@ export type GroupedActivation = Pick<
  */
 export function groupedActivation(parts: GroupedActivationParts): GroupedActivation {
   return {
-    groupedGemmActivation(
-      x: Tensor,
-      weights: readonly Tensor[],
-      groups: RowGroups,
-      kind: Activation,
-      up: Tensor,
-      active: Tensor,
-    ): void {
-      parts.groupedGemm(x, weights, groups, up);
-      parts.activation(kind, up, active);
+    groupedGemmActivation(x, weights, groups, kind, up, active, options) {
+      parts.groupedGemm(x, weights, groups, up, { rows: options?.rows });
+      parts.activation(kind, up, active, options?.scales);
     },
-    groupedGemmActivationBackward(
-      dY: Tensor,
-      weights: readonly Tensor[],
-      groups: RowGroups,
-      kind: Activation,
-      up: Tensor,
-      dUp: Tensor,
-    ): void {
-      const F = kind === "swiglu" ? up.shape[1] / 2 : up.shape[1];
-      using dActive = empty(dY.device, [dY.shape[0], F], dY.dtype);
-      parts.groupedGemm(dY, weights, groups, dActive, { transposeWeight: true });
-      parts.activationBackward(kind, dActive, up, dUp);
+    groupedGemmActivationBackward(dY, weights, groups, kind, up, dUp, options) {
+      const [R, H] = up.shape, F = kind === "swiglu" ? H / 2 : H;
+      using dActive = empty(dY.device, [R, F], dY.dtype);
+      const { rows, scales, dScales } = options ?? {};
+      parts.groupedGemm(dY, weights, groups, dActive, { transposeWeight: true, rows });
+      parts.activationBackward(kind, dActive, up, dUp, { scales, dScales });
     },
   };
 }

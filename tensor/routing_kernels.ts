@@ -98,6 +98,10 @@ export interface RoutingKernels {
   ): void;
   /** `out[slots[n,k]] = x[n]`: a token's row to each of its choices; slots i32 [N, K], a negative one gets none; x [N, D], out [S, D]. */
   spreadRows(x: Tensor, slots: Tensor, out: Tensor): void;
+  /** `scales[slots[n,k]] = weights[n,k]`: weights f32 [N, K] as one per row; slots i32 [N, K], a negative one has no row; scales f32 [S]. */
+  scatterWeights(weights: Tensor, slots: Tensor, scales: Tensor): void;
+  /** The way back: `dWeights[n,k] = dScales[slots[n,k]]`, 0 for a negative slot. */
+  gatherWeights(dScales: Tensor, slots: Tensor, dWeights: Tensor): void;
   /**
    * Index arrays between rank-major and expert-major rows, from counts i32 [R, L] of rows per (source rank, seat): expert-major row i is
    * rank-major row `toExpertMajor[i]`, rank-major row i is expert-major row `toRankMajor[i]`; both i32 [M].

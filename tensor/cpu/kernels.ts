@@ -2,11 +2,18 @@
 // are not compiled through JavaScript.
 
 import { bytesOf } from "../dtype.ts";
-import type { Activation, AdamWOptions, AdamWUpdate, Kernels } from "../device.ts";
-import type { Tensor } from "../tensor.ts";
+import type {
+  Activation,
+  ActivationBackwardOptions,
+  AdamWOptions,
+  AdamWUpdate,
+  Kernels,
+} from "../device.ts";
+import { empty, type Tensor } from "../tensor.ts";
 import { attention, attentionBackward } from "./attention.ts";
 import { groupedActivation } from "../grouped_activation.ts";
-import { gemm, groupedGemm, groupedGemmWeightGrad } from "./gemm.ts";
+import { copyingProducts } from "../grouped_rows.ts";
+import { gemm, groupedGemm, groupedGemmWeightGrad, matrixProduct } from "./gemm.ts";
 import * as reference from "./reference/elementwise.ts";
 import { turns } from "./turns.ts";
 import { floatView, hostView, indexView } from "./view.ts";
@@ -167,15 +174,40 @@ function joinQkv(
     dQ.shape[1] / C, dK.shape[1] / C, C);
 }
 
-function activation(kind: Activation, x: Tensor, out: Tensor): void {
+/** `x[n] *= scales[n]` */
+function scaleRows(x: Tensor, scales: Tensor): void {
+  const factors = floatView(scales), { scale } = realKernels(x.dtype);
+  if (x.size === 0) return;
+  const F = x.size / factors.length, bytes = F * bytesOf(x.dtype);
+  for (let n = 0; n < factors.length; n++) scale(x.address + n * bytes, factors[n], F);
+}
+
+/** `out[n] = x[n] · y[n]` */
+function dotRows(x: Tensor, y: Tensor, out: Tensor): void {
+  const N = out.size, F = N === 0 ? 0 : x.size / N, size = bytesOf(x.dtype);
+  const product = matrixProduct(x.dtype);
+  for (let n = 0; n < N; n++) {
+    const row = n * F * size, to = out.address + n * size;
+    product(false, true, 1, 1, F, 1, x.address + row, F, y.address + row, F, 0, to, 1);
+  }
+}
+
+function activation(kind: Activation, x: Tensor, out: Tensor, scales?: Tensor): void {
   const kernels = realKernels(x.dtype);
   if (kind === "swiglu") {
     const F = out.shape[out.shape.length - 1];
     if (out.size > 0) kernels.swiglu(x.address, out.address, out.size / F, F);
   } else kernels[kind](x.address, out.address, x.size);
+  if (scales) scaleRows(out, scales);
 }
 
-function activationBackward(kind: Activation, dOut: Tensor, x: Tensor, dX: Tensor): void {
+function activationBackward(
+  kind: Activation,
+  dOut: Tensor,
+  x: Tensor,
+  dX: Tensor,
+  options?: ActivationBackwardOptions,
+): void {
   const kernels = realKernels(x.dtype);
   if (kind === "swiglu") {
     const F = dOut.shape[dOut.shape.length - 1];
@@ -183,6 +215,12 @@ function activationBackward(kind: Activation, dOut: Tensor, x: Tensor, dX: Tenso
       kernels.swiglu_backward(dOut.address, x.address, dX.address, dOut.size / F, F);
     }
   } else kernels[`${kind}_backward`](dOut.address, x.address, dX.address, x.size);
+  if (options?.scales) scaleRows(dX, options.scales);
+  if (options?.dScales) {
+    using active = empty(dOut.device, dOut.shape, dOut.dtype);
+    activation(kind, x, active);
+    dotRows(dOut, active, options.dScales);
+  }
 }
 
 function crossEntropy(logits: Tensor, targets: Tensor, losses: Tensor, scale: number): void {
@@ -219,6 +257,8 @@ function adamW(updates: readonly AdamWUpdate[], options: AdamWOptions): void {
   }
 }
 
+const products = copyingProducts({ groupedGemm, groupedGemmWeightGrad }, { gatherRows });
+
 /** The kernels of the CPU. They compute in f32 and f64; fill, copy and gatherRows take every dtype. */
 export const cpuKernels: Kernels = {
   fill,
@@ -228,9 +268,8 @@ export const cpuKernels: Kernels = {
   axpy: (alpha, x, y) => realKernels(x.dtype).axpy(alpha, x.address, y.address, x.size),
   scale: (x, alpha) => realKernels(x.dtype).scale(x.address, alpha, x.size),
   gemm,
-  groupedGemm,
-  groupedGemmWeightGrad,
-  ...groupedActivation({ groupedGemm, activation, activationBackward }),
+  ...products,
+  ...groupedActivation({ ...products, activation, activationBackward }),
   gatherRows,
   scatterAddRows,
   combineRows,

@@ -1,6 +1,8 @@
 // Puts the kernels of the rooms together: which modules are compiled when a device is made, and which room has which kernel.
 
 import type { Kernels } from "../device.ts";
+import { groupedActivation } from "../grouped_activation.ts";
+import { copyingProducts } from "../grouped_rows.ts";
 import type { RoutingKernels } from "../routing_kernels.ts";
 import {
   attentionBackwardModule,
@@ -20,7 +22,7 @@ import { normsKernels, normsModule } from "./norms.ts";
 import { optimizerKernels, optimizerModule } from "./optimizer.ts";
 import { randomKernels, randomModule } from "./random.ts";
 import { gateModule, routingKernels, routingModule } from "./routing.ts";
-import { rowsKernels, rowsModule } from "./rows.ts";
+import { rowsKernels, rowsModule, rowWeightKernels } from "./rows.ts";
 import { sortModule } from "./sort.ts";
 
 /** Every `.cu` module of the library. */
@@ -57,6 +59,7 @@ const ROOMS: readonly ((context: CudaContext) => Partial<Kernels>)[] = [
 
 const ROUTING_ROOMS: readonly ((context: CudaContext) => Partial<RoutingKernels>)[] = [
   routingKernels,
+  rowWeightKernels,
 ];
 
 /** Joins what the rooms have. */
@@ -75,7 +78,20 @@ function join<T extends object>(
  */
 export function cudaKernels(context: CudaContext): Kernels {
   const kernels = join<Kernels>(context, ROOMS);
-  return Object.assign(kernels, groupedActivationKernels(context, kernels));
+  // TODO: goes as soon as grouped.ts and grouped_fused.ts take rows by index and scales themselves.
+  Object.assign(kernels, copyingProducts({ ...kernels }, kernels));
+  const fused = groupedActivationKernels(context, kernels), separate = groupedActivation(kernels);
+  return Object.assign(
+    kernels,
+    {
+      groupedGemmActivation(...call) {
+        (call[6] ? separate : fused).groupedGemmActivation(...call);
+      },
+      groupedGemmActivationBackward(...call) {
+        (call[6] ? separate : fused).groupedGemmActivationBackward(...call);
+      },
+    } satisfies Partial<Kernels>,
+  );
 }
 
 /**

@@ -85,7 +85,9 @@ const GRADIENT_OCCUPANCY = [4, 3, 2];
  * @param context The GPU.
  * @returns The kernels; tokens in f32 and bf16.
  */
-export function routingKernels(context: CudaContext): RoutingKernels {
+export function routingKernels(
+  context: CudaContext,
+): Omit<RoutingKernels, "scatterWeights" | "gatherWeights"> {
   const ofGate = (name: string) => context.kernel(gateModule, name);
   const ofRouting = (name: string) => context.kernel(routingModule, name);
   const gates = GATE_TILES.map(([tiles]) => ofGate(`gate_${tiles}`));

@@ -61,6 +61,24 @@ export function indices(op: string, name: string, x: Tensor, like: Tensor, size:
   if (x.size !== size) fail(op, `${name} must have ${size} elements`, `[${x.shape}]`);
 }
 
+/** Rows that are taken by index, or as they lie: how many they are. */
+export function rowsTaken(op: string, name: string, rows: Tensor | undefined, x: Tensor): number {
+  if (!rows) return x.shape[0];
+  indices(op, name, rows, x, rows.size);
+  return rows.size;
+}
+
+/** Factors of rows, or their gradients, are as many as rows and in the dtype of statistics, where there are any. */
+export function rowScales(
+  op: string,
+  name: string,
+  scales: Tensor | undefined,
+  like: Tensor,
+  rows: number,
+): void {
+  if (scales) statistics(op, name, scales, like, rows);
+}
+
 /** A tensor must have two dimensions. */
 export function isMatrix(op: string, name: string, x: Tensor): void {
   if (x.shape.length !== 2) fail(op, `${name} must be a matrix`, `[${x.shape}]`);

@@ -2,7 +2,12 @@
 // they agree.
 
 import { now } from "../../trace/mod.ts";
-import type { Activation, AdamWOptions, AdamWUpdate } from "../device.ts";
+import type {
+  Activation,
+  ActivationBackwardOptions,
+  AdamWOptions,
+  AdamWUpdate,
+} from "../device.ts";
 import type { Tensor } from "../tensor.ts";
 import {
   alive,
@@ -12,6 +17,7 @@ import {
   fail,
   lead,
   ran,
+  rowScales,
   statistics,
   wide,
 } from "./check.ts";
@@ -113,44 +119,56 @@ function checkActivation(op: string, kind: Activation, x: Tensor, out: Tensor): 
 }
 
 /**
- * `relu(x)`, tanh-approximated `gelu(x)`, or `silu(x[:, :F]) · x[:, F:]` for swiglu.
+ * `relu(x)`, tanh-approximated `gelu(x)`, or `silu(x[:, :F]) · x[:, F:]` for swiglu; row n times `scales[n]`, where there are any.
  *
  * @param kind Which activation.
  * @param x [N, F], or [N, 2F] for swiglu.
  * @param out [N, F].
+ * @param scales f32 [N] (f64 for f64). @default {ones}
  * @throws {RangeError} If shapes or devices do not fit.
  * @throws {TypeError} If dtypes differ.
  */
-export function activation(kind: Activation, x: Tensor, out: Tensor): void {
-  lead("activate", "x", x);
-  alive("activate", "out", out, x.device, x.dtype);
-  checkActivation("activate", kind, x, out);
-  disjoint("activate", "x", out, x);
+export function activation(kind: Activation, x: Tensor, out: Tensor, scales?: Tensor): void {
+  const op = "activate";
+  lead(op, "x", x);
+  alive(op, "out", out, x.device, x.dtype);
+  checkActivation(op, kind, x, out);
+  rowScales(op, "scales", scales, x, x.shape[0]);
+  disjoint(op, "x", out, x);
   const start = now();
-  x.device.kernels.activation(kind, x, out);
+  x.device.kernels.activation(kind, x, out, scales);
   ran("activation", "compute", start);
 }
 
 /**
- * Gradient of {@linkcode activation}.
+ * Gradient of {@linkcode activation}: `dX[n] = scales[n] · activationBackward(kind, dOut[n], x[n])`, `dScales[n] = dOut[n] · activation(kind, x[n])`.
  *
  * @param kind Which activation.
  * @param dOut [N, F].
  * @param x The input, [N, F] or [N, 2F].
  * @param dX Like x.
+ * @param options The scales, and where their gradient goes: f32 [N] (f64 for f64).
  * @throws {RangeError} If shapes or devices do not fit.
  * @throws {TypeError} If dtypes differ.
  */
-export function activationBackward(kind: Activation, dOut: Tensor, x: Tensor, dX: Tensor): void {
+export function activationBackward(
+  kind: Activation,
+  dOut: Tensor,
+  x: Tensor,
+  dX: Tensor,
+  options?: ActivationBackwardOptions,
+): void {
   const op = "take the activation's gradient";
   lead(op, "x", x);
   alive(op, "dOut", dOut, x.device, x.dtype);
   checkActivation(op, kind, x, dOut);
   elements(op, "dX", dX, x, x.size);
+  rowScales(op, "scales", options?.scales, x, x.shape[0]);
+  rowScales(op, "dScales", options?.dScales, x, x.shape[0]);
   disjoint(op, "x", dX, x);
   disjoint(op, "dOut", dX, dOut);
   const start = now();
-  x.device.kernels.activationBackward(kind, dOut, x, dX);
+  x.device.kernels.activationBackward(kind, dOut, x, dX, options);
   ran("activationBackward", "compute", start);
 }
 

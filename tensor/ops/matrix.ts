@@ -1,7 +1,16 @@
 // Checked matrix products and attention. See `Kernels` in device.ts for the formulas.
 
 import { now } from "../../trace/mod.ts";
-import type { Activation, AttentionShape, GemmOptions, RowGroups } from "../device.ts";
+import type {
+  Activation,
+  AttentionShape,
+  GemmOptions,
+  GroupedActivationBackwardOptions,
+  GroupedActivationOptions,
+  GroupedGemmOptions,
+  GroupedWeightGradOptions,
+  RowGroups,
+} from "../device.ts";
 import type { Tensor } from "../tensor.ts";
 import {
   ascending,
@@ -12,6 +21,8 @@ import {
   matrix,
   ran,
   rowGroups,
+  rowScales,
+  rowsTaken,
   statistics,
   wideMatrix,
 } from "./check.ts";
@@ -47,11 +58,11 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options?: GemmOptions): 
  * One GEMM per group over uneven row groups: `out_g = x_g w_gᵀ`, or `x_g w_g` with `transposeWeight`. Rows outside the
  * groups are left as they are.
  *
- * @param x [R, in] ([R, out] with `transposeWeight`).
+ * @param x [R, in] ([R, out] with `transposeWeight`); of any number of rows where they are taken by index.
  * @param weights One [out, in] per group.
  * @param groups Where the rows of each group begin; groups may be empty.
  * @param out [R, out] ([R, in] with `transposeWeight`).
- * @param options Whether weights are taken transposed, and the factor of the old contents of out.
+ * @param options Whether weights are taken transposed, the factor of the old contents of out, and which rows of x are taken.
  * @throws {RangeError} If shapes, offsets or devices do not fit or out overlaps x.
  * @throws {TypeError} If dtypes differ.
  */
@@ -60,13 +71,13 @@ export function groupedGemm(
   weights: readonly Tensor[],
   groups: RowGroups,
   out: Tensor,
-  options?: { readonly transposeWeight?: boolean; readonly beta?: number },
+  options?: GroupedGemmOptions,
 ): void {
   const op = "multiply groups";
   lead(op, "x", x);
   isMatrix(op, "x", x);
   isMatrix(op, "out", out);
-  const [R, from] = x.shape, to = out.shape[1];
+  const R = rowsTaken(op, "rows", options?.rows, x), from = x.shape[1], to = out.shape[1];
   matrix(op, "out", out, x, R, to);
   for (let g = 0; g < weights.length; g++) {
     if (options?.transposeWeight) matrix(op, "a weight", weights[g], x, from, to);
@@ -79,37 +90,41 @@ export function groupedGemm(
   ran("groupedGemm", "gemm", start);
 }
 
-/** Checks what both grouped products with an activation have: rows, weights and the matrix before the activation. Returns F. */
+/** Checks what both grouped products with an activation have: rows, weights, scales and the matrix before the activation. Returns R and F. */
 function checkGroupedActivation(
   op: string,
-  tensors: { readonly rows: Tensor; readonly up: Tensor; readonly weights: readonly Tensor[] },
+  tensors: { readonly x: Tensor; readonly up: Tensor; readonly weights: readonly Tensor[] },
   groups: RowGroups,
   kind: Activation,
   back: boolean,
-): number {
-  const { rows, up, weights } = tensors;
+  options: GroupedActivationOptions | undefined,
+): readonly [rows: number, width: number] {
+  const { x, up, weights } = tensors;
   isMatrix(op, "up", up);
-  const [R, D] = rows.shape, H = up.shape[1];
-  matrix(op, "up", up, rows, R, H);
+  const R = rowsTaken(op, "rows", options?.rows, x), D = x.shape[1], H = up.shape[1];
+  matrix(op, "up", up, x, R, H);
   if (kind === "swiglu" && H % 2 !== 0) fail(op, "the columns of up must be gate and up", H);
   const F = kind === "swiglu" ? H / 2 : H;
   for (const weight of weights) {
-    if (back) matrix(op, "a weight", weight, rows, D, F);
-    else matrix(op, "a weight", weight, rows, H, D);
+    if (back) matrix(op, "a weight", weight, x, D, F);
+    else matrix(op, "a weight", weight, x, H, D);
   }
-  rowGroups(op, groups, rows, weights.length, R);
-  return F;
+  rowGroups(op, groups, x, weights.length, R);
+  rowScales(op, "scales", options?.scales, x, R);
+  return [R, F];
 }
 
 /**
- * `up_g = x_g w_gᵀ` and `active = activation(kind, up)`: the experts' first layer. Rows outside the groups are unspecified in active.
+ * `up_g = x_g w_gᵀ` and `active[r] = scales[r] · activation(kind, up[r])`: the experts' first layer. Rows outside the groups are unspecified in
+ * active.
  *
- * @param x [R, D].
+ * @param x [R, D]; of any number of rows where they are taken by index.
  * @param weights One [F, D] per group, [2F, D] for swiglu: the gate's rows first.
  * @param groups Where the rows of each group begin; groups may be empty.
  * @param kind Which activation.
  * @param up [R, F], [R, 2F] for swiglu.
  * @param active [R, F].
+ * @param options Which rows of x are taken, and the factor of each row of active.
  * @throws {RangeError} If shapes, offsets or devices do not fit or tensors overlap.
  * @throws {TypeError} If dtypes differ.
  */
@@ -120,30 +135,32 @@ export function groupedGemmActivation(
   kind: Activation,
   up: Tensor,
   active: Tensor,
+  options?: GroupedActivationOptions,
 ): void {
   const op = "multiply groups and activate";
   lead(op, "x", x);
   isMatrix(op, "x", x);
-  const F = checkGroupedActivation(op, { rows: x, up, weights }, groups, kind, false);
-  matrix(op, "active", active, x, x.shape[0], F);
+  const [R, F] = checkGroupedActivation(op, { x, up, weights }, groups, kind, false, options);
+  matrix(op, "active", active, x, R, F);
   disjoint(op, "x", up, x);
   disjoint(op, "x", active, x);
   disjoint(op, "up", active, up);
   const start = now();
-  x.device.kernels.groupedGemmActivation(x, weights, groups, kind, up, active);
+  x.device.kernels.groupedGemmActivation(x, weights, groups, kind, up, active, options);
   ran("groupedGemmActivation", "gemm", start);
 }
 
 /**
- * `dUp = activationBackward(kind, dY_g w_g, up)`: from the gradient of the experts' outputs to that before their activation. Rows outside
- * the groups are unspecified in dUp.
+ * With `d = dY_g w_g`: `dUp[r] = scales[r] · activationBackward(kind, d[r], up[r])`, from the gradient of the experts' outputs to that before their
+ * activation; and `dScales[r] = d[r] · activation(kind, up[r])`. Rows outside the groups are unspecified in dUp and dScales.
  *
- * @param dY [R, D].
+ * @param dY [R, D]; of any number of rows where they are taken by index.
  * @param weights The second layer's, one [D, F] per group.
  * @param groups Where the rows of each group begin; groups may be empty.
  * @param kind Which activation.
  * @param up What {@linkcode groupedGemmActivation} wrote, [R, F], [R, 2F] for swiglu.
  * @param dUp Like up.
+ * @param options Which rows of dY are taken, the scales of the forward pass, and where their gradient goes.
  * @throws {RangeError} If shapes, offsets or devices do not fit or dUp overlaps an input.
  * @throws {TypeError} If dtypes differ.
  */
@@ -154,27 +171,29 @@ export function groupedGemmActivationBackward(
   kind: Activation,
   up: Tensor,
   dUp: Tensor,
+  options?: GroupedActivationBackwardOptions,
 ): void {
   const op = "take the gradient before the activation";
   lead(op, "dY", dY);
   isMatrix(op, "dY", dY);
-  checkGroupedActivation(op, { rows: dY, up, weights }, groups, kind, true);
+  const [R] = checkGroupedActivation(op, { x: dY, up, weights }, groups, kind, true, options);
+  rowScales(op, "dScales", options?.dScales, dY, R);
   matrix(op, "dUp", dUp, dY, up.shape[0], up.shape[1]);
   disjoint(op, "dY", dUp, dY);
   disjoint(op, "up", dUp, up);
   const start = now();
-  dY.device.kernels.groupedGemmActivationBackward(dY, weights, groups, kind, up, dUp);
+  dY.device.kernels.groupedGemmActivationBackward(dY, weights, groups, kind, up, dUp, options);
   ran("groupedGemmActivationBackward", "gemm", start);
 }
 
 /**
  * `grads[g] = dy_gᵀ x_g + beta · grads[g]`: the weights' gradients of {@linkcode groupedGemm}.
  *
- * @param dy [R, out].
- * @param x [R, in].
+ * @param dy [R, out]; of any number of rows where they are taken by index.
+ * @param x [R, in]; likewise.
  * @param groups Where the rows of each group begin.
  * @param grads One [out, in] per group, in the dtype of x; in f32, too, if that has 16 bits.
- * @param options Factor of the old gradients; with 0, those of empty groups become 0. @default {{beta: 1}}
+ * @param options Factor of the old gradients, 1 by default; with 0, those of empty groups become 0. And which rows of dy and x are taken.
  * @throws {RangeError} If shapes, offsets or devices do not fit.
  * @throws {TypeError} If dtypes differ.
  */
@@ -183,14 +202,17 @@ export function groupedGemmWeightGrad(
   x: Tensor,
   groups: RowGroups,
   grads: readonly Tensor[],
-  options?: { readonly beta?: number },
+  options?: GroupedWeightGradOptions,
 ): void {
   const op = "take the weights' gradients";
   lead(op, "x", x);
   isMatrix(op, "x", x);
   isMatrix(op, "dy", dy);
-  const [R, from] = x.shape, to = dy.shape[1];
-  matrix(op, "dy", dy, x, R, to);
+  const R = rowsTaken(op, "xRows", options?.xRows, x), from = x.shape[1], to = dy.shape[1];
+  matrix(op, "dy", dy, x, dy.shape[0], to);
+  if (rowsTaken(op, "dyRows", options?.dyRows, dy) !== R) {
+    fail(op, `dy must have ${R} rows`, options?.dyRows?.size ?? dy.shape[0]);
+  }
   for (let g = 0; g < grads.length; g++) {
     wideMatrix(op, "a gradient", grads[g], x, to, from);
     disjoint(op, "x", grads[g], x);

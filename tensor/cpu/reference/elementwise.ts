@@ -2,7 +2,12 @@
 // number goes through JavaScript's f64, so these results are also the more exact ones.
 
 import type { DType, TypedArray } from "../../dtype.ts";
-import type { Activation, AdamWOptions, AdamWUpdate } from "../../device.ts";
+import type {
+  Activation,
+  ActivationBackwardOptions,
+  AdamWOptions,
+  AdamWUpdate,
+} from "../../device.ts";
 import { fillNormal, type RandomKey } from "../../random.ts";
 import type { Tensor } from "../../tensor.ts";
 import { floatView, hostView } from "../view.ts";
@@ -120,42 +125,49 @@ function geluSlope(x: number): number {
   return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * GELU_SCALE * (1 + 3 * GELU_CUBE * x * x);
 }
 
+/** activation(kind, x[n])[f] for x of rows [F], or [gate, up]. */
+function activated(kind: Activation, x: Float32Array | Float64Array, i: number, F: number): number {
+  if (kind === "relu") return Math.max(x[i], 0);
+  if (kind === "gelu") return gelu(x[i]);
+  const at = i + Math.floor(i / F) * F, gate = x[at];
+  return gate / (1 + Math.exp(-gate)) * x[at + F];
+}
+
 /** Reference of `Kernels.activation`. */
-export function activation(kind: Activation, x: Tensor, out: Tensor): void {
-  const a = floatView(x), o = floatView(out);
-  if (kind === "swiglu") {
-    const F = out.shape.at(-1)!, N = F === 0 ? 0 : out.size / F;
-    for (let n = 0; n < N; n++) {
-      for (let f = 0; f < F; f++) {
-        const gate = a[n * 2 * F + f], up = a[n * 2 * F + F + f];
-        o[n * F + f] = gate / (1 + Math.exp(-gate)) * up;
-      }
-    }
-  } else if (kind === "relu") {
-    for (let i = 0; i < o.length; i++) o[i] = Math.max(a[i], 0);
-  } else {
-    for (let i = 0; i < o.length; i++) o[i] = gelu(a[i]);
+export function activation(kind: Activation, x: Tensor, out: Tensor, scales?: Tensor): void {
+  const a = floatView(x), o = floatView(out), s = scales && floatView(scales);
+  const F = o.length / out.shape.slice(0, -1).reduce((product, n) => product * n, 1);
+  const row = o.length / out.shape[0];
+  for (let i = 0; i < o.length; i++) {
+    o[i] = (s ? s[Math.floor(i / row)] : 1) * activated(kind, a, i, F);
   }
 }
 
 /** Reference of `Kernels.activationBackward`. */
-export function activationBackward(kind: Activation, dOut: Tensor, x: Tensor, dX: Tensor): void {
+export function activationBackward(
+  kind: Activation,
+  dOut: Tensor,
+  x: Tensor,
+  dX: Tensor,
+  options: ActivationBackwardOptions = {},
+): void {
   const dO = floatView(dOut), a = floatView(x), d = floatView(dX);
-  if (kind === "swiglu") {
-    const F = dOut.shape.at(-1)!, N = F === 0 ? 0 : dOut.size / F;
-    for (let n = 0; n < N; n++) {
-      for (let f = 0; f < F; f++) {
-        const gate = a[n * 2 * F + f], up = a[n * 2 * F + F + f], g = dO[n * F + f];
-        const sigmoid = 1 / (1 + Math.exp(-gate));
-        d[n * 2 * F + f] = g * up * sigmoid * (1 + gate * (1 - sigmoid));
-        d[n * 2 * F + F + f] = g * gate * sigmoid;
-      }
-    }
-  } else if (kind === "relu") {
-    for (let i = 0; i < d.length; i++) d[i] = a[i] > 0 ? dO[i] : 0;
-  } else {
-    for (let i = 0; i < d.length; i++) d[i] = dO[i] * geluSlope(a[i]);
+  const s = options.scales && floatView(options.scales);
+  const dS = options.dScales && floatView(options.dScales).fill(0);
+  const F = dO.length / dOut.shape.slice(0, -1).reduce((product, n) => product * n, 1);
+  const row = dO.length / dOut.shape[0], dots = new Float64Array(dS?.length ?? 0);
+  for (let i = 0; i < dO.length; i++) {
+    const n = Math.floor(i / row), g = (s ? s[n] : 1) * dO[i];
+    if (kind === "swiglu") {
+      const at = i + Math.floor(i / F) * F, gate = a[at], up = a[at + F];
+      const sigmoid = 1 / (1 + Math.exp(-gate));
+      d[at] = g * up * sigmoid * (1 + gate * (1 - sigmoid));
+      d[at + F] = g * gate * sigmoid;
+    } else if (kind === "relu") d[i] = a[i] > 0 ? g : 0;
+    else d[i] = g * geluSlope(a[i]);
+    if (dS) dots[n] += dO[i] * activated(kind, a, i, F);
   }
+  dS?.set(dots as never);
 }
 
 /** Reference of `Kernels.adamW`. */
