@@ -43,29 +43,29 @@ export class Fifo implements CollectiveScheduler {
   }
 
   /**
-   * Fills buckets with whole gradients, in the order of the graph. A bucket holds one element type only.
+   * Fills buckets with whole gradients, in the order of the graph. A bucket holds one element type only; one of each type is open at a time,
+   * so that small gradients of one type between large ones of another do not cut their buckets short.
    *
    * @param graph The step.
-   * @returns One micro-op per bucket; all-to-alls stay whole.
+   * @returns One micro-op per bucket, in the order in which their last gradients become ready; all-to-alls stay whole.
    */
   plan(graph: StepGraph): Schedule {
-    const microOps: MicroOp[] = [];
-    let parts: MicroOpPart[] = [], bytes = 0, elementBytes = 0;
-    const close = () => {
-      if (parts.length > 0) microOps.push({ parts, bytes });
-      parts = [];
-      bytes = 0;
-    };
-    for (const gradient of worldGradients(graph)) {
-      if (gradient.elements === 0) continue;
-      const size = gradient.bytes / gradient.elements;
-      if (bytes + gradient.bytes > this.#bucketBytes || size !== elementBytes) close();
-      elementBytes = size;
-      parts.push({ gradient: gradient.id, start: 0, end: gradient.elements });
-      bytes += gradient.bytes;
+    const buckets: { parts: MicroOpPart[]; bytes: number }[] = [];
+    const open = new Map<number, { parts: MicroOpPart[]; bytes: number }>();
+    for (const { id, elements, bytes } of worldGradients(graph)) {
+      if (elements === 0) continue;
+      const elementBytes = bytes / elements;
+      let bucket = open.get(elementBytes);
+      if (!bucket || bucket.bytes + bytes > this.#bucketBytes) {
+        bucket = { parts: [], bytes: 0 };
+        open.set(elementBytes, bucket);
+        buckets.push(bucket);
+      }
+      bucket.parts.push({ gradient: id, start: 0, end: elements });
+      bucket.bytes += bytes;
     }
-    close();
-    return { microOps, chunks: new Map() };
+    const last = ({ parts }: MicroOp) => parts[parts.length - 1].gradient;
+    return { microOps: buckets.sort((a, b) => last(a) - last(b)), chunks: new Map() };
   }
 
   /**

@@ -43,15 +43,26 @@ Deno.test("step graph: program order, dependencies before dependants", () => {
   }));
 });
 
-Deno.test("fifo: every element once, in order of readiness, no bucket over its size", () => {
+Deno.test("fifo: every element once, in order of readiness, no bucket over its size or of two types", () => {
   fc.assert(fc.property(outline, fc.integer({ min: 1, max: 20_000 }), (outline, bucketBytes) => {
     const graph = buildStepGraph(outline);
     const schedule = new Fifo({ bucketBytes }).plan(graph);
     checkSchedule(graph, schedule);
-    assert.deepEqual(
-      schedule.microOps.flatMap((m) => m.parts.map((part) => part.gradient)),
-      worldGradients(graph).map(({ id }) => id),
-    );
+    const nodes = worldGradients(graph),
+      sizes = new Map(nodes.map((n) => [n.id, n.bytes / n.elements]));
+    const buckets = schedule.microOps.map(({ parts }) => parts.map(({ gradient }) => gradient));
+    const ascends = (ids: number[]) => assert.deepEqual(ids, ids.toSorted((a, b) => a - b));
+    for (const bytes of [2, 4]) {
+      const ofType = buckets.filter((ids) => ids.some((id) => sizes.get(id) === bytes));
+      const ids = nodes.map(({ id }) => id).filter((id) => sizes.get(id) === bytes);
+      assert.deepEqual(ofType.flat(), ids);
+      // No bucket is closed before the next gradient of its type would overfill it.
+      ofType.slice(1).forEach(([next], i) => {
+        const filled = schedule.microOps[buckets.indexOf(ofType[i])].bytes;
+        assert.ok(filled + nodes.find(({ id }) => id === next)!.bytes > bucketBytes);
+      });
+    }
+    ascends(buckets.map((ids) => ids.at(-1)!));
     for (const { parts, bytes } of schedule.microOps) {
       assert.ok(bytes <= bucketBytes || parts.length === 1);
     }

@@ -87,3 +87,34 @@ Deno.test({
     }
   },
 });
+
+Deno.test({
+  name: "cuda ranks: gradients of a bf16 model in f32 or bf16, whole, sharded or of replicas",
+  ignore,
+  async fn() {
+    const args = (gradientDtype: "f32" | "bf16"): TrainArgs => ({
+      ...COMMON,
+      steps: 3,
+      accumulate: 2,
+      parameters: true,
+      model: { ...COMMON.model, dtype: "bf16", gradientDtype },
+    });
+    const narrow = args("bf16");
+    const [[wide], [alone], whole, sharded, [replicas]] = [
+      await train("cuda", 2, args("f32")),
+      await train("cuda", 1, narrow),
+      await train("cuda", 2, narrow),
+      await train("cuda", 2, { ...narrow, shardOptimizer: true }),
+      await train("cuda", 2, { ...narrow, replicas: 2 }),
+    ];
+    sharded.forEach((result, rank) => {
+      assert.deepEqual(result.loss, whole[rank].loss);
+      assert.deepEqual(result.sums, whole[rank].sums);
+    });
+    for (const other of [alone, wide, replicas]) assertNear(whole[0], other, 0.01);
+    // Half the bytes, but for the gains and gates, which stay f32: two gates of 4 x 16, five gains of 16, once in and once out.
+    const small = 4 * (2 * 4 * 16 + 5 * 16);
+    const [bytes, all] = [whole[0], wide].map(({ bytes }) => bytes.gradients - small);
+    assert.equal(2 * bytes, all);
+  },
+});
