@@ -152,26 +152,117 @@ DEVICE i64 divide(i64 i, i64 by) {
   return ((u64)(i | by) >> 32) == 0 ? (i64)((u32)i / (u32)by) : i / by;
 }
 
-// out[n, f] = silu(x[n, f]) · x[n, F + f]. A thread has one pack of `out`.
-template <typename T>
-DEVICE void swiglu(const T* x, T* out, i64 rows, i64 F) {
-  constexpr int N = 16 / sizeof(T);
+// One column of an activation's output: its inputs, gate and up for SwiGLU, and their gradients.
+template <typename A>
+struct Column {
+  static constexpr int INPUTS = 1;
+  static DEVICE float value(const float (&x)[1]) { return A::value(x[0]); }
+  static DEVICE void gradient(float d, const float (&x)[1], float (&d_x)[1]) { d_x[0] = A::gradient(d, x[0]); }
+};
+template <>
+struct Column<Swiglu> {
+  static constexpr int INPUTS = 2;
+  static DEVICE float value(const float (&x)[2]) { return Swiglu::value(x[0], x[1]); }
+  static DEVICE void gradient(float d, const float (&x)[2], float (&d_x)[2]) {
+    Swiglu::gradient(d, x[0], x[1], d_x[0], d_x[1]);
+  }
+};
+
+// out[n, f] = scales[n] · activation(x[n])[f]; without scales they are 1. A thread has one pack of `out`.
+template <typename A, typename T>
+DEVICE void activate_rows(const T* x, T* out, const float* scales, i64 rows, i64 F) {
+  constexpr int N = 16 / sizeof(T), I = Column<A>::INPUTS;
   i64 first = (i64)blockIdx.x * blockDim.x;
   if (F % N == 0 && aligned<16>(x) && aligned<16>(out)) {
     i64 width = F / N, i = first + threadIdx.x;
     if (i >= rows * width) return;
-    const T* from = x + (i + divide(i, width) * width) * N;
-    Pack<T, N> gate = *(const Pack<T, N>*)from, up = *(const Pack<T, N>*)(from + F);
-    float results[N];
+    i64 row = divide(i, width);
+    const T* from = x + (i + row * (I - 1) * width) * N;
+    Pack<T, N> packs[I];
 #pragma unroll
-    for (int j = 0; j < N; j++) results[j] = Swiglu::value(to_f32(gate.at[j]), to_f32(up.at[j]));
+    for (int k = 0; k < I; k++) packs[k] = *(const Pack<T, N>*)(from + k * F);
+    float scale = scales ? scales[row] : 1.0f, results[N];
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+      float column[I];
+#pragma unroll
+      for (int k = 0; k < I; k++) column[k] = to_f32(packs[k].at[j]);
+      results[j] = scale * Column<A>::value(column);
+    }
     put(out + i * N, results);
   } else {
     i64 end = (first + blockDim.x) * N < rows * F ? (first + blockDim.x) * N : rows * F;
     for (i64 i = first * N + threadIdx.x; i < end; i += blockDim.x) {
-      const T* from = x + i + divide(i, F) * F;
-      put_one(out + i, Swiglu::value(to_f32(from[0]), to_f32(from[F])));
+      i64 row = divide(i, F);
+      float column[I];
+#pragma unroll
+      for (int k = 0; k < I; k++) column[k] = to_f32(x[i + row * (I - 1) * F + k * F]);
+      put_one(out + i, (scales ? scales[row] : 1.0f) * Column<A>::value(column));
     }
+  }
+}
+
+// dX[n] = scales[n] · activationBackward(dOut[n], x[n]), dScales[n] = dOut[n] · activation(x[n]); either may be null. A warp has a row, and its
+// sum is in one order whatever the GPU.
+template <typename A, typename T>
+DEVICE void activate_rows_backward(const T* d_out, const T* x, T* d_x, const float* scales, float* d_scales, i64 rows,
+                                   i64 F) {
+  constexpr int N = 16 / sizeof(T), I = Column<A>::INPUTS, U = 4 / I;
+  i64 row = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (row >= rows) return;
+  int lane = threadIdx.x % 32;
+  float scale = scales ? scales[row] : 1.0f, dot = 0;
+  d_out += row * F;
+  x += row * I * F;
+  d_x += row * I * F;
+  auto one = [&](float d, const float (&column)[I], float (&d_column)[I]) {
+    Column<A>::gradient(d, column, d_column);
+#pragma unroll
+    for (int k = 0; k < I; k++) d_column[k] *= scale;
+    if (d_scales) dot = fmaf(d, Column<A>::value(column), dot);
+  };
+  if (F % N == 0 && aligned<16>(x) && aligned<16>(d_out) && aligned<16>(d_x)) {
+    for (i64 first = lane * N; first < F; first += 32 * N * U) {
+      Pack<T, N> d[U], in[U][I];
+#pragma unroll
+      for (int u = 0; u < U; u++) {
+        i64 at = first + u * 32 * N;
+        if (at >= F) break;
+        d[u] = *(const Pack<T, N>*)(d_out + at);
+#pragma unroll
+        for (int k = 0; k < I; k++) in[u][k] = *(const Pack<T, N>*)(x + k * F + at);
+      }
+#pragma unroll
+      for (int u = 0; u < U; u++) {
+        i64 at = first + u * 32 * N;
+        if (at >= F) break;
+        float results[I][N];
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+          float column[I], d_column[I];
+#pragma unroll
+          for (int k = 0; k < I; k++) column[k] = to_f32(in[u][k].at[j]);
+          one(to_f32(d[u].at[j]), column, d_column);
+#pragma unroll
+          for (int k = 0; k < I; k++) results[k][j] = d_column[k];
+        }
+#pragma unroll
+        for (int k = 0; k < I; k++) put(d_x + k * F + at, results[k]);
+      }
+    }
+  } else {
+    for (i64 f = lane; f < F; f += 32) {
+      float column[I], d_column[I];
+#pragma unroll
+      for (int k = 0; k < I; k++) column[k] = to_f32(x[k * F + f]);
+      one(to_f32(d_out[f]), column, d_column);
+#pragma unroll
+      for (int k = 0; k < I; k++) put_one(d_x + k * F + f, d_column[k]);
+    }
+  }
+  if (d_scales) {
+    dot = warp_sum(dot);
+    if (lane == 0) d_scales[row] = dot;
   }
 }
 
@@ -215,9 +306,24 @@ DEVICE void swiglu_backward(const T* d_out, const T* x, T* d_x, i64 rows, i64 F)
   extern "C" __global__ void gelu_backward_##T(const T* d_out, const T* x, T* d_x, i64 size) {                   \
     map2(d_out, x, d_x, size, [](float d, float a) { return Gelu::gradient(d, a); });                            \
   }                                                                                                              \
-  extern "C" __global__ void swiglu_##T(const T* x, T* out, i64 rows, i64 F) { swiglu(x, out, rows, F); }        \
   extern "C" __global__ void swiglu_backward_##T(const T* d_out, const T* x, T* d_x, i64 rows, i64 F) {          \
     swiglu_backward(d_out, x, d_x, rows, F);                                                                     \
   }
 ACTIVATIONS(f32)
 ACTIVATIONS(bf16)
+
+#define ROWS(NAME, A, T)                                                                                         \
+  extern "C" __global__ void NAME##_rows_##T(const T* x, T* out, const float* scales, i64 rows, i64 F) {         \
+    activate_rows<A>(x, out, scales, rows, F);                                                                   \
+  }                                                                                                              \
+  extern "C" __global__ void __launch_bounds__(256)                                                              \
+      NAME##_backward_rows_##T(const T* d_out, const T* x, T* d_x, const float* scales, float* d_scales,         \
+                               i64 rows, i64 F) {                                                                \
+    activate_rows_backward<A>(d_out, x, d_x, scales, d_scales, rows, F);                                         \
+  }
+ROWS(relu, Relu, f32)
+ROWS(relu, Relu, bf16)
+ROWS(gelu, Gelu, f32)
+ROWS(gelu, Gelu, bf16)
+ROWS(swiglu, Swiglu, f32)
+ROWS(swiglu, Swiglu, bf16)

@@ -16,6 +16,8 @@ type Elementwise = Pick<
 /** Threads of a block, and bytes of the largest elements that a block moves: a pack of 16 bytes per thread. */
 const THREADS = 256, BLOCK_BYTES = THREADS * 16;
 
+const KINDS: readonly Activation[] = ["relu", "gelu", "swiglu"];
+
 /** The dtypes that are converted into each other. */
 const CONVERTED: readonly DType[] = ["f32", "bf16", "f64", "i32"];
 
@@ -40,10 +42,13 @@ export const elementwiseModule: ModuleSource = {
       [`scale_${dtype}`, ["ptr", "f32", "i64"]],
       [`relu_${dtype}`, ["ptr", "ptr", "i64"]],
       [`gelu_${dtype}`, ["ptr", "ptr", "i64"]],
-      [`swiglu_${dtype}`, ["ptr", "ptr", "i64", "i64"]],
       [`relu_backward_${dtype}`, ["ptr", "ptr", "ptr", "i64"]],
       [`gelu_backward_${dtype}`, ["ptr", "ptr", "ptr", "i64"]],
       [`swiglu_backward_${dtype}`, ["ptr", "ptr", "ptr", "i64", "i64"]],
+      ...KINDS.flatMap((kind): [string, readonly ParameterType[]][] => [
+        [`${kind}_rows_${dtype}`, ["ptr", "ptr", "ptr", "i64", "i64"]],
+        [`${kind}_backward_rows_${dtype}`, ["ptr", "ptr", "ptr", "ptr", "ptr", "i64", "i64"]],
+      ]),
     ]),
   ]),
 };
@@ -53,8 +58,11 @@ interface PerDType {
   readonly add: CudaKernel;
   readonly axpy: CudaKernel;
   readonly scale: CudaKernel;
-  readonly forward: Readonly<Record<Activation, CudaKernel>>;
+  readonly forward: Readonly<Record<"relu" | "gelu", CudaKernel>>;
   readonly backward: Readonly<Record<Activation, CudaKernel>>;
+  /** Row by row, with factors. */
+  readonly forwardRows: Readonly<Record<Activation, CudaKernel>>;
+  readonly backwardRows: Readonly<Record<Activation, CudaKernel>>;
 }
 
 /**
@@ -103,16 +111,10 @@ export function elementwiseKernels(context: CudaContext): Elementwise {
     add: kernel(`add_${dtype}`),
     axpy: kernel(`axpy_${dtype}`),
     scale: kernel(`scale_${dtype}`),
-    forward: {
-      swiglu: kernel(`swiglu_${dtype}`),
-      relu: kernel(`relu_${dtype}`),
-      gelu: kernel(`gelu_${dtype}`),
-    },
-    backward: {
-      swiglu: kernel(`swiglu_backward_${dtype}`),
-      relu: kernel(`relu_backward_${dtype}`),
-      gelu: kernel(`gelu_backward_${dtype}`),
-    },
+    forward: { relu: kernel(`relu_${dtype}`), gelu: kernel(`gelu_${dtype}`) },
+    backward: ofKinds((kind) => kernel(`${kind}_backward_${dtype}`)),
+    forwardRows: ofKinds((kind) => kernel(`${kind}_rows_${dtype}`)),
+    backwardRows: ofKinds((kind) => kernel(`${kind}_backward_rows_${dtype}`)),
   });
   const f32 = perDType("f32"), bf16 = perDType("bf16");
 
@@ -171,22 +173,36 @@ export function elementwiseKernels(context: CudaContext): Elementwise {
       if (x.size === 0) return;
       scale.launch(grid(x), 1, 1, THREADS, 0, x.address, alpha, x.size);
     },
-    activation(kind, x, out) {
-      const forward = of("activate", x).forward[kind], { size } = out;
+    activation(kind, x, out, scales) {
+      const { forward, forwardRows } = of("activate", x), { size } = out;
       if (size === 0) return;
-      if (kind === "swiglu") {
+      if (kind === "swiglu" || scales) {
         const width = out.shape.at(-1)!;
-        forward.launch(grid(out), 1, 1, THREADS, 0, x.address, out.address, size / width, width);
-      } else forward.launch(grid(out), 1, 1, THREADS, 0, x.address, out.address, size);
+        // deno-fmt-ignore
+        forwardRows[kind].launch(grid(out), 1, 1, THREADS, 0, x.address, out.address, scales ? scales.address : 0,
+          size / width, width);
+      } else forward[kind].launch(grid(out), 1, 1, THREADS, 0, x.address, out.address, size);
     },
-    activationBackward(kind, dOut, x, dX) {
-      const backward = of("take the activation's gradient", x).backward[kind], { size } = dOut;
-      if (size === 0) return;
-      const d = dOut.address, at = x.address, to = dX.address;
-      if (kind === "swiglu") {
-        const width = dOut.shape.at(-1)!;
-        backward.launch(grid(dOut), 1, 1, THREADS, 0, d, at, to, size / width, width);
-      } else backward.launch(grid(dOut), 1, 1, THREADS, 0, d, at, to, size);
+    activationBackward(kind, dOut, x, dX, options) {
+      const { backward, backwardRows } = of("take the activation's gradient", x), { size } = dOut;
+      const scales = options?.scales, dScales = options?.dScales;
+      if (size === 0) {
+        if (dScales && dScales.size > 0) context.clear(dScales.address, dScales.bytes);
+        return;
+      }
+      const d = dOut.address, at = x.address, to = dX.address, width = dOut.shape.at(-1)!;
+      const rows = size / width;
+      if (scales || dScales) {
+        // deno-fmt-ignore
+        backwardRows[kind].launch(Math.ceil(rows / (THREADS / 32)), 1, 1, THREADS, 0, d, at, to, scales ? scales.address : 0,
+          dScales ? dScales.address : 0, rows, width);
+      } else if (kind === "swiglu") {
+        backward.swiglu.launch(grid(dOut), 1, 1, THREADS, 0, d, at, to, rows, width);
+      } else backward[kind].launch(grid(dOut), 1, 1, THREADS, 0, d, at, to, size);
     },
   };
+}
+
+function ofKinds<T>(make: (kind: Activation) => T): Record<Activation, T> {
+  return Object.fromEntries(KINDS.map((kind) => [kind, make(kind)])) as Record<Activation, T>;
 }

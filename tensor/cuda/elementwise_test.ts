@@ -28,18 +28,19 @@ async function compare(
   shapes: readonly Shape[],
   run: Run,
   options: { offsets?: readonly number[]; tolerance?: number; range?: number } = {},
+  dtypes: readonly DType[] = [],
 ): Promise<void> {
   const { offsets = [0, 0, 0], range = 1 } = options;
-  const next = random(sizeOf(shapes[0]) + 1);
+  const next = random(sizeOf(shapes[0]) + 1), of = (i: number) => dtypes[i] ?? dtype;
   const values = shapes.map((shape) => numbers(sizeOf(shape), () => range * next()));
-  const ours = shapes.map((s, i) => new Guarded(device!, dtype, s, values[i], offsets[i]));
-  const theirs = shapes.map((s, i) => exact(dtype, s, values[i]));
+  const ours = shapes.map((s, i) => new Guarded(device!, of(i), s, values[i], offsets[i] ?? 0));
+  const theirs = shapes.map((s, i) => exact(of(i), s, values[i]));
   run(kernels!, ours.map((each) => each.tensor));
   run(referenceKernels, theirs);
   for (const [i, each] of ours.entries()) {
     const name = `${what} ${dtype} [${shapes[i]}] at ${offsets} tensor ${i}`;
     const result = await each.read(name);
-    assertNear(result, exactNumbers(theirs[i]), { dtype, what: name, ...options });
+    assertNear(result, exactNumbers(theirs[i]), { dtype: of(i), what: name, ...options });
     each[Symbol.dispose]();
     theirs[i][Symbol.dispose]();
   }
@@ -114,6 +115,76 @@ Deno.test({
           );
         }
       }
+    }
+  },
+});
+
+Deno.test({
+  name: "activations of rows with factors, and the factors' gradient",
+  ignore,
+  fn: async () => {
+    // Around packs, a warp's share of a row with one and with several packs in flight, and a block's rows.
+    const shapes = [[0, 8], [1, 1], [3, 3], [5, 8], [9, 17], [8, 256], [17, 264], [2, 1040], [
+      3,
+      2304,
+    ]];
+    for (const kind of ["relu", "gelu", "swiglu"] as const) {
+      for (const dtype of ["f32", "bf16"] as const) {
+        for (const offsets of [[0, 0, 0], [1, 1, 1], [0, 0, 3]]) {
+          for (const [N, F] of shapes) {
+            const options = { offsets, range: 2 }, wide = [N, kind === "swiglu" ? 2 * F : F];
+            await compare(
+              `${kind} of rows`,
+              dtype,
+              [wide, [N, F], [N]],
+              (k, [x, out, scales]) => k.activation(kind, x, out, scales),
+              options,
+              [dtype, dtype, "f32"],
+            );
+            for (const given of ["both", "scales", "dScales"]) {
+              await compare(
+                `${kind} gradient of rows, ${given}`,
+                dtype,
+                [[N, F], wide, wide, [N], [N]],
+                (k, [d, x, dX, scales, dScales]) =>
+                  k.activationBackward(kind, d, x, dX, {
+                    scales: given === "dScales" ? undefined : scales,
+                    dScales: given === "scales" ? undefined : dScales,
+                  }),
+                options,
+                [dtype, dtype, dtype, "f32", "f32"],
+              );
+            }
+          }
+        }
+      }
+    }
+  },
+});
+
+Deno.test({
+  name: "factors of 1 leave an activation's bits as they are; no columns, no gradient of factors",
+  ignore,
+  fn: async () => {
+    for (const kind of ["relu", "gelu", "swiglu"] as const) {
+      const H = kind === "swiglu" ? 80 : 40, next = random(3);
+      using x = new Guarded(device!, "bf16", [7, H], numbers(7 * H, () => 3 * next()), 0);
+      using d = new Guarded(device!, "bf16", [7, 40], numbers(7 * 40, next), 0);
+      using ones = new Guarded(device!, "f32", [7], numbers(7, () => 1), 0);
+      const results = [];
+      for (const scales of [undefined, ones.tensor]) {
+        using out = new Guarded(device!, "bf16", [7, 40], [], 0);
+        using dX = new Guarded(device!, "bf16", [7, H], [], 0);
+        kernels!.activation(kind, x.tensor, out.tensor, scales);
+        kernels!.activationBackward(kind, d.tensor, x.tensor, dX.tensor, { scales });
+        results.push([await out.read(kind), await dX.read(kind)]);
+      }
+      assert.deepEqual(results[0], results[1]);
+      using none = new Guarded(device!, "bf16", [7, 0], [], 0);
+      kernels!.activationBackward(kind, none.tensor, none.tensor, none.tensor, {
+        dScales: ones.tensor,
+      });
+      assert.deepEqual(await ones.read("dScales"), numbers(7, () => 0));
     }
   },
 });

@@ -15,6 +15,7 @@ import {
   disjointOrSame,
   elements,
   fail,
+  isMatrix,
   lead,
   ran,
   rowScales,
@@ -133,6 +134,7 @@ export function activation(kind: Activation, x: Tensor, out: Tensor, scales?: Te
   lead(op, "x", x);
   alive(op, "out", out, x.device, x.dtype);
   checkActivation(op, kind, x, out);
+  if (scales) isMatrix(op, "x", x);
   rowScales(op, "scales", scales, x, x.shape[0]);
   disjoint(op, "x", out, x);
   const start = now();
@@ -163,6 +165,7 @@ export function activationBackward(
   alive(op, "dOut", dOut, x.device, x.dtype);
   checkActivation(op, kind, x, dOut);
   elements(op, "dX", dX, x, x.size);
+  if (options?.scales || options?.dScales) isMatrix(op, "x", x);
   rowScales(op, "scales", options?.scales, x, x.shape[0]);
   rowScales(op, "dScales", options?.dScales, x, x.shape[0]);
   disjoint(op, "x", dX, x);

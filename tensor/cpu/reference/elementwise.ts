@@ -136,10 +136,9 @@ function activated(kind: Activation, x: Float32Array | Float64Array, i: number, 
 /** Reference of `Kernels.activation`. */
 export function activation(kind: Activation, x: Tensor, out: Tensor, scales?: Tensor): void {
   const a = floatView(x), o = floatView(out), s = scales && floatView(scales);
-  const F = o.length / out.shape.slice(0, -1).reduce((product, n) => product * n, 1);
-  const row = o.length / out.shape[0];
+  const F = out.shape.at(-1)!;
   for (let i = 0; i < o.length; i++) {
-    o[i] = (s ? s[Math.floor(i / row)] : 1) * activated(kind, a, i, F);
+    o[i] = (s ? s[Math.floor(i / F)] : 1) * activated(kind, a, i, F);
   }
 }
 
@@ -154,10 +153,9 @@ export function activationBackward(
   const dO = floatView(dOut), a = floatView(x), d = floatView(dX);
   const s = options.scales && floatView(options.scales);
   const dS = options.dScales && floatView(options.dScales).fill(0);
-  const F = dO.length / dOut.shape.slice(0, -1).reduce((product, n) => product * n, 1);
-  const row = dO.length / dOut.shape[0], dots = new Float64Array(dS?.length ?? 0);
+  const F = dOut.shape.at(-1)!, dots = new Float64Array(dS?.length ?? 0);
   for (let i = 0; i < dO.length; i++) {
-    const n = Math.floor(i / row), g = (s ? s[n] : 1) * dO[i];
+    const n = Math.floor(i / F), g = (s ? s[n] : 1) * dO[i];
     if (kind === "swiglu") {
       const at = i + Math.floor(i / F) * F, gate = a[at], up = a[at + F];
       const sigmoid = 1 / (1 + Math.exp(-gate));
