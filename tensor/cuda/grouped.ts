@@ -1,14 +1,17 @@
 // The experts' matrix products over uneven row groups. Three ways, chosen by what the call allows and what was measured (bench/NOTES.md): Hopper's
 // kernel (grouped_hopper.ts) for bf16 in multiples of 16 bytes; the kernels of grouped.cu for every other GPU and size; one cuBLAS product
-// per group where the offsets are known to the host. The first two read the offsets on the device.
+// per group where the offsets are known to the host. The first two read the offsets on the device. Rows by index are read where they lie by Hopper's
+// kernel, and copied before the other ways.
 
-import type { Kernels, RowGroups } from "../device.ts";
+import type { Kernels } from "../device.ts";
+import { takeRows } from "../grouped_rows.ts";
 import type { Tensor } from "../tensor.ts";
 import type { CudaContext, CudaKernel, ModuleSource, ParameterType } from "./context.ts";
 import { gemmOf } from "./gemm.ts";
 import source from "./grouped.cu" with { type: "text" };
-import { hopperGrouped } from "./grouped_hopper.ts";
+import { type GroupedCall, hopperGrouped } from "./grouped_hopper.ts";
 import { GroupTables } from "./grouped_tables.ts";
+import { rowsKernels } from "./rows.ts";
 import walk from "./grouped_walk.cuh" with { type: "text" };
 
 /** Ways to compute a grouped product. */
@@ -40,23 +43,6 @@ const BF16_SIDE = 128, F32_SIDE = 64, SHARED = 4 * 2 * 128 * 32 * 2;
 /** Blocks that fit a multiprocessor. */
 const BF16_BLOCKS = 2, F32_BLOCKS = 4;
 
-/** One call in the kernels' terms; see grouped_walk.cuh for the modes and letters. */
-interface Call {
-  readonly mode: 0 | 1 | 2;
-  readonly a: Tensor;
-  /** x of mode 2. */
-  readonly b: Tensor | null;
-  /** Weights of modes 0 and 1, gradients of mode 2. */
-  readonly matrices: readonly Tensor[];
-  readonly groups: RowGroups;
-  /** Result of modes 0 and 1. */
-  readonly out: Tensor | null;
-  readonly m: number;
-  readonly n: number;
-  readonly k: number;
-  readonly beta: number;
-}
-
 /**
  * The grouped products of a GPU.
  *
@@ -71,8 +57,9 @@ export function groupedKernels(context: CudaContext, force?: GroupedWay): Groupe
     NAMES.map((name) => [name, context.kernel(groupedModule, name)]),
   );
   const { multiprocessors } = context.properties;
+  let rows: Pick<Kernels, "gatherRows"> | null = null;
 
-  function portable(call: Call): void {
+  function portable(call: GroupedCall): void {
     const { mode, a, b, matrices, groups, out, m, n, k, beta } = call;
     const table = tables.table(matrices, null);
     const f32 = a.dtype === "f32", outDtype = (out ?? matrices[0]).dtype;
@@ -94,7 +81,7 @@ export function groupedKernels(context: CudaContext, force?: GroupedWay): Groupe
       groups.offsets.address, matrices.length, out?.address ?? 0, table.addresses, m, n, k, beta);
   }
 
-  function loop(call: Call, host: Int32Array): void {
+  function loop(call: GroupedCall, host: Int32Array): void {
     const { mode, a, b, matrices, out, m, n, k, beta } = call;
     const blas = gemmOf(context), dtype = a.dtype as "f32" | "bf16";
     const size = dtype === "f32" ? 4 : 2;
@@ -116,16 +103,31 @@ export function groupedKernels(context: CudaContext, force?: GroupedWay): Groupe
     }
   }
 
-  function run(call: Call): void {
-    const { a, b, matrices, groups: { host }, m, n, k, mode, beta, out } = call;
+  /** A product of rows by index with one operand's rows copied to where they lie together. */
+  function copied(call: GroupedCall): void {
+    rows ??= rowsKernels(context);
+    if (call.aRows !== null) {
+      using taken = takeRows(rows, call.a, call.aRows);
+      run({ ...call, a: taken.x, aRows: null });
+    } else {
+      using taken = takeRows(rows, call.b!, call.bRows!);
+      run({ ...call, b: taken.x, bRows: null });
+    }
+  }
+
+  function run(call: GroupedCall): void {
+    const { a, matrices, groups: { host }, m, n, k, mode, beta } = call;
     if (matrices.length === 0 || n === 0 || m === 0) return;
-    if (mode === 2 && a.shape[0] === 0 && beta === 1) return;
+    if (mode === 2 && k === 0 && beta === 1) return;
+    if (call.aRows !== null || call.bRows !== null) {
+      const direct = hopper !== null && a.dtype === "bf16" && m > 0 && k > 0 && hopper(call);
+      if (!direct) copied(call);
+      return;
+    }
     const known = host !== null && k > 0;
     if (force === "loop" && known) return loop(call, host);
     if (force !== "portable") {
-      if (hopper !== null && a.dtype === "bf16" && a.shape[0] > 0 && k > 0) {
-        if (hopper(mode, a, b, matrices, call.groups.offsets, out, m, n, k, beta)) return;
-      }
+      if (hopper !== null && a.dtype === "bf16" && k > 0 && hopper(call)) return;
       // cuBLAS beats the portable kernels wherever it may be used.
       if (known) return loop(call, host);
     }
@@ -134,17 +136,19 @@ export function groupedKernels(context: CudaContext, force?: GroupedWay): Groupe
 
   return {
     groupedGemm(x, weights, groups, out, options = {}) {
-      const { transposeWeight = false, beta = 0 } = options;
+      const { transposeWeight = false, beta = 0, rows } = options;
       // deno-fmt-ignore
       check("multiply groups", x, weights, [x.dtype]);
       run({
         mode: transposeWeight ? 1 : 0,
         a: x,
         b: null,
+        aRows: rows ?? null,
+        bRows: null,
         matrices: weights,
         groups,
         out,
-        m: x.shape[0],
+        m: out.shape[0],
         n: out.shape[1],
         k: x.shape[1],
         beta,
@@ -156,12 +160,14 @@ export function groupedKernels(context: CudaContext, force?: GroupedWay): Groupe
         mode: 2,
         a: dy,
         b: x,
+        aRows: options.dyRows ?? null,
+        bRows: options.xRows ?? null,
         matrices: grads,
         groups,
         out: null,
         m: dy.shape[1],
         n: x.shape[1],
-        k: x.shape[0],
+        k: options.xRows ? options.xRows.size : x.shape[0],
         beta: options.beta ?? 1,
       });
     },

@@ -1,5 +1,5 @@
 // Grouped products on the GPU (or its emulator) against the CPU: every way that serves a call, all three products, uneven and empty groups,
-// rows outside the groups, odd sizes, addresses that are not aligned, gradients in bf16 and f32.
+// rows outside the groups, odd sizes, addresses that are not aligned, gradients in bf16 and f32, rows by index.
 
 import { smallSizes, testDevice } from "../../tests/emulator/device.ts";
 import { cpuDevice } from "../cpu/device.ts";
@@ -7,8 +7,11 @@ import type { Tensor } from "../tensor.ts";
 import { Case, type Dtype, type Pair } from "./_compare.ts";
 import { groupedKernels, groupedModule, type GroupedWay } from "./grouped.ts";
 import { hopperModule } from "./grouped_hopper.ts";
+import { rowsModule } from "./rows.ts";
+import { sortModule } from "./sort.ts";
 
-const device = await testDevice([groupedModule, hopperModule]), cpu = cpuDevice().kernels;
+const device = await testDevice([groupedModule, hopperModule, rowsModule, sortModule]),
+  cpu = cpuDevice().kernels;
 
 /** First rows of the groups and the end, the batch's rows, width in and out, elements by which addresses are off. */
 const SIZES: readonly (readonly [readonly number[], number, number, number, number])[] = [
@@ -73,6 +76,88 @@ for (const way of WAYS) {
                 k.groupedGemmWeightGrad(dy[on], x[on], rows(offsetsPair, on), grads, { beta });
               }
               await test.same(`dw in ${wide}, beta ${beta}`, dw, wide === "f32" ? 1e-5 : 0.008);
+            }
+          }
+        },
+      });
+    }
+  }
+}
+
+/** First rows of the groups and the end, the batch's rows, rows that the indices name, width in and out. */
+const INDEXED: readonly (readonly [readonly number[], number, number, number, number])[] = [
+  [[0, 1], 1, 1, 8, 16],
+  [[0, 3, 3, 20], 20, 7, 17, 9],
+  [[2, 5, 69, 133], 140, 50, 72, 40],
+  [[0, 0, 0], 5, 3, 16, 8],
+  [[0, 0], 0, 4, 16, 8],
+  // deno-fmt-ignore
+  ...smallSizes ? [] : [
+    [[0, 1, 64, 128, 193, 320, 448, 577, 577], 577, 1000, 136, 264],
+    [[0, 300, 301, 302, 1000, 1001, 1001, 1064, 1192, 1500], 1501, 400, 264, 520],
+    [[7, 231, 500], 600, 90, 301, 215],
+  ] as const,
+];
+
+for (const way of WAYS) {
+  for (const dtype of ["f32", "bf16"] as readonly Dtype[]) {
+    for (const [starts, R, T, from, to] of INDEXED) {
+      Deno.test({
+        name: `grouped products of ${R} rows by index of ${T}, ${from} to ${to}, ${dtype}, ${
+          way ?? "best"
+        }`,
+        ignore: !device,
+        async fn() {
+          using test = new Case(device!, dtype);
+          const kernels = groupedKernels(device!.context, way);
+          const G = starts.length - 1, offsets = Int32Array.from(starts);
+          const offsetsPair = test.integers(offsets), host = way === "loop" ? offsets : null;
+          const groupsOf = (on: "cpu" | "gpu") => ({
+            offsets: offsetsPair[on],
+            host: on === "cpu" ? offsets : host,
+          });
+          const named = (seed: number) =>
+            test.integers(
+              Int32Array.from({ length: R }, (_, r) => (r * 7919 + seed + r % 3 * r) % T),
+            );
+          const rows = named(1), others = named(5);
+          // Taken by index: x and dy of T rows; as they lie: of R rows.
+          const x = test.random(T, from), dy = test.random(T, to), w = test.random(G * to, from);
+          const xs = test.random(R, from), dys = test.random(R, to);
+          const bound = dtype === "f32" ? 1e-5 : 0.008;
+          const y = test.random(R, to), dx = test.random(R, from);
+          for (const [on, k] of [["cpu", cpu], ["gpu", kernels]] as const) {
+            const groups = groupsOf(on), weights = each(w[on], G);
+            k.groupedGemm(x[on], weights, groups, y[on], { rows: rows[on] });
+            k.groupedGemm(dy[on], weights, groups, dx[on], {
+              transposeWeight: true,
+              beta: 1,
+              rows: others[on],
+            });
+          }
+          await test.same("y", y, bound);
+          await test.same("dx", dx, bound);
+          const wides = dtype === "f32" ? ["f32"] as const : ["bf16", "f32"] as const;
+          for (const wide of wides) {
+            for (const taken of ["dy", "x", "both"]) {
+              const old = Float32Array.from({ length: G * to * from }, (_, i) => i % 5 - 2);
+              const dw = test.pair([G * to, from], old, wide), beta = taken === "x" ? 0 : 1;
+              for (const [on, k] of [["cpu", cpu], ["gpu", kernels]] as const) {
+                const grads = each(dw[on], G);
+                k.groupedGemmWeightGrad(
+                  taken === "x" ? dys[on] : dy[on],
+                  taken === "dy" ? xs[on] : x[on],
+                  groupsOf(on),
+                  grads,
+                  {
+                    beta,
+                    dyRows: taken === "x" ? undefined : rows[on],
+                    xRows: taken === "dy" ? undefined : others[on],
+                  },
+                );
+              }
+              const most = wide === "f32" ? 1e-5 : 0.008;
+              await test.same(`dw in ${wide}, ${taken} by index`, dw, most);
             }
           }
         },
