@@ -39,7 +39,7 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
   const { text, number, has } = options;
   const tokenizerFile = text("tokenizer");
   const tokenizer = tokenizerFile ? await tokenizerOf(tokenizerFile) : byteTokenizer;
-  options.model(tokenizer.vocabularySize, "f32"); // impossible sizes are refused before ranks meet
+  options.model(tokenizer.vocabularySize); // impossible sizes are refused before ranks meet
   if (number("sample") > 0 && tokenizer.encode(text("prompt")!).length === 0) {
     throw new Error(
       "Cannot train as --prompt must hold a token for the sample: current value is none",

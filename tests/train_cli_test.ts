@@ -200,6 +200,11 @@ Deno.test("train.ts: bad input ends with an error that names it", async () => {
       [["--router", "best"], /--router must be softmax/],
       [["--device", "tpu"], /--device must be auto, cpu or cuda: current value is tpu/],
       [["--dtype", "f8"], /--dtype must be f32 or bf16: current value is f8/],
+      [["--gradient-dtype", "f64"], /--gradient-dtype must be f32 or bf16: current value is f64/],
+      [
+        ["--gradient-dtype", "bf16", "--device", "cpu"],
+        /"gradientDtype" must be f32 for f32 weights: current value is bf16/,
+      ],
       [
         ["--recompute", "all"],
         /--recompute must be none, activation or block: current value is all/,

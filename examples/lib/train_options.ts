@@ -23,6 +23,12 @@ const FLAGS: readonly Flag[] = [
   ],
   ["dtype", "NAME", undefined, "f32 or bf16 (default: bf16 on a GPU, else f32)"],
   [
+    "gradient-dtype",
+    "NAME",
+    "f32",
+    "f32 or, for bf16 weights, bf16: half the bytes, rounded once a pass and per reduction",
+  ],
+  [
     "recompute",
     "WHAT",
     "none",
@@ -145,8 +151,8 @@ const PRESETS: Readonly<Record<string, Readonly<Record<string, string>>>> = {
 
 /** The flags, read. */
 export interface TrainOptions {
-  /** Sizes, for the tokenizer's ids and the element type that suits the device. */
-  readonly model: (vocab: number, dtype: "f32" | "bf16") => ModelConfig;
+  /** Sizes, for the tokenizer's ids and the element type that suits the device; without it, one that suits all else that was given. */
+  readonly model: (vocab: number, dtype?: "f32" | "bf16") => ModelConfig;
   /** Which device was asked for; undefined leaves it to the launcher. */
   readonly device: "auto" | "cpu" | "cuda" | undefined;
   /** What is computed again in the backward pass. */
@@ -211,16 +217,18 @@ export function parseTrainOptions(args: readonly string[]): TrainOptions {
     throw new TypeError("Cannot resume as --run must name a run: current value is unset");
   }
   const dtype = oneOf("dtype", given.dtype, ["f32", "bf16"] as const);
+  const gradientDtype = oneOf("gradient-dtype", text("gradient-dtype"), ["f32", "bf16"] as const)!;
   const device = oneOf("device", given.device, ["auto", "cpu", "cuda"] as const);
   const recompute = oneOf(
     "recompute",
     text("recompute"),
     ["none", "activation", "block"] as const,
   )!;
-  const model = (vocab: number, standard: "f32" | "bf16") =>
+  const model = (vocab: number, standard = gradientDtype) =>
     modelConfig({
       vocab: Math.max(vocab, optional("vocab") ?? 0),
       dtype: dtype ?? standard,
+      gradientDtype,
       width: number("width"),
       layers: number("layers"),
       heads: number("heads"),
