@@ -78,6 +78,9 @@ const SHAPES: readonly (readonly [N: number, D: number, E: number])[] = [
   [33, 64, 100],
   [17, 33, 6],
   [0, 16, 4],
+  // Several slices in a block, and shares of a sum.
+  [20, 2056, 64],
+  [1300, 3080, 8],
   ...smallSizes
     ? []
     : [[1031, 1024, 16], [131, 2048, 64], [259, 4096, 8], [19, 3584, 256], [50, 999, 40]] as const,

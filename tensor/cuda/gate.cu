@@ -21,122 +21,180 @@ DEVICE void split2(float low, float high, u32 out[2]) {
   }
 }
 
-// The gate's weights as the tensor cores take them, for every 16 columns and 8 experts (step, tile): of each lane the first two terms, 16 bytes,
-// then of each lane the third, 8 bytes. `tiles` tiles per step; zeros beyond experts and width. One thread per lane.
-#define GATE_TILE_BYTES 768
-extern "C" __global__ void gate_split(const float* gate, u8* out, int experts, int width, int tiles, int steps) {
-  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= (i64)steps * tiles * 32) return;
-  int lane = i % 32, tile = i / 32 % tiles, step = i / 32 / tiles;
-  int expert = tile * 8 + lane / 4, column = step * 16 + lane % 4 * 2;
-  float value[4];
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    int c = column + j % 2 + j / 2 * 8;
-    value[j] = expert < experts && c < width ? gate[(i64)expert * width + c] : 0.0f;
-  }
+// Four floats as three terms of 8 bytes, `stride` bytes apart.
+DEVICE void store_terms(u8* at, int stride, const Pack<float, 4>& from) {
   u32 low[3], high[3];
-  split3(value[0], value[1], low);
-  split3(value[2], value[3], high);
-  u8* at = out + ((i64)step * tiles + tile) * GATE_TILE_BYTES;
-  reinterpret_cast<uint4*>(at)[lane] = make_uint4(low[0], high[0], low[1], high[1]);
-  reinterpret_cast<uint2*>(at + 512)[lane] = make_uint2(low[2], high[2]);
+  split3(from.at[0], from.at[1], low);
+  split3(from.at[2], from.at[3], high);
+#pragma unroll
+  for (int i = 0; i < 3; i++) *reinterpret_cast<uint2*>(at + i * stride) = make_uint2(low[i], high[i]);
+}
+// Waits until at most `groups` copies are in flight, 0 to 3.
+DEVICE void copies_wait(int groups) {
+  if (groups == 0) copy_async_wait<0>();
+  else if (groups == 1) copy_async_wait<1>();
+  else if (groups == 2) copy_async_wait<2>();
+  else copy_async_wait<3>();
 }
 
-// Logits of 64 tokens and T * 8 experts per block: tokens and split weights pass through shared memory in slices of 64 columns, S of them in
-// flight. Of the 8 warps, two share the tokens and four the columns of a slice; their sums are added in order at the end.
-template <int T, int S>
-DEVICE void gate_tokens(const bf16* x, const u8* split, float* logits, int tokens, int experts, int width, int tiles) {
-  constexpr int X_ROW = 72, E = T * 8;
-  constexpr int X_BYTES = 64 * X_ROW * 2, STAGE = X_BYTES + 4 * T * GATE_TILE_BYTES;
-  extern __shared__ __align__(16) u8 gate_shared[];
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % 4, half = warp / 4;
-  int first = blockIdx.x * 64, first_expert = blockIdx.y * E;
-  int slices = (width + 63) / 64;
-  auto fetch = [&](int slice) {
-    u8* stage = gate_shared + (slice % S) * STAGE;
-    if (slice < slices) {
-      int column = slice * 64;
+// Logits of the tokens of a block and T * 8 experts, over a share of the columns: blocks (tokens, experts, shares). Tokens and weights come in
+// slices of C columns, `stages` of them in flight. While a slice is multiplied, the weights of the next one are split, by the thread that copied
+// them. Of the 8 warps, WN share the experts, the others the tokens, M * 16 each. The block that finishes last adds the shares in their order;
+// `counters` are zero before and after.
+template <int T, int WN, int M, int C>
+DEVICE void gate_tokens(const bf16* x, const float* gate, float* logits, float* shares, u32* counters, int tokens,
+                        int experts, int width, int per_share, int stages) {
+  constexpr int E = T * 8, N = T / WN, ROWS = 8 / WN * M * 16;
+  constexpr int X_BYTES = ROWS * C * 2, W_BYTES = E * C * 4, TERM_BYTES = E * C * 2;
+  constexpr int SETS = M * N < 8 ? 3 : 1;  // of sums, for enough products that do not wait for each other
+  extern __shared__ __align__(128) u8 gate_shared[];
+  u8 *weights = gate_shared + stages * X_BYTES, *terms = weights + stages * W_BYTES;  // [2][3][E][C] bf16
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int first = blockIdx.x * ROWS, first_expert = blockIdx.y * E;
+  int start = blockIdx.z * per_share, end = start + per_share < width ? start + per_share : width;
+  int slices = (end - start + C - 1) / C;
+  // 16 bytes of eight rows that are read at once lie in different banks.
+  auto fetch_weights = [&](int slice) {
+    u8* to = weights + slice % stages * W_BYTES;
 #pragma unroll
-      for (int j = 0; j < 2; j++) {
-        int i = threadIdx.x + j * 256, row = i / 8, c = i % 8 * 8;
-        bool valid = first + row < tokens && column + c < width;
-        copy_async_16(stage + (row * X_ROW + c) * 2, valid ? x + (i64)(first + row) * width + column + c : x, valid);
+    for (int j = 0; j < E * C / 4 / 256; j++) {
+      int i = threadIdx.x + j * 256, e = first_expert + i / (C / 4), column = start + slice * C + i % (C / 4) * 4;
+      bool valid = e < experts && column < end;
+      copy_async_16(to + i * 16, valid ? gate + (i64)e * width + column : gate, valid);
+    }
+  };
+  auto split = [&](int slice) {
+    const Pack<float, 4>* from = reinterpret_cast<const Pack<float, 4>*>(weights + slice % stages * W_BYTES);
+    u8* to = terms + slice % 2 * 3 * TERM_BYTES;
+#pragma unroll
+    for (int j = 0; j < E * C / 4 / 256; j++) {
+      int i = threadIdx.x + j * 256, e = i / (C / 4), piece = i % (C / 4);
+      store_terms(to + e * C * 2 + ((piece / 2 ^ (e & 7)) << 4) + piece % 2 * 8, TERM_BYTES, from[i]);
+    }
+  };
+  // A slice of tokens, and the weights of the next one.
+  auto fetch = [&](int slice) {
+    if (slice < slices) {
+      u8* to = gate_shared + slice % stages * X_BYTES;
+#pragma unroll
+      for (int j = 0; j < ROWS * C / 8 / 256; j++) {
+        int i = threadIdx.x + j * 256, row = i / (C / 8), piece = i % (C / 8), column = start + slice * C + piece * 8;
+        bool valid = first + row < tokens && column < end;
+        copy_async_16(to + row * C * 2 + ((piece ^ (row & 7)) << 4),
+                      valid ? x + (i64)(first + row) * width + column : x, valid);
       }
-      constexpr int UNITS = T * GATE_TILE_BYTES / 16;  // of 16 columns
-      const u8* from = split + ((i64)slice * 4 * tiles + blockIdx.y * T) * GATE_TILE_BYTES;
-      for (int i = threadIdx.x; i < 4 * UNITS; i += 256) {
-        copy_async_16(stage + X_BYTES + i * 16, from + (i64)(i / UNITS) * tiles * GATE_TILE_BYTES + i % UNITS * 16, true);
-      }
+      if (slice + 1 < slices) fetch_weights(slice + 1);
     }
     copy_async_commit();
   };
-  float sums[2][T][4];
+  float sums[M][N][4];
 #pragma unroll
-  for (int i = 0; i < 2 * T * 4; i++) (&sums[0][0][0])[i] = 0;
-  for (int s = 0; s < S - 1; s++) fetch(s);
+  for (int i = 0; i < M * N * 4; i++) (&sums[0][0][0])[i] = 0;
+  fetch_weights(0);
+  for (int s = 0; s < stages - 1; s++) fetch(s);
+  copies_wait(stages - 2);
+  split(0);
+  int row = warp / WN * M * 16 + lane % 16, expert = warp % WN * N * 8 + lane % 8;
   for (int slice = 0; slice < slices; slice++) {
-    copy_async_wait<S - 2>();
+    copies_wait(stages - 2);
     __syncthreads();
-    fetch(slice + S - 1);
-    const u8* stage = gate_shared + (slice % S) * STAGE;
-    const bf16* xs = reinterpret_cast<const bf16*>(stage);
-    const u8* weights = stage + X_BYTES + part * T * GATE_TILE_BYTES;
-    u32 a[2][4];
+    fetch(slice + stages - 1);
+    if (slice + 1 < slices) split(slice + 1);
+    const u8* xs = gate_shared + slice % stages * X_BYTES + row * C * 2;
+    const u8* ws = terms + slice % 2 * 3 * TERM_BYTES + expert * C * 2;
+    // Tensor cores cut sums off: they only see 64 columns, and f32 additions round to nearest.
 #pragma unroll
-    for (int m = 0; m < 2; m++) {
-      int row = half * 32 + m * 16 + lane / 8 % 2 * 8 + lane % 8, column = part * 16 + lane / 16 * 8;
-      load_matrices(a[m], xs + row * X_ROW + column);
-    }
+    for (int part = 0; part < C / 64; part++) {
+      float c[SETS][M][N][4];
 #pragma unroll
-    for (int t = 0; t < T; t++) {
-      uint4 most = reinterpret_cast<const uint4*>(weights + t * GATE_TILE_BYTES)[lane];
-      uint2 least = reinterpret_cast<const uint2*>(weights + t * GATE_TILE_BYTES + 512)[lane];
-      u32 b[3][2] = {{least.x, least.y}, {most.z, most.w}, {most.x, most.y}};
-      // Tensor cores cut sums off: they only see one slice, and f32 additions round to nearest.
-      float c[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+      for (int i = 0; i < SETS * M * N * 4; i++) (&c[0][0][0][0])[i] = 0;
 #pragma unroll
-      for (int term = 0; term < 3; term++) {
+      for (int k = part * 8; k < part * 8 + 8; k += 4) {  // in pieces of 8 columns
+        u32 a[2][M][4];
 #pragma unroll
-        for (int m = 0; m < 2; m++) mma_bf16(c[m], a[m], b[term]);
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+          for (int m = 0; m < M; m++) {
+            load_matrices(a[i][m], xs + m * 16 * C * 2 + ((k + i * 2 + lane / 16 ^ (row & 7)) << 4));
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+          for (int term = 2; term >= 0; term--) {
+            u32 b[4];
+            load_matrices(b, ws + term * TERM_BYTES + n * 8 * C * 2 + ((k + lane / 8 ^ (lane & 7)) << 4));
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+#pragma unroll
+              for (int m = 0; m < M; m++) mma_bf16(c[term % SETS][m][n], a[i][m], b + i * 2);
+            }
+          }
+        }
       }
 #pragma unroll
-      for (int i = 0; i < 8; i++) sums[i / 4][t][i % 4] += c[i / 4][i % 4];
+      for (int i = 0; i < M * N * 4; i++) {
+        float sum = (&c[0][0][0][0])[i];
+        if (SETS == 3) sum += (&c[1 % SETS][0][0][0])[i] + (&c[2 % SETS][0][0][0])[i];
+        (&sums[0][0][0])[i] += sum;
+      }
     }
   }
   copy_async_wait<0>();
-  __syncthreads();
-  float* parts = reinterpret_cast<float*>(gate_shared);  // [4][64][E]
+  int count = gridDim.z;
+  if (count > 1) {
+    constexpr int SIZE = M * N * 4;
+    int tile = blockIdx.y * gridDim.x + blockIdx.x;
+    float* all = shares + (i64)tile * count * SIZE * 256 + threadIdx.x;
+    float* mine = all + (i64)blockIdx.z * SIZE * 256;
 #pragma unroll
-  for (int m = 0; m < 2; m++) {
+    for (int i = 0; i < SIZE; i++) __stcg(mine + i * 256, (&sums[0][0][0])[i]);
+    __threadfence();
+    __syncthreads();
+    u32* finished = reinterpret_cast<u32*>(gate_shared);
+    if (threadIdx.x == 0) {
+      *finished = atomicAdd(&counters[tile], 1u);
+      if (*finished == count - 1u) counters[tile] = 0;
+    }
+    __syncthreads();
+    if (*finished != count - 1u) return;
+    __threadfence();
+    float own[SIZE];
 #pragma unroll
-    for (int t = 0; t < T; t++) {
+    for (int i = 0; i < SIZE; i++) {
+      own[i] = (&sums[0][0][0])[i];
+      (&sums[0][0][0])[i] = 0;
+    }
+    for (int share = 0; share < count; share++) {
+      const float* other = all + (i64)share * SIZE * 256;
+      bool is_own = share == (int)blockIdx.z;
+#pragma unroll
+      for (int i = 0; i < SIZE; i++) (&sums[0][0][0])[i] += is_own ? own[i] : __ldcg(other + i * 256);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < M; m++) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        int row = half * 32 + m * 16 + lane / 4 + i / 2 * 8, column = t * 8 + lane % 4 * 2 + i % 2;
-        parts[(part * 64 + row) * E + column] = sums[m][t][i];
+        int token = first + warp / WN * M * 16 + m * 16 + lane / 4 + i / 2 * 8;
+        int e = first_expert + (warp % WN * N + n) * 8 + lane % 4 * 2 + i % 2;
+        if (token < tokens && e < experts) logits[(i64)token * experts + e] = sums[m][n][i];
       }
     }
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < 64 * E; i += 256) {
-    int row = i / E, expert = first_expert + i % E;
-    if (first + row >= tokens || expert >= experts) continue;
-    float sum = 0;
-#pragma unroll
-    for (int p = 0; p < 4; p++) sum += parts[p * 64 * E + i];
-    logits[(i64)(first + row) * experts + expert] = sum;
-  }
 }
-#define GATE(T, S)                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256)                                                                   \
-      gate_##T(const bf16* x, const u8* split, float* logits, int tokens, int experts, int width, int tiles) {        \
-    gate_tokens<T, S>(x, split, logits, tokens, experts, width, tiles);                                               \
+#define GATE(T, WN, M, C)                                                                                             \
+  extern "C" __global__ void __launch_bounds__(256, 1) \
+      gate_##T(const bf16* x, const float* gate, float* logits, float* shares, u32* counters, int tokens,            \
+               int experts, int width, int per_share, int stages) {                                                   \
+    gate_tokens<T, WN, M, C>(x, gate, logits, shares, counters, tokens, experts, width, per_share, stages);           \
   }
-GATE(1, 5)
-GATE(2, 5)
-GATE(4, 4)
-GATE(8, 4)
+GATE(1, 1, 1, 128)
+GATE(2, 1, 1, 128)
+GATE(4, 2, 2, 64)
+GATE(8, 2, 4, 64)
 
 // Logits of 4 tokens and 4 experts per warp. Blocks (32 tokens, 4 experts).
 template <typename X>
@@ -308,122 +366,120 @@ extern "C" __global__ void gate_dx_plain_bf16(const float* d_logits, const float
   gate_dx_plain<bf16>(d_logits, gate, d_x, tokens, experts, width, adds);
 }
 
-// parts[split][experts][width] = dLogitsᵀ x over the tokens of a split, for 128 columns and M * 16 experts per block: blocks (columns,
-// experts, splits). Slices of 64 tokens pass through shared memory, 3 in flight; four warps share the columns, two the tokens of a slice. The
-// block splits a slice's gradients into three terms first.
-template <int M>
+// parts[split][experts][width] = dLogitsᵀ x over the tokens of a split, for 256 columns and M * 16 experts per block: blocks (columns,
+// experts, splits). Slices of 64 tokens pass through shared memory, `stages` of them in flight; while one is multiplied, the gradients of the
+// next one are split, by the thread that copied them. Of the 8 warps, WE share the experts, the others the columns.
+template <int M, int WE>
 DEVICE void gate_dw(const float* d_logits, const bf16* x, float* parts, int tokens, int experts, int width,
-                    int per_split) {
-  constexpr int X_ROW = 136, E = M * 16, S = 3, T_ROW = E + 8;
-  constexpr int X_BYTES = 64 * X_ROW * 2, STAGE = X_BYTES + 64 * E * 4;
-  extern __shared__ __align__(16) u8 gate_shared[];
-  u8* terms = gate_shared + S * STAGE;  // [3][64][T_ROW] bf16
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % 4, half = warp / 4, g = lane / 4, c = lane % 4;
-  int first_column = blockIdx.x * 128, first_expert = blockIdx.y * E;
+                    int per_split, int stages) {
+  constexpr int E = M * 16, T_ROW = (E + 8) * 2, TERM_BYTES = 64 * T_ROW;
+  constexpr int X_BYTES = 64 * 512, L_BYTES = 64 * E * 4, MINE = M / WE, N = WE * 4;  // tiles of a warp: experts, 8 columns
+  extern __shared__ __align__(128) u8 gate_shared[];
+  u8 *gradients = gate_shared + stages * X_BYTES, *terms = gradients + stages * L_BYTES;  // [2][3][64][E + 8] bf16
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int first_column = blockIdx.x * 256, first_expert = blockIdx.y * E;
   int start = blockIdx.z * per_split, end = start + per_split < tokens ? start + per_split : tokens;
   int slices = (end - start + 63) / 64;
-  auto fetch = [&](int slice) {
-    u8* stage = gate_shared + (slice % S) * STAGE;
-    int first = start + slice * 64;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      int i = threadIdx.x + j * 256, row = i / 16, column = i % 16 * 8;
-      bool valid = slice < slices && first + row < end && first_column + column < width;
-      copy_async_16(stage + (row * X_ROW + column) * 2,
-                    valid ? x + (i64)(first + row) * width + first_column + column : x, valid);
-    }
+  auto fetch_gradients = [&](int slice) {
+    u8* to = gradients + slice % stages * L_BYTES;
 #pragma unroll
     for (int j = 0; j < M; j++) {
-      int i = threadIdx.x + j * 256, row = i / (4 * M), e = i % (4 * M) * 4;
-      bool valid = slice < slices && first + row < end && first_expert + e < experts;
-      copy_async_16(stage + X_BYTES + (row * E + e) * 4,
-                    valid ? d_logits + (i64)(first + row) * experts + first_expert + e : d_logits, valid);
+      int i = threadIdx.x + j * 256, token = start + slice * 64 + i / (4 * M), e = first_expert + i % (4 * M) * 4;
+      bool valid = token < end && e < experts;
+      copy_async_16(to + i * 16, valid ? d_logits + (i64)token * experts + e : d_logits, valid);
+    }
+  };
+  auto split = [&](int slice) {
+    const Pack<float, 4>* from = reinterpret_cast<const Pack<float, 4>*>(gradients + slice % stages * L_BYTES);
+    u8* to = terms + slice % 2 * 3 * TERM_BYTES;
+#pragma unroll
+    for (int j = 0; j < M; j++) {
+      int i = threadIdx.x + j * 256;
+      store_terms(to + i / (4 * M) * T_ROW + i % (4 * M) * 8, TERM_BYTES, from[i]);
+    }
+  };
+  // A slice of tokens, and the gradients of the next one.
+  auto fetch = [&](int slice) {
+    if (slice < slices) {
+      u8* to = gate_shared + slice % stages * X_BYTES;
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        int row = threadIdx.x / 32 + j * 8, piece = lane, token = start + slice * 64 + row;
+        bool valid = token < end && first_column + piece * 8 < width;
+        copy_async_16(to + row * 512 + ((piece ^ (row & 7)) << 4),
+                      valid ? x + (i64)token * width + first_column + piece * 8 : x, valid);
+      }
+      if (slice + 1 < slices) fetch_gradients(slice + 1);
     }
     copy_async_commit();
   };
-  float sums[M][4][4];
+  float sums[MINE][N][4];
 #pragma unroll
-  for (int i = 0; i < M * 16; i++) (&sums[0][0][0])[i] = 0;
-  for (int s = 0; s < S - 1; s++) fetch(s);
+  for (int i = 0; i < MINE * N * 4; i++) (&sums[0][0][0])[i] = 0;
+  fetch_gradients(0);
+  for (int s = 0; s < stages - 1; s++) fetch(s);
+  copies_wait(stages - 2);
+  split(0);
+  int base = warp / WE * N * 8;  // first column of the warp
   for (int slice = 0; slice < slices; slice++) {
-    copy_async_wait<S - 2>();
+    copies_wait(stages - 2);
     __syncthreads();
-    fetch(slice + S - 1);
-    const u8* stage = gate_shared + (slice % S) * STAGE;
-    const bf16* xs = reinterpret_cast<const bf16*>(stage);
-    const Pack<float, 4>* ls = reinterpret_cast<const Pack<float, 4>*>(stage + X_BYTES);
+    fetch(slice + stages - 1);
+    if (slice + 1 < slices) split(slice + 1);
+    const u8* xs = gate_shared + slice % stages * X_BYTES;
+    const u8* ls = terms + slice % 2 * 3 * TERM_BYTES + warp % WE * MINE * 32;
+    float c[MINE][N][4];
 #pragma unroll
-    for (int j = 0; j < M; j++) {
-      int i = threadIdx.x + j * 256, row = i / (4 * M), e = i % (4 * M) * 4;
-      Pack<float, 4> l = ls[i];
-      u32 low[3], high[3];
-      split3(l.at[0], l.at[1], low);
-      split3(l.at[2], l.at[3], high);
+    for (int i = 0; i < MINE * N * 4; i++) (&c[0][0][0])[i] = 0;
 #pragma unroll
-      for (int k = 0; k < 3; k++) {
-        *reinterpret_cast<uint2*>(terms + ((k * 64 + row) * T_ROW + e) * 2) = make_uint2(low[k], high[k]);
-      }
-    }
-    __syncthreads();
+    for (int k = 0; k < 64; k += 16) {
+      u32 b[N / 2][4];
 #pragma unroll
-    for (int step = 0; step < 2; step++) {
-      int first = half * 32 + step * 16;
-      u32 b[2][4];
-#pragma unroll
-      for (int t = 0; t < 2; t++) {
-        int row = first + lane / 8 % 2 * 8 + lane % 8, column = part * 32 + t * 16 + lane / 16 * 8;
-        load_matrices_transposed(b[t], xs + row * X_ROW + column);
+      for (int n = 0; n < N / 2; n++) {
+        int row = k + lane % 16, piece = base / 8 + n * 2 + lane / 16;
+        load_matrices_transposed(b[n], xs + row * 512 + ((piece ^ (row & 7)) << 4));
       }
 #pragma unroll
-      for (int m = 0; m < M; m++) {
-        u32 a[3][4];
+      for (int m = 0; m < MINE; m++) {
 #pragma unroll
-        for (int k = 0; k < 3; k++) {
+        for (int term = 2; term >= 0; term--) {
           // Stored by token: transposed, its registers are (experts, tokens) low-low, high-low, low-high, high-high.
-          int row = first + lane / 16 * 8 + lane % 8, e = m * 16 + lane / 8 % 2 * 8;
-          load_matrices_transposed(a[k], terms + ((k * 64 + row) * T_ROW + e) * 2);
-        }
+          u32 a[4];
+          int row = k + lane / 16 * 8 + lane % 8;
+          load_matrices_transposed(a, ls + term * TERM_BYTES + row * T_ROW + m * 32 + lane / 8 % 2 * 16);
 #pragma unroll
-        for (int k = 2; k >= 0; k--) {
-#pragma unroll
-          for (int t = 0; t < 4; t++) mma_bf16(sums[m][t], a[k], b[t / 2] + t % 2 * 2);
+          for (int n = 0; n < N; n++) mma_bf16(c[m][n], a, b[n / 2] + n % 2 * 2);
         }
       }
     }
+#pragma unroll
+    for (int i = 0; i < MINE * N * 4; i++) (&sums[0][0][0])[i] += (&c[0][0][0])[i];
   }
   copy_async_wait<0>();
-  __syncthreads();
-  float* other = reinterpret_cast<float*>(gate_shared);  // [E][128]: the sums of the second half of the tokens
 #pragma unroll
-  for (int turn = 1; turn >= 0; turn--) {
-    if (half == turn) {
+  for (int m = 0; m < MINE; m++) {
 #pragma unroll
-      for (int m = 0; m < M; m++) {
+    for (int n = 0; n < N; n++) {
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-          int e = m * 16 + g + i % 4 / 2 * 8, column = part * 32 + i / 4 * 8 + c * 2 + i % 2;
-          float sum = sums[m][i / 4][i % 4];
-          if (turn == 1) {
-            other[e * 128 + column] = sum;
-          } else if (first_expert + e < experts && first_column + column < width) {
-            parts[((i64)blockIdx.z * experts + first_expert + e) * width + first_column + column] =
-                sum + other[e * 128 + column];
-          }
-        }
+      for (int i = 0; i < 2; i++) {
+        int e = first_expert + (warp % WE * MINE + m) * 16 + lane / 4 + i * 8;
+        int column = first_column + base + n * 8 + lane % 4 * 2;
+        if (e >= experts || column >= width) continue;
+        float* to = parts + ((i64)blockIdx.z * experts + e) * width + column;
+        *reinterpret_cast<Pack<float, 2>*>(to) = {{sums[m][n][i * 2], sums[m][n][i * 2 + 1]}};
       }
     }
-    __syncthreads();
   }
 }
-#define GATE_DW(M)                                                                                               \
-  extern "C" __global__ void __launch_bounds__(256) gate_dw_##M(const float* d_logits, const bf16* x,           \
+#define GATE_DW(M, WE)                                                                                           \
+  extern "C" __global__ void __launch_bounds__(256, 1) gate_dw_##M(const float* d_logits, const bf16* x,           \
                                                                 float* parts, int tokens, int experts,          \
-                                                                int width, int per_split) {                     \
-    gate_dw<M>(d_logits, x, parts, tokens, experts, width, per_split);                                           \
+                                                                int width, int per_split, int stages) {         \
+    gate_dw<M, WE>(d_logits, x, parts, tokens, experts, width, per_split, stages);                               \
   }
-GATE_DW(1)
-GATE_DW(2)
-GATE_DW(4)
+GATE_DW(1, 1)
+GATE_DW(2, 1)
+GATE_DW(4, 2)
 
 // The same for one column and 8 experts per thread; blocks of 128 threads (128 columns, 8 experts, splits).
 template <typename X>
