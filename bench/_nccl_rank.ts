@@ -1,24 +1,26 @@
-// One rank of bench/nccl.ts: our side. Rank 0 prints, as peers/nccl.py does, `op bytes time_us host_us`: the slowest rank's time per
-// operation by events of the compute stream, when each operation is ordered after that stream and before it again, and the host's time per
-// call. Arguments: samples, when nothing new begins any more (ms of the day's clock, or inf), bytes:iterations, ….
+// One rank of bench/nccl.ts: our side. It connects to a Unix socket, says who it is, and then does what it is told, as peers/nccl.py does:
+// `op bytes iterations` is answered by `time_us host_us`, both for one operation. Between its turns it sleeps.
+// Arguments: the socket, a name for this side, bytes of the largest operation.
 
 import { init } from "../collectives/world.ts";
 import { nccl } from "../ffi/nccl.ts";
 import type { Communicator } from "../collectives/types.ts";
 import type { CudaDevice } from "../tensor/cuda/device.ts";
-import { empty, type Tensor } from "../tensor/tensor.ts";
+import { empty } from "../tensor/tensor.ts";
+import { linesOf, writeLine } from "./_lines.ts";
 
-const [samplesText, untilText, ...sizes] = Deno.args;
-const samples = Number(samplesText);
-const until_ms = untilText === "inf" ? Infinity : Number(untilText);
+/** Bytes of the operations that warm up a turn, at most. */
+const WARM_BYTES = 1 << 20;
 
+const [path, side, most] = Deno.args;
 await using world = await init({ device: "cuda" });
 const { rank, size } = world;
 const device = world.device as CudaDevice;
 const { stream } = device;
-const most = Math.max(...sizes.map((text) => Number(text.split(":")[0])));
-const x = empty(device, [most / 4]), y = empty(device, [most / 4]);
+using x = empty(device, [Number(most) / 4]), y = empty(device, [Number(most) / 4]);
+using token = empty(device, [1]);
 device.kernels.fill(x, 1);
+device.kernels.fill(token, 1);
 const next = (rank + 1) % size, previous = (rank + size - 1) % size;
 
 /** Uneven shares, as routing gives them: a rank sends 1, 2 or 3 units to another. */
@@ -76,54 +78,35 @@ const OPERATIONS: Record<string, Operation> = {
   },
 };
 
-async function measure(run: Run, iterations: number): Promise<[time_us: number, host_us: number]> {
-  for (let i = 0; i < Math.max(1, iterations >> 1); i++) run();
-  await stream.synchronize();
-  const times: number[] = [], hosts: number[] = [];
-  for (let s = 0; s < (iterations < 4 ? 2 : samples); s++) {
-    await world.barrier();
-    await stream.synchronize();
-    const begin = stream.recordTimed();
-    const start = performance.now();
-    for (let i = 0; i < iterations; i++) run();
-    const host_us = (performance.now() - start) * 1000;
-    const end = stream.recordTimed();
-    await stream.synchronize();
-    const both = Float64Array.of(end.time() - begin.time(), host_us);
-    await world.allReduce(both, { op: "max" });
-    times.push(both[0] / iterations);
-    hosts.push(both[1] / iterations);
-  }
-  const median = (xs: number[]) => xs.sort((a, b) => a - b)[xs.length >> 1];
-  return [median(times), median(hosts)];
+/** One turn: everything is enqueued at once, and the host sleeps until it is done. */
+async function measure(
+  operation: Operation,
+  bytes: number,
+  iterations: number,
+): Promise<[time_us: number, host_us: number]> {
+  const warm = operation(world, Math.min(bytes, WARM_BYTES) / 4);
+  const run = operation(world, bytes / 4);
+  device.anchor();
+  for (let i = 0; i < Math.max(2, iterations >> 1); i++) warm();
+  world.allReduce(token).wait(stream); // the devices begin together
+  const begin = stream.recordTimed();
+  const start_ms = performance.now();
+  for (let i = 0; i < iterations; i++) run();
+  const host_us = (performance.now() - start_ms) * 1000;
+  const end = stream.recordTimed();
+  while (!end.done()) await new Promise((resolve) => setTimeout(resolve, 1));
+  return [(end.time() - begin.time()) / iterations, host_us / iterations];
 }
 
-/** Whether there is time to begin something; all ranks agree. */
-async function goesOn(): Promise<boolean> {
-  const late = Float64Array.of(Date.now() >= until_ms ? 1 : 0);
-  await world.allReduce(late, { op: "max" });
-  return late[0] === 0;
+using connection = await Deno.connect({ transport: "unix", path });
+const writer = connection.writable.getWriter();
+const { version, path: library } = nccl();
+await writeLine(
+  writer,
+  `${side} ${rank} Deno ${Deno.version.deno}, NCCL ${version}, ${Deno.realPathSync(library)}`,
+);
+for await (const line of linesOf(connection.readable)) {
+  const [name, bytes, iterations] = line.split(" ");
+  const [time_us, host_us] = await measure(OPERATIONS[name], Number(bytes), Number(iterations));
+  await writeLine(writer, `${time_us.toFixed(2)} ${host_us.toFixed(3)}`);
 }
-
-function floats(bytes: number): number {
-  return Math.floor(bytes / 4);
-}
-
-const [smallest] = sizes.map((text) => Number(text.split(":")[0]));
-// V8 compiles what has run often: the comparison is one of running programs.
-for (let round = 0; round < 5 && await goesOn(); round++) {
-  for (const operation of Object.values(OPERATIONS)) {
-    await measure(operation(world, floats(smallest)), 40);
-  }
-}
-measuring: for (const text of sizes) {
-  const [bytes, iterations] = text.split(":").map(Number);
-  for (const [name, operation] of Object.entries(OPERATIONS)) {
-    if (!await goesOn()) break measuring;
-    device.anchor();
-    const [time_us, host_us] = await measure(operation(world, floats(bytes)), iterations);
-    if (rank === 0) console.log(`${name} ${bytes} ${time_us.toFixed(2)} ${host_us.toFixed(3)}`);
-  }
-}
-for (const tensor of [x, y] as Tensor[]) tensor[Symbol.dispose]();
-if (rank === 0) console.error(`# Deno ${Deno.version.deno}, NCCL ${nccl().version}`);

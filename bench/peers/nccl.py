@@ -1,23 +1,25 @@
-# One rank of bench/nccl.ts: torch.distributed over NCCL, with the operations, sizes, repeats and streams of bench/_nccl_rank.ts. Each
-# operation is ordered after the current stream and before it again, as torch does unless told otherwise; times are those of events on that
-# stream. Arguments as there. Rank 0 prints `op bytes time_us host_us`.
+# One rank of bench/nccl.ts: torch.distributed over NCCL, with the operations, turns and streams of bench/_nccl_rank.ts. Each operation
+# is ordered after the current stream and before it again, as torch does unless told otherwise; times are those of events on that
+# stream. Arguments: a Unix socket, a name for this side, bytes of the largest operation. `op bytes iterations` over the socket is
+# answered by `time_us host_us`. Between its turns it sleeps.
 
 import os
+import socket
 import sys
 import time
 
 import torch
 import torch.distributed as dist
 
-samples = int(sys.argv[1])
-until_ms = float(sys.argv[2])
-sizes = [tuple(int(n) for n in text.split(":")) for text in sys.argv[3:]]
+WARM_BYTES = 1 << 20
+
+path, side, most = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.cuda.set_device(0)
 dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
 rank, size = dist.get_rank(), dist.get_world_size()
-most = max(nbytes for nbytes, _ in sizes)
 x = torch.ones(most // 4, device="cuda")
 y = torch.empty(most // 4, device="cuda")
+token = torch.ones(1, device="cuda")
 following, previous = (rank + 1) % size, (rank + size - 1) % size
 
 
@@ -95,54 +97,41 @@ OPERATIONS = {
 }
 
 
-def measure(run, iterations):
-    for _ in range(max(1, iterations >> 1)):
+def measure(operation, nbytes, iterations):
+    """One turn: everything is enqueued at once, and the host sleeps until it is done."""
+    warm = operation(min(nbytes, WARM_BYTES) // 4)
+    run = operation(nbytes // 4)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(max(2, iterations // 2)):
+        warm()
+    dist.all_reduce(token)  # the devices begin together
+    begin.record()
+    start = time.perf_counter()
+    for _ in range(iterations):
         run()
-    torch.cuda.synchronize()
-    times, hosts = [], []
-    for _ in range(2 if iterations < 4 else samples):
-        dist.barrier()
-        torch.cuda.synchronize()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        start = time.perf_counter()
-        for _ in range(iterations):
-            run()
-        host_us = (time.perf_counter() - start) * 1e6
-        end.record()
-        torch.cuda.synchronize()
-        both = torch.tensor([begin.elapsed_time(end) * 1e3, host_us], dtype=torch.float64, device="cuda")
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-        device_us, host_us = both.tolist()
-        times.append(device_us / iterations)
-        hosts.append(host_us / iterations)
-    return sorted(times)[len(times) // 2], sorted(hosts)[len(hosts) // 2]
+    host_us = (time.perf_counter() - start) * 1e6
+    end.record()
+    while not end.query():
+        time.sleep(0.001)
+    return begin.elapsed_time(end) * 1e3 / iterations, host_us / iterations
 
 
-def goes_on():
-    """Whether there is time to begin something; all ranks agree."""
-    late = torch.tensor([float(time.time() * 1e3 >= until_ms)], device="cuda")
-    dist.all_reduce(late, dist.ReduceOp.MAX)
-    return late.item() == 0
+def library():
+    """The file of the NCCL that this process has loaded."""
+    with open("/proc/self/maps") as maps:
+        files = {line.split()[-1] for line in maps if "libnccl.so" in line}
+    return os.path.realpath(min(files)) if files else "?"
 
 
-def measure_all():
-    for nbytes, iterations in sizes:
-        for name, operation in OPERATIONS.items():
-            if not goes_on():
-                return
-            time_us, host_us = measure(operation(nbytes // 4), iterations)
-            if rank == 0:
-                print(f"{name} {nbytes} {time_us:.2f} {host_us:.3f}", flush=True)
-
-
-for _ in range(5):
-    if not goes_on():
-        break
-    for operation in OPERATIONS.values():
-        measure(operation(sizes[0][0] // 4), 40)
-measure_all()
-if rank == 0:
-    version = ".".join(str(n) for n in torch.cuda.nccl.version())
-    print(f"# torch {torch.__version__}, NCCL {version}", file=sys.stderr)
+dist.all_reduce(token)
+torch.cuda.synchronize()
+version = ".".join(str(n) for n in torch.cuda.nccl.version())
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(path)
+lines = connection.makefile("rw")
+print(f"{side} {rank} torch {torch.__version__}, NCCL {version}, {library()}", file=lines, flush=True)
+for line in lines:
+    name, nbytes, iterations = line.split()
+    time_us, host_us = measure(OPERATIONS[name], int(nbytes), int(iterations))
+    print(f"{time_us:.2f} {host_us:.3f}", file=lines, flush=True)
 dist.destroy_process_group()

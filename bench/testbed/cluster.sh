@@ -4,6 +4,7 @@
 # Root and iproute2 (ip, tc) are needed; NET_TOOLS=DIR takes them and, in DIR/lib, their libraries from a folder.
 #
 #   cluster.sh up HOSTS MBIT [RANKS]   makes the hosts; MBIT Mbit/s per link and direction, 0 for no limit; RANKS per host [1]
+#   cluster.sh rate MBIT               changes the links' rate while ranks run
 #   cluster.sh run COMMAND...          starts the command once per rank, with the variables of torchrun (RANK, WORLD_SIZE, ...);
 #                                      a rank that fails ends the others; exits as the first that failed
 #   cluster.sh down                    removes what `up` has made
@@ -39,6 +40,19 @@ enter() {
 # Limits what a device sends.
 limit() { tool tc "${@:3}" qdisc add dev "$1" root tbf rate "${2}mbit" burst "$((${BURST_KIB:-256} * 1024))" latency 20ms; }
 
+rate() {
+  local hosts host
+  read -r hosts _ <"$STATE/size"
+  for ((host = 0; host < hosts; host++)); do
+    tool tc -n "lina$host" qdisc del dev eth0 root 2>/dev/null || true # there is none without a limit
+    tool tc qdisc del dev "lina-p$host" root 2>/dev/null || true
+    if (($1 > 0)); then
+      limit eth0 "$1" -n "lina$host"
+      limit "lina-p$host" "$1"
+    fi
+  done
+}
+
 mps_variables() { export CUDA_MPS_PIPE_DIRECTORY=$STATE/mps CUDA_MPS_LOG_DIRECTORY=$STATE/mps-log; }
 
 up() {
@@ -54,11 +68,8 @@ up() {
     tool ip -n "lina$host" address add "$NETWORK.$((host + 1))/24" dev eth0
     tool ip -n "lina$host" link set eth0 up
     tool ip -n "lina$host" link set lo up
-    if ((mbit > 0)); then
-      limit eth0 "$mbit" -n "lina$host"
-      limit "lina-p$host" "$mbit"
-    fi
   done
+  if ((mbit > 0)); then rate "$mbit"; fi
   if [[ -e /dev/nvidiactl && ${MPS:-1} != 0 ]]; then
     mps_variables
     if nvidia-cuda-mps-control -d; then touch "$STATE/mps-runs"; else echo "cluster.sh: no MPS: ranks take turns on the GPU" >&2; fi
@@ -112,9 +123,9 @@ down() {
 }
 
 case ${1:-} in
-  up | run | down) "$@" ;;
+  up | rate | run | down) "$@" ;;
   *)
-    sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 2
     ;;
 esac
