@@ -2,6 +2,8 @@
 //
 //   gate → router (with the ranks' sums) → routing plan → permute → all-to-all → experts → all-to-all → weigh and add → + shared experts
 //
+// In a world of one on a GPU no row is moved: experts take rows from the tokens by index, and the weights meet the hidden rows.
+//
 // Backward is the mirror image. The router is router*.ts, the plan plan.ts, the movements dispatch.ts, the experts experts.ts and
 // expert_store.ts: this file puts them in order and owns nothing but the gate and the shared experts.
 //
@@ -13,8 +15,9 @@
 
 import type { Work } from "../collectives/types.ts";
 import * as ops from "../tensor/ops.ts";
+import * as routing from "../tensor/ops/routing.ts";
 import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
-import { fromExperts, permute, type PlacedPlan, toExperts } from "./dispatch.ts";
+import { fromExperts, permute, type PlacedPlan, toExperts, weightsOfRows } from "./dispatch.ts";
 import { type ExpertGroups, expertsBackward, expertsForward, releaseExperts } from "./experts.ts";
 import { ExpertStore } from "./expert_store.ts";
 import { FeedForward } from "./feed_forward.ts";
@@ -149,8 +152,9 @@ export class MoeLayer implements Disposable {
     undo.defer(() => dropShown([shown]));
     undo.defer(() => routed.release());
 
+    const scales_S = placed.direct ? undo.use(weightsOfRows(weights_NK, placed)) : null;
     const arriving = toExperts(
-      permute(x_ND, placed),
+      placed.direct ? x_ND : permute(x_ND, placed),
       placed,
       comm,
       this.#transfer(step, "forward", "dispatch"),
@@ -161,8 +165,11 @@ export class MoeLayer implements Disposable {
       undo.use(shared.out_ND);
       undo.defer(() => this.#shared!.release(shared.saved));
     }
-    const x_MD = await arriving;
-    const { y_MD, saved: experts } = expertsForward(x_MD, this.#groups(placed));
+    const { y_MD, saved: experts } = expertsForward(
+      await arriving,
+      this.#groups(placed),
+      scales_S,
+    );
     undo.defer(() => releaseExperts(experts));
     const y_SD = undo.use(
       await fromExperts(y_MD, placed, comm, this.#transfer(step, "forward", "combine")),
@@ -171,9 +178,16 @@ export class MoeLayer implements Disposable {
     // Experts, shared experts and residual are added in one pass where there are two of them, else in two.
     const onto = shared && residual_ND ? out_ND : shared?.out_ND ?? residual_ND;
     if (shared && residual_ND) ops.add(residual_ND, shared.out_ND, out_ND);
-    ops.combineRows(y_SD, placed.slots_NK, weights_NK, out_ND, onto);
+    ops.combineRows(y_SD, placed.slots_NK, scales_S ? null : weights_NK, out_ND, onto);
     shared?.out_ND[Symbol.dispose]();
-    const saved: MoeSaved = { x_ND, routed, x_MD, experts, y_SD, shared: shared?.saved ?? null };
+    if (placed.direct) y_SD[Symbol.dispose]();
+    const saved: MoeSaved = {
+      x_ND,
+      routed,
+      experts,
+      y_SD: placed.direct ? null : y_SD,
+      shared: shared?.saved ?? null,
+    };
     if (!step.training) this.release(saved);
     undo.move();
     return { out_ND, saved, shown };
@@ -194,29 +208,46 @@ export class MoeLayer implements Disposable {
     const { placed, weights_NK } = routed;
     step.combineBackwardStarts(this.layer);
     using undo = new DisposableStack();
-    const dY_SD = undo.use(empty(device, y_SD.shape, y_SD.dtype));
     using dWeights_NK = empty(device, weights_NK.shape, weights_NK.dtype);
-    ops.combineRowsBackward(dOut_ND, y_SD, placed.slots_NK, weights_NK, dY_SD, dWeights_NK);
-    const arriving = toExperts(dY_SD, placed, comm, this.#transfer(step, "backward", "combine"));
+    let dRows = dOut_ND;
+    if (y_SD) {
+      dRows = undo.use(empty(device, y_SD.shape, y_SD.dtype));
+      ops.combineRowsBackward(dOut_ND, y_SD, placed.slots_NK, weights_NK, dRows, dWeights_NK);
+      y_SD[Symbol.dispose]();
+    }
+    const arriving = toExperts(dRows, placed, comm, this.#transfer(step, "backward", "combine"));
     undo.defer(() => freeLater(arriving));
-    // While the rows travel: shared experts and the router.
+    // While the rows travel: shared experts, and the router if the weights' gradient is known.
     const later = { firstPass: step.firstPass, gradientReady: () => {} }; // behind the all-to-alls
     const dShared_ND = saved.shared && this.#shared!.backward(dOut_ND, saved.shared, later);
     if (dShared_ND) undo.use(dShared_ND);
-    using dLogits_NE = await routed.logitsGradient(dWeights_NK, this.auxScale);
     const dX_ND = dShared_ND ?? undo.use(empty(device, x_ND.shape, x_ND.dtype));
     let written = dShared_ND !== null;
-    if (routed.gateFirst) {
-      routed.gateBackward(dLogits_NE, dX_ND, written ? 1 : 0);
-      written = true;
-    }
-    using dY_MD = await arriving;
+    using router = new DisposableStack();
+    const logitsGradient = async () => {
+      const dLogits_NE = await routed.logitsGradient(dWeights_NK, this.auxScale);
+      router.use(dLogits_NE);
+      if (routed.gateFirst) {
+        routed.gateBackward(dLogits_NE, dX_ND, written ? 1 : 0);
+        written = true;
+      }
+      return dLogits_NE;
+    };
+    const early_NE = y_SD ? await logitsGradient() : null;
+    using dY = await arriving;
     const { gradients, parameters } = this.store;
-    const dX_MD = expertsBackward(dY_MD, saved.experts, this.#groups(placed), {
+    const { dX_MD, dScales_M } = expertsBackward(dY, saved.experts, this.#groups(placed), {
       grads: gradients,
       beta: step.firstPass ? 0 : 1,
     });
+    undo.use(dX_MD);
+    dY[Symbol.dispose]();
     for (const { name } of parameters) step.gradientReady(name);
+    if (dScales_M) {
+      using dScales_S = dScales_M;
+      routing.gatherWeights(dScales_S, placed.slots_NK, dWeights_NK);
+    }
+    const dLogits_NE = early_NE ?? await logitsGradient();
     using dX_SD = await fromExperts(
       dX_MD,
       placed,
@@ -255,8 +286,7 @@ export class MoeLayer implements Disposable {
    */
   release(saved: MoeSaved): void {
     saved.routed.release();
-    saved.x_MD[Symbol.dispose]();
-    saved.y_SD[Symbol.dispose]();
+    saved.y_SD?.[Symbol.dispose]();
     releaseExperts(saved.experts);
     if (saved.shared) this.#shared!.release(saved.shared);
   }
@@ -346,9 +376,9 @@ export class MoeLayer implements Disposable {
   }
 }
 
-/** Frees a tensor that is still on its way, when it comes. */
-function freeLater(arriving: Promise<Tensor>): void {
-  arriving.then((tensor) => tensor[Symbol.dispose](), () => {});
+/** Frees what is still on its way, when it comes. */
+function freeLater(arriving: Promise<Disposable>): void {
+  arriving.then((rows) => rows[Symbol.dispose](), () => {});
 }
 
 function sameSeats(a: PlacementPlan["seats"], b: PlacementPlan["seats"]): boolean {

@@ -1,6 +1,6 @@
 // What goes into a MoE layer and what comes out of it: plain data. The layer is moe_layer.ts.
 //
-// Shape letters: N tokens of this rank, D model width, F hidden width, E experts, K choices per token, S rows sent, M rows received.
+// Shape letters: N tokens of this rank, D model width, F hidden width, E experts, K choices per token, S rows sent.
 
 import type { Communicator } from "../collectives/types.ts";
 import type { Activation, Device } from "../tensor/device.ts";
@@ -58,12 +58,10 @@ export interface MoeSaved {
   readonly x_ND: Tensor;
   /** Where every row goes, with what weight, and the way back to the gate; owned. */
   readonly routed: Routed;
-  /** Rows of this rank's experts; owned. */
-  readonly x_MD: Tensor;
-  /** What the experts keep; owned. */
+  /** What the experts keep: their rows (a direct plan's are the input's), weights of rows, hidden rows; owned. */
   readonly experts: ExpertsSaved;
-  /** Outputs of the experts in the send order; owned. */
-  readonly y_SD: Tensor;
+  /** Outputs of the experts in the send order; owned. Null where the plan is direct: the weights met the hidden rows. */
+  readonly y_SD: Tensor | null;
   /** What the shared experts keep; owned. */
   readonly shared: FeedForwardSaved | null;
 }
