@@ -289,7 +289,7 @@ try {
   }
 } finally {
   await run(CLUSTER, "down");
-  if (options.json) {
+  if (options.json && cells.size > 0) {
     await Deno.writeTextFile(options.json, `[\n${rowsInFile().join(",\n")}\n]\n`);
   }
   printTable(rowsOf([...cells.values()], sides, ranks), sides);
