@@ -1,6 +1,6 @@
 // Routing on the device: from logits to each token's experts, weights and what the rank adds to the global batch, and the gradient back to the
 // logits; and the orders of rows between ranks and experts. The gate's products are in gate.cu, the sort of choices by expert in sort.cu.
-// A token has a group of L = 2^s lanes (L <= 32, the least that is no less than the experts, or 32); lane l of it holds experts l, l + L, ...
+// A token has a group of L = 2^s lanes (L <= 32, no less than its choices); lane l of it holds experts l, l + L, ...
 // Sums go over lanes, warps and blocks in a fixed order; only whole numbers are counted by atomics.
 
 struct Route {
@@ -235,6 +235,23 @@ DEVICE void route_backward(const float* d_weights, const float* logits, const fl
   int experts = route.experts, choices = route.choices, length = 3 * experts + 2;
   int lanes = 1 << route.shift, per_warp = 32 >> route.shift;
   int warp = threadIdx.x / 32, lane = threadIdx.x & (lanes - 1), sub = (threadIdx.x % 32) >> route.shift;
+  i64 stride = (i64)gridDim.x * 8 * per_warp, n = ((i64)blockIdx.x * 8 + warp) * per_warp + sub;
+  // What a token needs is loaded before it is waited for: the first one's beside the records.
+  float l[P], lse = 0, d_weight = 0;
+  int chosen = -1;  // of lane k: the k-th choice
+  auto load = [&]() {
+    bool inside = n < route.tokens;
+#pragma unroll
+    for (int j = 0; j < P; j++) {
+      int e = lane + j * lanes;
+      l[j] = inside && e < experts ? logits[n * experts + e] : LEAST;
+    }
+    bool mine = inside && lane < choices;
+    lse = inside ? lse_in[n] : 0.0f;
+    chosen = mine ? chosen_in[n * choices + lane] : -1;
+    d_weight = mine ? d_weights[n * choices + lane] : 0.0f;
+  };
+  load();
   // The balance loss's slope of each expert: aux E f_e / tokens.
   double all = 0;
   for (int e = threadIdx.x; e < experts; e += 256) {
@@ -255,15 +272,10 @@ DEVICE void route_backward(const float* d_weights, const float* logits, const fl
   for (int e = threadIdx.x; e < experts; e += 256) slope[e] = (float)(factor * slope[e]);
   __syncthreads();
 
-  for (i64 base = (i64)blockIdx.x * 8 * per_warp; base < route.tokens; base += (i64)gridDim.x * 8 * per_warp) {
-    i64 n = base + warp * per_warp + sub;
-    bool inside = n < route.tokens;
-    float lse = inside ? lse_in[n] : 0.0f;
-    // Lane k has the k-th choice.
-    bool mine = inside && lane < choices;
-    int chosen = mine ? chosen_in[n * choices + lane] : -1;
-    mine = mine && chosen >= 0;
-    float logit = mine ? logits[n * experts + chosen] : LEAST, d_weight = mine ? d_weights[n * choices + lane] : 0.0f;
+  for (i64 base = (i64)blockIdx.x * 8 * per_warp; base < route.tokens; base += stride) {
+    bool inside = n < route.tokens, mine = chosen >= 0;
+    float logit = mine ? logits[n * experts + chosen] : LEAST;
+    if (!mine) d_weight = 0;
     float given = 0, all_scores = 0;  // gradient of this choice's logit; what every softmax score loses
     if (route.sigmoid) {
       float s = mine ? 1.0f / (1.0f + expf(-logit)) : 0.0f;
@@ -285,9 +297,8 @@ DEVICE void route_backward(const float* d_weights, const float* logits, const fl
 #pragma unroll
     for (int j = 0; j < P; j++) {
       int e = lane + j * lanes;
-      float l = inside && e < experts ? logits[n * experts + e] : LEAST;
-      p[j] = inside && e < experts ? expf(l - lse) : 0.0f;
-      score[j] = route.sigmoid && inside && e < experts ? 1.0f / (1.0f + expf(-l)) : p[j];
+      p[j] = inside && e < experts ? expf(l[j] - lse) : 0.0f;
+      score[j] = route.sigmoid && inside && e < experts ? 1.0f / (1.0f + expf(-l[j])) : p[j];
       sum += score[j];
       if (e < experts) mean += slope[e] * score[j];
     }
@@ -314,12 +325,13 @@ DEVICE void route_backward(const float* d_weights, const float* logits, const fl
         if (lane + j * lanes == e) gradient[j] += g;
       }
     }
-    if (!inside) continue;
 #pragma unroll
     for (int j = 0; j < P; j++) {
       int e = lane + j * lanes;
-      if (e < experts) d_logits[n * experts + e] = gradient[j];
+      if (inside && e < experts) d_logits[n * experts + e] = gradient[j];
     }
+    n += stride;
+    load();
   }
 }
 #define ROUTE_BACKWARD(P)                                                                                            \

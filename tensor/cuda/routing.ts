@@ -140,7 +140,9 @@ export function routingKernels(
         `Cannot route on the GPU as there must be at most ${MOST_EXPERTS} experts and ${MOST_CHOICES} of a token: current value is ${o.experts} and ${o.choices}`,
       );
     }
-    const shift = Math.min(5, o.experts <= 1 ? 0 : 32 - Math.clz32(o.experts - 1));
+    // Few lanes of many experts: a step of a search among lanes takes longer than one among registers. Each choice needs a lane, too.
+    const least = Math.max(o.choices, Math.ceil(o.experts / (o.experts > 32 ? 8 : 4)));
+    const shift = Math.min(5, least <= 1 ? 0 : 32 - Math.clz32(least - 1));
     const perLane = Math.ceil(o.experts / 2 ** shift);
     view.setBigInt64(0, BigInt(tokens), true);
     view.setInt32(8, o.experts, true);

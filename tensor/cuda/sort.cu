@@ -11,6 +11,9 @@ DEVICE int digit_of(int key, int shift, int mask, int last) {
   return (key >> shift) & mask;
 }
 
+// Tiles are multiples of 1024 items: blocks of 256 threads take 4 at a time per thread, whose loads do not wait for each other.
+#define AT_ONCE 4
+
 // counts[tile][bins] of items [n] in tiles of `tile`. One block of 256 threads per tile; shared: bins ints.
 extern "C" __global__ void sort_count(const int* keys, i64 n, int tile, int shift, int mask, int last, int bins,
                                       int* counts) {
@@ -18,9 +21,17 @@ extern "C" __global__ void sort_count(const int* keys, i64 n, int tile, int shif
   for (int b = threadIdx.x; b < bins; b += blockDim.x) histogram[b] = 0;
   __syncthreads();
   i64 start = (i64)blockIdx.x * tile, end = start + tile < n ? start + tile : n;
-  for (i64 i = start + threadIdx.x; i < end; i += blockDim.x) {
-    int b = digit_of(keys[i], shift, mask, last);
-    if (b >= 0 && b < bins) atomicAdd(&histogram[b], 1);
+  for (i64 base = start + threadIdx.x; base < end; base += 256 * AT_ONCE) {
+    int digits[AT_ONCE];
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) {
+      i64 i = base + j * 256;
+      digits[j] = i < end ? digit_of(keys[i], shift, mask, last) : -1;
+    }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) {
+      if (digits[j] >= 0 && digits[j] < bins) atomicAdd(&histogram[digits[j]], 1);
+    }
   }
   __syncthreads();
   for (int b = threadIdx.x; b < bins; b += blockDim.x) counts[(i64)blockIdx.x * bins + b] = histogram[b];
@@ -82,23 +93,33 @@ DEVICE int prepare_places(const int* keys, i64 n, int tile, int shift, int mask,
                           int tiles, const int* starts, bool from_zero, int* warp_base, int* first, int* before,
                           int* scratch) {
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, stretch = tile / 8;
-  for (int i = threadIdx.x; i < 8 * bins; i += 256) warp_base[i] = 0;
+  for (int i = threadIdx.x; i < 10 * bins; i += 256) warp_base[i] = 0;  // first and before lie behind it
   __syncthreads();
   i64 start = (i64)blockIdx.x * tile + warp * stretch;
-  for (int i = lane; i < stretch; i += 32) {
-    if (start + i >= n) break;
-    int b = digit_of(keys[start + i], shift, mask, last);
-    if (b >= 0 && b < bins) atomicAdd(&warp_base[warp * bins + b], 1);
+  for (int step = lane; step < stretch; step += 32 * AT_ONCE) {
+    int digits[AT_ONCE];
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) {
+      i64 i = start + step + j * 32;
+      digits[j] = i < n ? digit_of(keys[i], shift, mask, last) : -1;
+    }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) {
+      if (digits[j] >= 0 && digits[j] < bins) atomicAdd(&warp_base[warp * bins + digits[j]], 1);
+    }
   }
-  for (int b = threadIdx.x; b < bins; b += 256) {
-    int sum = 0, below = 0;
-    for (int t = 0; t < tiles; t++) {
+  // Where there are few bins, several threads share the tiles of each.
+  int sharers = bins < 256 ? 256 / bins : 1;
+  for (int i = threadIdx.x; i < sharers * bins; i += 256) {
+    int b = i % bins, sum = 0, below = 0;
+#pragma unroll 8
+    for (int t = i / bins; t < tiles; t += sharers) {
       int count = counts[(i64)t * bins + b];
       sum += count;
-      if (t < (int)blockIdx.x) below += count;
+      below += t < (int)blockIdx.x ? count : 0;
     }
-    first[b] = sum;
-    before[b] = below;
+    atomicAdd(&first[b], sum);
+    atomicAdd(&before[b], below);
   }
   __syncthreads();
   int total = exclusive_scan(first, bins, scratch);
@@ -129,23 +150,31 @@ extern "C" __global__ void sort_place_choices(const int* experts, i64 n, int til
   }
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, stretch = tile / 8;
   i64 start = (i64)blockIdx.x * tile + warp * stretch;
-  for (int step = 0; step < stretch; step += 32) {
+  for (int step = 0; step < stretch; step += 32 * AT_ONCE) {
     if (start + step >= n) break;
-    i64 i = start + step + lane;
-    int expert = i < n ? experts[i] : -1;
-    if (expert >= bins) expert = -1;
-    bool placed = expert >= 0;
-    // One more bit sets the lanes apart that have nothing to place.
-    u32 alike = lanes_alike(placed ? expert : 1 << bits, bits + 1);
-    u32 below = alike & ((1u << lane) - 1u);
-    int row = placed ? warp_base[warp * bins + expert] + __popc(below) : -1;
-    __syncwarp();
-    if (placed && below == 0) warp_base[warp * bins + expert] += __popc(alike);
-    __syncwarp();
-    if (i >= n) continue;
-    if (placed && pieces) row = row_by_piece(pieces, piece_count, expert, row);
-    slots[i] = row;
-    if (row >= 0 && row < rows) tokens[row] = (int)(i / choices);
+    int held[AT_ONCE];
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) {
+      i64 i = start + step + j * 32 + lane;
+      held[j] = i < n ? experts[i] : -1;
+    }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) {
+      i64 i = start + step + j * 32 + lane;
+      int expert = held[j] < bins ? held[j] : -1;
+      bool placed = expert >= 0;
+      // One more bit sets the lanes apart that have nothing to place.
+      u32 alike = lanes_alike(placed ? expert : 1 << bits, bits + 1);
+      u32 below = alike & ((1u << lane) - 1u);
+      int row = placed ? warp_base[warp * bins + expert] + __popc(below) : -1;
+      __syncwarp();
+      if (placed && below == 0) warp_base[warp * bins + expert] += __popc(alike);
+      __syncwarp();
+      if (i >= n) continue;
+      if (placed && pieces) row = row_by_piece(pieces, piece_count, expert, row);
+      slots[i] = row;
+      if (row >= 0 && row < rows) tokens[row] = (int)i / choices;
+    }
   }
 }
 
@@ -158,21 +187,28 @@ extern "C" __global__ void sort_place_items(const int* keys, const int* values, 
   prepare_places(keys, n, tile, shift, mask, last, bins, counts, tiles, nullptr, false, warp_base, first, before, scratch);
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, stretch = tile / 8;
   i64 start = (i64)blockIdx.x * tile + warp * stretch;
-  for (int step = 0; step < stretch; step += 32) {
+  for (int step = 0; step < stretch; step += 32 * AT_ONCE) {
     if (start + step >= n) break;
-    i64 i = start + step + lane;
-    bool placed = i < n;
-    int key = placed ? keys[i] : 0;
-    if (key < 0) key = last;
-    int digit = (key >> shift) & mask;
-    u32 alike = lanes_alike(placed ? digit : 1 << bits, bits + 1);
-    u32 below = alike & ((1u << lane) - 1u);
-    int place = warp_base[warp * bins + digit] + __popc(below);
-    __syncwarp();
-    if (placed && below == 0) warp_base[warp * bins + digit] += __popc(alike);
-    __syncwarp();
-    if (!placed) continue;
-    out_keys[place] = key;
-    out_values[place] = values ? values[i] : (int)i;
+    int held[AT_ONCE], with[AT_ONCE];
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) {
+      i64 i = start + step + j * 32 + lane;
+      held[j] = i < n ? keys[i] : 0;
+      with[j] = i < n && values ? values[i] : (int)i;
+    }
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) {
+      bool placed = start + step + j * 32 + lane < n;
+      int key = held[j] < 0 ? last : held[j], digit = (key >> shift) & mask;
+      u32 alike = lanes_alike(placed ? digit : 1 << bits, bits + 1);
+      u32 below = alike & ((1u << lane) - 1u);
+      int place = warp_base[warp * bins + digit] + __popc(below);
+      __syncwarp();
+      if (placed && below == 0) warp_base[warp * bins + digit] += __popc(alike);
+      __syncwarp();
+      if (!placed) continue;
+      out_keys[place] = key;
+      out_values[place] = with[j];
+    }
   }
 }
