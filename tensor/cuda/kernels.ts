@@ -2,7 +2,6 @@
 
 import type { Kernels } from "../device.ts";
 import { groupedActivation } from "../grouped_activation.ts";
-import { copyingProducts } from "../grouped_rows.ts";
 import type { RoutingKernels } from "../routing_kernels.ts";
 import {
   attentionBackwardModule,
@@ -78,8 +77,7 @@ function join<T extends object>(
  */
 export function cudaKernels(context: CudaContext): Kernels {
   const kernels = join<Kernels>(context, ROOMS);
-  // TODO: goes as soon as grouped.ts and grouped_fused.ts take rows by index and scales themselves.
-  Object.assign(kernels, copyingProducts({ ...kernels }, kernels));
+  // TODO: goes as soon as grouped_fused.ts takes rows by index and scales itself.
   const fused = groupedActivationKernels(context, kernels), separate = groupedActivation(kernels);
   return Object.assign(
     kernels,
