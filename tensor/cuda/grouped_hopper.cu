@@ -214,7 +214,6 @@ DEVICE void produce(const Problem& p, Shared& shared, u32 ring) {
 // 128 threads: the same with an operand that is gathered. One of them loads the other operand and draws the tiles for all.
 template <int MODE, int GATHER>
 DEVICE void produce_gathered(const Problem& p, Shared& shared, u32 ring) {
-  constexpr int TO = GATHER == OF_A ? 0 : A_BLOCKS * BLOCK_BYTES;
   constexpr int BYTES = (GATHER == OF_A ? B_BLOCKS : A_BLOCKS) * BLOCK_BYTES;  // by the copy engine
   Walk<MODE, TILE_M, TILE_N> walk = walk_of<MODE>(p, shared);
   Tile tile;
