@@ -32,6 +32,8 @@ export interface InvarianceResult {
   readonly loss: number;
   readonly auxLoss: number;
   readonly imbalance: number;
+  /** Experts of this rank's tokens [N, K], before drops, per MoE layer. */
+  readonly chosen: readonly (readonly number[])[];
   /** Gradients that this rank holds, f32 in base 64: its experts' and, on rank 0, all others. */
   readonly grads: Readonly<Record<string, string>>;
 }
@@ -77,6 +79,10 @@ async function pass(
   };
   using lossSum = zeros(device, [1], "f64");
   const step = plainStep(device, { training: true, number: 3, firstPass: true });
+  const chosen: number[][] = [];
+  for (const layer of model.moeLayers) {
+    layer.tap = { record: (_, { experts_NK }) => void chosen.push([...experts_NK]) };
+  }
   const shown = await model.pass(batch, step, { lossSum, gradScale: 1 / total });
   await model.reduceReplicas();
   const world = model.parameters.filter(({ group }) => group === "world");
@@ -88,7 +94,7 @@ async function pass(
   for (const { name, grad, group } of model.parameters) {
     if (group === "replicas" || comm.rank === 0) grads[name] = await numbers(grad);
   }
-  return { loss: loss / total, auxLoss, imbalance, grads };
+  return { loss: loss / total, auxLoss, imbalance, chosen, grads };
 }
 
 async function numbers(x: Tensor): Promise<string> {

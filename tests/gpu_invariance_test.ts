@@ -57,10 +57,13 @@ const SETTINGS: readonly Setting[] = [
   },
 ];
 
-/** |a − b| / |b| of a parameter's gradient, and how far losses may be apart, relatively. */
+/**
+ * |a − b| / |b| of a parameter's gradient, how far losses may be apart, relatively, and which share of the tokens may have other experts: scores that
+ * are equal but for rounding may fall either way. One rank weighs hidden rows, several weigh outputs (MOE_LAYER.md), which bf16 rounds differently.
+ */
 const TOLERANCE = {
-  f32: { grad: 1e-5, loss: 1e-6 },
-  bf16: { grad: 0.05, loss: 2e-3 },
+  f32: { grad: 1e-5, loss: 1e-6, moved: 0 },
+  bf16: { grad: 0.05, loss: 2e-3, moved: 0.04 },
 } as const;
 
 async function run(dtype: "f32" | "bf16", ranks: 1 | 2 | 4) {
@@ -93,6 +96,36 @@ function distance(a: Float32Array, b: Float32Array): number {
   return Math.sqrt(apart / Math.max(norm, 1e-20));
 }
 
+/** What the choices of a batch have in common on different ranks. */
+interface Moved {
+  /** Share of the tokens, over all layers, that have other experts. */
+  readonly tokens: number;
+  /** Share of an expert's rows that it has on one side only, by layer and expert. */
+  readonly rows: readonly (readonly number[])[];
+}
+
+function movedChoices(alone: InvarianceResult, all: readonly InvarianceResult[]): Moved {
+  const tokens = LENGTHS.reduce((a, b) => a + b), experts = MODEL.experts!;
+  let otherwise = 0;
+  const rows = alone.chosen.map((want, layer) => {
+    const got = all.flatMap(({ chosen }) => chosen[layer]), K = want.length / tokens;
+    assert.equal(got.length, want.length);
+    const moved = new Array<number>(experts).fill(0), had = new Array<number>(experts).fill(1);
+    for (let n = 0; n < tokens; n++) {
+      const one = want.slice(n * K, (n + 1) * K), other = got.slice(n * K, (n + 1) * K);
+      for (const e of one) had[e]++;
+      const apart = [
+        ...one.filter((e) => !other.includes(e)),
+        ...other.filter((e) => !one.includes(e)),
+      ];
+      for (const e of apart) moved[e]++;
+      if (apart.length > 0) otherwise++;
+    }
+    return moved.map((n, e) => n / had[e]);
+  });
+  return { tokens: otherwise / (tokens * rows.length), rows };
+}
+
 for (const dtype of ["f32", "bf16"] as const) {
   Deno.test({
     name: `invariance: 2 and 4 ranks have the loss and the gradients of one, ${dtype}`,
@@ -105,6 +138,8 @@ for (const dtype of ["f32", "bf16"] as const) {
         for (const { name, seats } of SETTINGS) {
           await t.step(`${name}, ${ranks} ranks`, () => {
             const want = alone[name];
+            const moved = movedChoices(want, all.map((result) => result[name]));
+            assert(moved.tokens <= TOLERANCE[dtype].moved, `${moved.tokens} of the tokens moved`);
             let loss = 0, worst = 0, where = "";
             for (const [rank, result] of all.entries()) {
               for (const key of ["loss", "auxLoss"] as const) {
@@ -125,10 +160,19 @@ for (const dtype of ["f32", "bf16"] as const) {
               assert.equal(held.length, copies, `ranks that hold ${parameter}`);
               for (const copy of held) assert.equal(copy, held[0], `copies of ${parameter}`);
               const apart = distance(decode(held[0]), decode(text));
-              if (!(apart <= worst)) worst = apart, where = parameter;
+              const place = /layers\.(\d+)\..*experts\.(\d+)\./.exec(parameter);
+              const rows = place ? moved.rows[Number(place[1])][Number(place[2])] : 0;
+              // A gradient is a sum over rows of any direction: a share of them that moved is its root apart.
+              const near = nearGrad + Math.sqrt(moved.tokens) + Math.sqrt(rows);
+              if (!(apart / near <= worst)) worst = apart / near, where = parameter;
             }
-            console.log(`loss ${loss.toExponential(1)}, ${where} ${worst.toExponential(1)} apart`);
-            assert(worst <= nearGrad, `the gradient of ${where} is ${worst} apart`);
+            console.log(
+              `loss ${loss.toExponential(1)}, ${where} at ${
+                worst.toFixed(3)
+              } of what is allowed, ` +
+                `${(100 * moved.tokens).toFixed(1)} % of the tokens moved`,
+            );
+            assert(worst <= 1, `the gradient of ${where} is ${worst} times too far apart`);
           });
         }
       }
