@@ -83,14 +83,14 @@ export function expertsForward(
   using scope = new TensorScope();
   const up_MH = empty(device, [M, activation === "swiglu" ? 2 * hidden : hidden], dtype);
   const active_MF = empty(device, [M, hidden], dtype);
-  const y_MD = empty(device, [M, width], dtype);
   if (M > 0) {
     ops.groupedGemmActivation(x, weights.up, groups.rows, activation, up_MH, active_MF, {
       rows: index ?? undefined,
       scales: scales_M ?? undefined,
     });
-    ops.groupedGemm(active_MF, weights.down, groups.rows, y_MD);
   }
+  const y_MD = empty(device, [M, width], dtype);
+  if (M > 0) ops.groupedGemm(active_MF, weights.down, groups.rows, y_MD);
   if (groups.recompute) active_MF[Symbol.dispose]();
   const saved = { rows, scales_M, up_MH, active_MF: groups.recompute ? null : active_MF };
   return scope.keep({ y_MD, saved });

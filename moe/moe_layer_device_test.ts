@@ -58,6 +58,7 @@ interface Case {
   readonly placement?: ExpertPlacement;
   readonly residual?: boolean;
   readonly firstPass?: boolean;
+  readonly recompute?: boolean;
   readonly prepare?: (layer: MoeLayer, comm: Communicator) => void;
 }
 
@@ -103,6 +104,7 @@ function makeLayer(device: Device, comm: Communicator, c: Case): MoeLayer {
     router: c.router,
     activation: c.activation ?? "swiglu",
     sharedExperts: c.sharedExperts ?? 0,
+    recompute: c.recompute ?? false,
     placement: c.placement ?? staticPlacement(),
     seed: 11,
     initStd: 0.4,
@@ -199,7 +201,7 @@ for (const [name, router] of Object.entries({ ...PLAIN, ...HOST })) {
   for (const dtype of ["f32", "bf16"] as const) {
     Deno.test(`output and gradients are the CPU's: ${name}, ${dtype}`, options, async () => {
       for (
-        const more of [{}, { sharedExperts: 1 }, { residual: true }, {
+        const more of [{}, { sharedExperts: 1 }, { residual: true, recompute: true }, {
           sharedExperts: 2,
           residual: true,
           firstPass: true,
@@ -224,18 +226,17 @@ for (const [name, router] of Object.entries({ ...PLAIN, ...HOST })) {
   }
 }
 
-for (const activation of ["relu", "gelu"] as const) {
-  Deno.test(`two-layer experts with ${activation} on the device`, options, async () => {
-    const c: Case = {
-      router: PLAIN.gshard,
-      activation,
-      sharedExperts: 1,
-      width: 10,
-      hidden: 7,
-      experts: 5,
-    };
-    const { gpu: got, cpu } = await both(c, 19);
-    alike(got, cpu, BOUND.f32);
+for (const activation of ["relu", "gelu", "swiglu"] as const) {
+  Deno.test(`odd widths, experts without rows: ${activation}, on the device`, options, async () => {
+    const c: Case = { router: PLAIN.gshard, activation, width: 10, hidden: 7, experts: 5 };
+    for (const dtype of ["f32", "bf16"] as const) {
+      for (const recompute of [false, true]) {
+        const { gpu: got, cpu } = await both({ ...c, dtype, recompute, sharedExperts: 1 }, 19);
+        alike(got, cpu, BOUND[dtype]);
+        const few = await both({ ...c, dtype, recompute, experts: 40, firstPass: true }, 3);
+        alike(few.gpu, few.cpu, BOUND[dtype]);
+      }
+    }
   });
 }
 
