@@ -30,22 +30,37 @@ export class GpuTimer implements Disposable {
     repeats: number,
     warm = 3,
   ): Promise<{ readonly gpu_ms: number; readonly host_ms: number }> {
+    const { gpu_ms, host_ms } = await this.times(work, repeats, warm);
+    return { gpu_ms: median(gpu_ms), host_ms: median(host_ms) };
+  }
+
+  /**
+   * Times of a function's GPU work, each run with a cold L2 cache. The host waits twice for the GPU.
+   *
+   * @param work Enqueues the work; may be asynchronous on the host.
+   * @param repeats Timed runs, after `warm` others.
+   * @returns Milliseconds on the GPU, and milliseconds of the host for enqueuing, of each run.
+   */
+  async times(
+    work: () => unknown,
+    repeats: number,
+    warm = 3,
+  ): Promise<{ readonly gpu_ms: number[]; readonly host_ms: number[] }> {
     const { stream } = this.#device;
     for (let i = 0; i < warm; i++) await work();
     await stream.synchronize();
     // All runs are enqueued one after another, as in a training loop: the GPU does not wait for the host between them.
-    const runs: (readonly [CudaEvent, CudaEvent])[] = [], host: number[] = [];
+    const runs: (readonly [CudaEvent, CudaEvent])[] = [], host_ms: number[] = [];
     for (let i = 0; i < repeats; i++) {
       this.#device.context.clear(this.#flush, FLUSH_BYTES);
       const start = stream.recordTimed();
       const began = performance.now();
       await work();
-      host.push(performance.now() - began);
+      host_ms.push(performance.now() - began);
       runs.push([start, stream.recordTimed()]);
     }
     await stream.synchronize();
-    const gpu = runs.map(([start, end]) => (end.time() - start.time()) / 1000);
-    return { gpu_ms: median(gpu), host_ms: median(host) };
+    return { gpu_ms: runs.map(([start, end]) => (end.time() - start.time()) / 1000), host_ms };
   }
 
   /** Frees the memory. */
@@ -86,6 +101,68 @@ export async function peer(script: string, args: readonly string[]): Promise<Pee
   }
   return decoder.decode(result.stdout).split("\n").filter((line) => line.startsWith("{"))
     .map((line) => JSON.parse(line));
+}
+
+/**
+ * The other side of a comparison as a process that stays and does what it is told, so that the sides can take turns: it answers each JSON line
+ * with one.
+ */
+export class Peer implements AsyncDisposable {
+  readonly #script: string;
+  readonly #child: Deno.ChildProcess;
+  readonly #requests: WritableStreamDefaultWriter<Uint8Array>;
+  readonly #answers: AsyncGenerator<string>;
+
+  /**
+   * Starts it.
+   *
+   * @param script File under bench/peers/.
+   * @throws {Deno.errors.NotFound} If there is no Python.
+   */
+  constructor(script: string) {
+    this.#script = script;
+    this.#child = new Deno.Command(Deno.env.get("PYTHON") ?? "python3", {
+      args: [new URL(`peers/${script}`, import.meta.url).pathname],
+      stdin: "piped",
+      stdout: "piped",
+    }).spawn();
+    this.#requests = this.#child.stdin.getWriter();
+    this.#answers = jsonLines(this.#child.stdout);
+  }
+
+  /**
+   * Asks for something; requests are answered in their order.
+   *
+   * @param request Plain data.
+   * @returns The answer; null, with a message, if it could not be done or the process has ended.
+   */
+  async ask(request: Readonly<Record<string, unknown>>): Promise<Record<string, unknown> | null> {
+    const line = new TextEncoder().encode(JSON.stringify(request) + "\n");
+    this.#requests.write(line).catch(() => {}); // an end shows in the answers
+    const { done, value } = await this.#answers.next();
+    const answer = done ? { error: "it has ended" } : JSON.parse(value);
+    if (!("error" in answer)) return answer;
+    console.error(`${this.#script}: ${JSON.stringify(request)}: ${answer.error}`);
+    return null;
+  }
+
+  /** Ends it. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#requests.close().catch(() => {});
+    this.#child.kill();
+    await this.#answers.return(undefined);
+    await this.#child.status;
+  }
+}
+
+/** The lines that hold JSON objects. */
+async function* jsonLines(stream: ReadableStream<Uint8Array>): AsyncGenerator<string> {
+  let rest = "";
+  for await (const text of stream.pipeThrough(new TextDecoderStream())) {
+    const lines = (rest + text).split("\n");
+    rest = lines.pop()!;
+    for (const line of lines) if (line.startsWith("{")) yield line;
+  }
 }
 
 /** A line that the other side printed. */

@@ -1,42 +1,53 @@
 // A Mixture-of-Experts layer on one GPU, forward and backward, beside PyTorch's dropless layer: same sizes, same inputs, same gate, so the same
-// routing; one run, medians, the L2 cache cold before each repeat.
+// routing; one run, medians. Both sides enqueue their runs ahead of the GPU, with the L2 cache flushed before each, and take turns every five
+// runs, so that neither has the cooler GPU.
 //
 //   deno task bench:layer [--shapes E16,E8,E64] [--routing balanced,zipf] [--repeats N] [--json FILE]
+//
+// Sides: `lina` writes f32 gradients of the weights (the default), `lina-bf16-gradients` bf16 ones, as PyTorch's layer does: the sides of PyTorch,
+// eager and compiled, compare with the latter like with like, and with `lina` although it writes twice the bytes. The bounds are the experts' six
+// products alone, each by the fastest way of either side (our kernels, torch._grouped_mm, a loop of cuBLAS): `gemm-only` writes bf16 gradients
+// and is the bound of `lina-bf16-gradients`, `gemm-only-f32-gradients` writes f32 ones and is that of `lina`.
 //
 // FLOPs = 2 · (2 · R · D · F) forward for R = tokens · choices rows, three times that forward and backward; the gate is not counted. Experts
 // are D → F → D with tanh-GELU. Zipf: the gate is offset so that expert e wants a share of 1 / (e + 1), as far as a token meets an
 // expert at most once.
 
 import { parseArgs } from "node:util";
-import { createCommunicator } from "../collectives/communicator.ts";
-import { openSelf } from "../collectives/self.ts";
-import { MoeLayer } from "../moe/moe_layer.ts";
-import { dropShown } from "../moe/shown.ts";
-import { plainStep } from "../moe/step.ts";
-import { type CudaDevice, cudaDevice } from "../tensor/cuda/device.ts";
-import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
+import { cudaDevice } from "../tensor/cuda/device.ts";
+import { empty, type Tensor } from "../tensor/tensor.ts";
 import { fillNormal } from "../tensor/random.ts";
-import { GpuTimer, origin, peer } from "./_gpu.ts";
-
-interface Shape {
-  readonly tokens: number;
-  readonly width: number;
-  readonly hidden: number;
-  readonly experts: number;
-  readonly choices: number;
-}
+import { GpuTimer, median, origin, Peer } from "./_gpu.ts";
+import {
+  type GradientDType,
+  type Half,
+  Layer,
+  type Product,
+  PRODUCTS,
+  Products,
+  type Shape,
+} from "./_layer_sides.ts";
 
 const SHAPES: Readonly<Record<string, Shape>> = {
   E16: { tokens: 16_384, width: 1024, hidden: 4096, experts: 16, choices: 2 },
   E8: { tokens: 16_384, width: 4096, hidden: 14_336, experts: 8, choices: 2 },
   E64: { tokens: 8192, width: 2048, hidden: 1024, experts: 64, choices: 8 },
 };
+const HALVES: readonly Half[] = ["fwd", "fwd_bwd"];
+const OURS = { f32: "lina", bf16: "lina-bf16-gradients" } as const;
+const BOUNDS = { f32: "gemm-only-f32-gradients", bf16: "gemm-only" } as const;
+/** Ways of a product: our kernels, and PyTorch's. */
+const WAYS = ["lina", "grouped_mm", "cublas_loop"] as const;
+/** Runs of a side before it is another's turn, and runs before those. */
+const TURN = 5, WARM = 2;
+const STD = 0.02;
 
 interface Row {
   readonly shape: string;
   readonly routing: string;
   readonly side: string;
-  readonly dtype: string;
+  readonly dtype: "bf16";
+  readonly gradient_dtype: GradientDType;
   readonly fwd_ms: number;
   readonly fwd_bwd_ms: number;
   readonly tflops_fwd: number;
@@ -45,6 +56,19 @@ interface Row {
   readonly host_ms?: number;
 }
 
+/** A side of the comparison. */
+interface Side {
+  readonly side: string;
+  readonly gradient_dtype: GradientDType;
+  readonly peak_bytes: number;
+  /** Times of so many runs. */
+  readonly run: (what: Half, repeats: number) => Promise<number[]>;
+  readonly times: Record<Half, number[]>;
+  /** Times of the host. */
+  readonly host_ms?: number[];
+}
+
+const began = performance.now();
 const { values } = parseArgs({
   args: Deno.args,
   options: {
@@ -54,19 +78,22 @@ const { values } = parseArgs({
     json: { type: "string" },
   },
 });
+const repeats = Number(values.repeats), routings = values.routing.split(",");
+const shapes = values.shapes.split(",").map((name): [string, Shape] => {
+  if (SHAPES[name]) return [name, SHAPES[name]];
+  throw new RangeError(
+    `Cannot measure as a shape must be one of ${Object.keys(SHAPES)}: current value is ${name}`,
+  );
+});
 
-const STD = 0.02;
-
-/** Input f32 [N, D], whose first column is 1, and the gate [E, D] with the offsets of its experts in that column. */
-function inputs(shape: Shape, routing: string): { x: Float32Array; gate: Float32Array } {
-  const { tokens, width, experts } = shape;
-  const x = new Float32Array(tokens * width), gate = new Float32Array(experts * width);
-  fillNormal(x, [11, 22], 1);
+/** The gate [E, D], with the offsets of its experts in its first column, where the input has ones. */
+function gateOf(shape: Shape, routing: string): Float32Array {
+  const { width, experts } = shape;
+  const gate = new Float32Array(experts * width);
   fillNormal(gate, [33, 44], STD);
-  for (let n = 0; n < tokens; n++) x[n * width] = 1;
   const offsets = routing === "zipf" ? zipfOffsets(shape) : new Float64Array(experts);
   for (let e = 0; e < experts; e++) gate[e * width] = offsets[e];
-  return { x, gate };
+  return gate;
 }
 
 /** Offsets of logits with which top-k choices of normal logits have shares like 1 / (e + 1), found by trying. */
@@ -90,210 +117,228 @@ function zipfOffsets({ width, experts, choices }: Shape): Float64Array {
   return offsets;
 }
 
-/** A f32 host array as a bf16 tensor. */
-function halved(device: CudaDevice, array: Float32Array, shape: readonly number[]): Tensor {
-  using exact = fromArray(device, array, shape);
-  const out = empty(device, shape, "bf16");
-  device.kernels.copy(exact, out);
-  return out;
+/** Normal numbers, bf16 [tokens, D], but for the first column, which is 1; and the same on the host. */
+async function inputOf({ tokens, width }: Shape): Promise<[Tensor, Uint16Array]> {
+  const x = empty(device, [tokens, width], "bf16");
+  device.kernels.normal(x, [11, 22], 1);
+  const host = await x.toArray() as Uint16Array;
+  for (let n = 0; n < tokens; n++) host[n * width] = 0x3f80;
+  device.write(host, x);
+  return [x, host];
 }
 
-async function ours(
-  device: CudaDevice,
-  shape: Shape,
-  given: { x: Tensor; gate: Float32Array },
-  repeats: number,
-): Promise<Omit<Row, "shape" | "routing" | "tflops" | "tflops_fwd">> {
-  const { width, hidden, experts, choices } = shape;
-  using timer = new GpuTimer(device);
-  using layer = new MoeLayer({
-    device,
-    comm: createCommunicator(openSelf(), { rank: 0, size: 1, name: "world", device }),
-    layer: 0,
-    width,
-    hidden,
-    experts,
-    router: { kind: "softmax", topK: choices },
-    activation: "gelu",
-    dtype: "bf16",
-  });
-  device.write(given.gate, layer.gate.value);
-  using dOut = empty(device, given.x.shape, "bf16");
-  device.kernels.normal(dOut, [77, 88], 1);
-  const evaluation = plainStep(device);
-  const training = plainStep(device, { training: true, number: 1, firstPass: true });
-  const forward = async () => {
-    const { out_ND, shown } = await layer.forward(given.x, evaluation);
-    dropShown([shown]);
-    out_ND[Symbol.dispose]();
-  };
-  const both = async () => {
-    const { out_ND, saved, shown } = await layer.forward(given.x, training);
-    dropShown([shown]);
-    using _out = out_ND;
-    using _dX = await layer.backward(dOut, saved, training);
-  };
-  await both();
-  device.resetPeak();
-  const waits = device.hostWaits;
-  const alone = await timer.time(forward, repeats);
-  const whole = await timer.time(both, repeats);
-  const { peak_bytes } = device.memory();
-  const hostWaits = device.hostWaits - waits - 4; // the timer's own
-  if (hostWaits > 0) console.error(`the host waited ${hostWaits} times for the GPU`);
+/** A part of a list that begins elsewhere each time. */
+function turned<T>(list: readonly T[], by: number): T[] {
+  return list.map((_, i) => list[(i + by) % list.length]);
+}
+
+/** Times of the other side; none of what it could not do once. */
+async function ask(side: string, what: string, runs: number): Promise<number[]> {
+  if (impossible.has(`${side} ${what}`)) return [];
+  const answer = await peer?.ask({ do: "time", side, what, repeats: runs, warm: WARM });
+  if (!answer) impossible.add(`${side} ${what}`);
+  return answer?.times as number[] | undefined ?? [];
+}
+
+/** One of our sides. */
+async function ourSide(layer: Layer, gradient_dtype: GradientDType): Promise<Side> {
+  const host_ms: number[] = [];
   return {
-    side: "lina",
-    dtype: "bf16",
-    fwd_ms: alone.gpu_ms,
-    fwd_bwd_ms: whole.gpu_ms,
-    host_ms: whole.host_ms,
-    peak_bytes: peak_bytes - 256 * 2 ** 20,
+    side: OURS[gradient_dtype],
+    gradient_dtype,
+    peak_bytes: await layer.peak_bytes(),
+    times: { fwd: [], fwd_bwd: [] },
+    host_ms,
+    async run(what, runs) {
+      const before = device.hostWaits;
+      const times = await timer.times(() => layer.run(what), runs, WARM);
+      const waits = device.hostWaits - before - 2; // the timer's own
+      if (waits > 0) console.error(`the host waited ${waits} times for the GPU`);
+      if (what === "fwd_bwd") host_ms.push(...times.host_ms);
+      return times.gpu_ms;
+    },
   };
 }
 
-/** The experts' six products alone, through our kernels. */
-async function products(
-  device: CudaDevice,
-  shape: Shape,
-  counts: readonly number[],
-  repeats: number,
-): Promise<Record<string, number>> {
-  const { width, hidden, experts } = shape;
-  using timer = new GpuTimer(device);
-  const host = new Int32Array(experts + 1);
-  counts.forEach((n, e) => host[e + 1] = host[e] + n);
-  using offsets = fromArray(device, host);
-  const rows = host[experts];
-  const make = (sizes: readonly number[], dtype: "bf16" | "f32" = "bf16") => {
-    const tensor = empty(device, sizes, dtype);
-    device.kernels.normal(tensor, [sizes[0], sizes[1]], 1);
-    return tensor;
+/** One of the other side's. */
+async function theirSide(side: string): Promise<Side> {
+  const memory = await peer!.ask({ do: "memory", side });
+  return {
+    side,
+    gradient_dtype: "bf16",
+    peak_bytes: memory?.peak_bytes as number | undefined ?? NaN,
+    times: { fwd: [], fwd_bwd: [] },
+    run: (what, runs) => ask(side, what, runs),
   };
-  using x = make([rows, width]);
-  using h = make([rows, hidden]);
-  using up = make([experts * hidden, width]);
-  using down = make([experts * width, hidden]);
-  using dUp = make([experts * hidden, width], "f32");
-  using dDown = make([experts * width, hidden], "f32");
-  using x2 = empty(device, x.shape, "bf16");
-  using h2 = empty(device, h.shape, "bf16");
-  const split = (tensor: Tensor) => {
-    const each = tensor.shape[0] / experts;
-    return Array.from({ length: experts }, (_, e) => tensor.rows(e * each, (e + 1) * each));
-  };
-  const ups = split(up), downs = split(down), dUps = split(dUp), dDowns = split(dDown);
-  const groups = { offsets, host: null }, back = { transposeWeight: true };
-  const { kernels } = device;
-  const runs: Record<string, () => void> = {
-    up: () => kernels.groupedGemm(x, ups, groups, h2),
-    down: () => kernels.groupedGemm(h, downs, groups, x2),
-    d_hidden: () => kernels.groupedGemm(x, downs, groups, h2, back),
-    d_rows: () => kernels.groupedGemm(h, ups, groups, x2, back),
-    d_up: () => kernels.groupedGemmWeightGrad(h, x, groups, dUps, { beta: 0 }),
-    d_down: () => kernels.groupedGemmWeightGrad(x, h, groups, dDowns, { beta: 0 }),
-  };
-  const times: Record<string, number> = {};
-  for (const [name, run] of Object.entries(runs)) {
-    times[name] = (await timer.time(run, repeats)).gpu_ms;
+}
+
+/** Measures one shape with one routing, all sides in turns. */
+async function measure(name: string, routing: string, x: Tensor, gate: Float32Array) {
+  const shape = SHAPES[name];
+  using wide = new Layer(device, shape, { x, gate }, "f32");
+  const sides = [await ourSide(wide, "f32")];
+  using narrow = new Layer(device, shape, { x, gate }, "bf16");
+  sides.push(await ourSide(narrow, "bf16"));
+  const counts = await narrow.counts();
+  const other = await peer?.ask({
+    do: "inputs",
+    shape: name,
+    x: `${directory}/x`,
+    gate: `${directory}/gate`,
+  });
+  console.log(`  ${routing}: rows of the experts ${counts.join(" ")}`);
+  if (other) {
+    const moved = (other.counts as number[]).reduce((n, c, e) => n + Math.abs(c - counts[e]), 0);
+    if (moved > 0) console.log(`  ${moved / 2} rows go to another expert in PyTorch`);
+    for (const side of other.sides as string[]) sides.push(await theirSide(side));
   }
-  return times;
+  using products = new Products(device, shape, counts);
+  const ways = new Map(PRODUCTS.map((product) => {
+    return [product, WAYS.map((): number[] => [])] as const;
+  }));
+  for (let done = 0, turn = 0; done < repeats; done += TURN, turn++) {
+    const runs = Math.min(TURN, repeats - done);
+    for (const side of turned(sides, turn)) {
+      for (const what of HALVES) side.times[what].push(...await side.run(what, runs));
+    }
+    for (const product of PRODUCTS) {
+      for (const way of turned(WAYS.slice(0, other ? 3 : 1), turn)) {
+        const times = way === "lina"
+          ? await products.times(timer, product, runs, WARM)
+          : await ask(way, product, runs);
+        ways.get(product)![WAYS.indexOf(way)].push(...times);
+      }
+    }
+  }
+  report(name, routing, sides, ways);
 }
 
-const repeats = Number(values.repeats);
-const device = await cudaDevice();
-const directory = await Deno.makeTempDir({ prefix: "lina-bench-" });
+/** Adds a line to the results and to the table. */
+function add(row: Omit<Row, "dtype" | "tflops" | "tflops_fwd">): void {
+  const { tokens, choices, width, hidden } = SHAPES[row.shape];
+  const flops = 4 * tokens * choices * width * hidden;
+  const { fwd_ms, fwd_bwd_ms, side, peak_bytes, host_ms } = row;
+  const tflops_fwd = flops / fwd_ms / 1e9, tflops = 3 * flops / fwd_bwd_ms / 1e9;
+  rows.push({ ...row, dtype: "bf16", tflops_fwd, tflops });
+  const ms = (x: number) => x.toFixed(3).padStart(9);
+  console.log(
+    `  ${row.routing.padEnd(9)}${side.padEnd(24)}${ms(fwd_ms)} ms ${
+      tflops_fwd.toFixed(0).padStart(4)
+    } TFLOP/s forward ${ms(fwd_bwd_ms)} ms ${
+      tflops.toFixed(0).padStart(4)
+    } TFLOP/s forward+backward${
+      peak_bytes > 0 ? ` ${(peak_bytes / 2 ** 30).toFixed(2).padStart(6)} GiB` : ""
+    }${host_ms === undefined ? "" : ` host ${host_ms.toFixed(2)} ms`}`,
+  );
+}
+
+function report(
+  shape: string,
+  routing: string,
+  sides: readonly Side[],
+  ways: ReadonlyMap<Product, readonly number[][]>,
+): void {
+  for (const { side, gradient_dtype, peak_bytes, times, host_ms } of sides) {
+    if (times.fwd_bwd.length === 0) continue;
+    add({
+      shape,
+      routing,
+      side,
+      gradient_dtype,
+      fwd_ms: median(times.fwd),
+      fwd_bwd_ms: median(times.fwd_bwd),
+      peak_bytes,
+      ...(host_ms ? { host_ms: median(host_ms) } : {}),
+    });
+  }
+  const best = new Map<Product, number>();
+  for (const [product, times] of ways) {
+    const medians = times.map((list) => list.length > 0 ? median(list) : Infinity);
+    best.set(product, Math.min(...medians));
+    const cells = WAYS.map((way, i) => {
+      return `  ${way} ${medians[i] < Infinity ? `${medians[i].toFixed(3)} ms` : "-"}`;
+    });
+    console.log(`    ${product.padEnd(10)}${cells.join("")}`);
+  }
+  const sum = (...products: Product[]) => products.reduce((ms, p) => ms + best.get(p)!, 0);
+  for (const gradient_dtype of ["bf16", "f32"] as const) {
+    const grads: Product[] = gradient_dtype === "f32"
+      ? ["d_up f32", "d_down f32"]
+      : ["d_up", "d_down"];
+    add({
+      shape,
+      routing,
+      side: BOUNDS[gradient_dtype],
+      gradient_dtype,
+      fwd_ms: sum("up", "down"),
+      fwd_bwd_ms: sum("up", "down", "d_hidden", "d_rows", ...grads),
+      peak_bytes: 0,
+    });
+  }
+  const at = (side: string) =>
+    rows.find((r) => r.shape === shape && r.routing === routing && r.side === side)?.fwd_bwd_ms ??
+      Infinity;
+  const torch = Math.min(at("torch-eager"), at("torch-compiled"));
+  for (const gradient_dtype of ["f32", "bf16"] as const) {
+    const own = at(OURS[gradient_dtype]), bound = BOUNDS[gradient_dtype];
+    console.log(
+      `  ${shape} ${routing}, ${gradient_dtype} gradients, forward+backward:${
+        torch < Infinity ? ` ${(torch / own).toFixed(2)}x of PyTorch's best (bf16 gradients),` : ""
+      } ${(at(bound) / own).toFixed(2)} of the products alone (${gradient_dtype} gradients)`,
+    );
+  }
+}
+
+/** The other side, if there is a Python. */
+function startPeer(): Peer | null {
+  try {
+    return new Peer("layer.py");
+  } catch (error) {
+    console.error(`no peer: ${error instanceof Error ? error.message : error}`);
+    return null;
+  }
+}
+
 const rows: Row[] = [];
+/** What the other side could not do. */
+const impossible = new Set<string>();
+const directory = await Deno.makeTempDir({ prefix: "lina-bench-" });
+await using peer = startPeer();
+// It compiles every shape once, while the GPU's kernels are loaded here and the gates made.
+const prepared = shapes.map(([shape, sizes]) => peer?.ask({ do: "prepare", shape, ...sizes }));
+const device = await cudaDevice();
+using timer = new GpuTimer(device);
 try {
-  for (const name of values.shapes.split(",")) {
-    const shape = SHAPES[name];
-    if (!shape) {
-      throw new RangeError(
-        `Cannot measure as a shape must be one of ${Object.keys(SHAPES)}: current value is ${name}`,
-      );
-    }
+  const gates = shapes.map(([, shape]) => routings.map((routing) => gateOf(shape, routing)));
+  const ready = performance.now();
+  await Promise.all(prepared);
+  console.log(
+    `ready after ${((ready - began) / 1000).toFixed(1)} s, PyTorch has compiled after ${
+      ((performance.now() - began) / 1000).toFixed(1)
+    } s`,
+  );
+  for (const [i, [name, shape]] of shapes.entries()) {
     const { tokens, width, hidden, experts, choices } = shape;
-    const forwardFlops = 4 * tokens * choices * width * hidden;
     console.log(
       `${name}: tokens ${tokens}, D ${width}, F ${hidden}, E ${experts}, K ${choices}; ${
-        (3 * forwardFlops / 1e12).toFixed(2)
+        (12 * tokens * choices * width * hidden / 1e12).toFixed(2)
       } TFLOP forward and backward`,
     );
-    for (const routing of values.routing.split(",")) {
-      const { x, gate } = inputs(shape, routing);
-      using xTensor = halved(device, x, [tokens, width]);
-      await Deno.writeFile(`${directory}/x`, new Uint8Array((await xTensor.toArray()).buffer));
-      await Deno.writeFile(`${directory}/gate`, new Uint8Array(gate.buffer));
-      const add = (row: Omit<Row, "shape" | "routing" | "tflops" | "tflops_fwd">) => {
-        rows.push({
-          shape: name,
-          routing,
-          ...row,
-          tflops_fwd: forwardFlops / row.fwd_ms / 1e9,
-          tflops: 3 * forwardFlops / row.fwd_bwd_ms / 1e9,
-        });
-        const { side, fwd_ms, fwd_bwd_ms, tflops_fwd, tflops, peak_bytes, host_ms } = rows.at(-1)!;
-        console.log(
-          `  ${routing.padEnd(9)}${side.padEnd(16)}${fwd_ms.toFixed(3).padStart(9)} ms ${
-            tflops_fwd.toFixed(0).padStart(4)
-          } TFLOP/s forward ${fwd_bwd_ms.toFixed(3).padStart(9)} ms ${
-            tflops.toFixed(0).padStart(4)
-          } TFLOP/s forward+backward ${(peak_bytes / 2 ** 30).toFixed(2).padStart(6)} GiB${
-            host_ms === undefined ? "" : ` host ${host_ms.toFixed(2)} ms`
-          }`,
-        );
-      };
-      add(await ours(device, shape, { x: xTensor, gate }, repeats));
-      const sides = await peer("layer.py", [
-        ...Object.entries(shape).flatMap(([key, value]) => [`--${key}`, String(value)]),
-        ...["--repeats", String(repeats), "--x", `${directory}/x`, "--gate", `${directory}/gate`],
-      ]);
-      const counts = sides.find(({ side }) => side === "torch-routing")?.counts as
-        | number[]
-        | undefined;
-      if (!counts) continue;
-      console.log(`  ${routing} counts ${counts.join(" ")}`);
-      for (const row of sides) {
-        if (row.side === "torch-routing") continue;
-        if (row.side !== "gemm-only") {
-          add({ dtype: "bf16", ...row } as unknown as Row);
-          continue;
-        }
-        const own = await products(device, shape, counts, repeats);
-        const theirs = row.detail as Record<string, Record<string, number>>;
-        const best: Record<string, number> = {};
-        for (const [product, times] of Object.entries(theirs)) {
-          best[product] = Math.min(own[product], ...Object.values(times));
-          console.log(
-            `    ${product.padEnd(9)} lina ${own[product].toFixed(3)} ms  _grouped_mm ${
-              times.grouped_mm_ms.toFixed(3)
-            } ms  cuBLAS loop ${times.cublas_loop_ms.toFixed(3)} ms`,
-          );
-        }
-        add({
-          side: "gemm-only",
-          dtype: "bf16",
-          fwd_ms: best.up + best.down,
-          fwd_bwd_ms: Object.values(best).reduce((a, b) => a + b),
-          peak_bytes: 0,
-        });
-      }
-      const at = (side: string) =>
-        rows.findLast((r) => r.shape === name && r.routing === routing && r.side === side)
-          ?.fwd_bwd_ms;
-      const torch = Math.min(at("torch-eager") ?? Infinity, at("torch-compiled") ?? Infinity);
-      console.log(
-        `  ${routing}: forward+backward ${(torch / at("lina")!).toFixed(2)}x of PyTorch's best, ${
-          (at("gemm-only")! / at("lina")!).toFixed(2)
-        } of the products alone`,
-      );
+    const [input, host] = await inputOf(shape);
+    using x = input;
+    await Deno.writeFile(`${directory}/x`, new Uint8Array(host.buffer));
+    for (const [r, routing] of routings.entries()) {
+      await Deno.writeFile(`${directory}/gate`, new Uint8Array(gates[i][r].buffer));
+      await measure(name, routing, x, gates[i][r]);
+      if (values.json === undefined) continue;
+      const command =
+        `deno task bench:layer --shapes ${values.shapes} --routing ${values.routing} --repeats ${repeats}`;
+      const results = rows.map((row) => ({ ...row, ...origin(device, command) }));
+      await Deno.writeTextFile(values.json, JSON.stringify(results, null, 2) + "\n");
     }
+    await peer?.ask({ do: "release", shape: name });
   }
 } finally {
   await Deno.remove(directory, { recursive: true });
 }
-if (values.json !== undefined) {
-  const command =
-    `deno task bench:layer --shapes ${values.shapes} --routing ${values.routing} --repeats ${repeats}`;
-  const results = rows.map((row) => ({ ...row, ...origin(device, command) }));
-  await Deno.writeTextFile(values.json, JSON.stringify(results, null, 2) + "\n");
-}
+console.log(`${((performance.now() - began) / 1000).toFixed(1)} s in all`);

@@ -1,6 +1,9 @@
 // A whole training step of a Mixture-of-Experts language model on one GPU, beside PyTorch (compiled, fused AdamW, SDPA's flash attention): same
 // sizes, one run, medians. Random tokens: a step's time does not depend on them, but for the balance of the experts.
 //
+// Sides: `lina` has f32 gradients (the default), as PyTorch's side has, whose parameters are f32 and cast in the forward pass;
+// `lina-bf16-gradients` has bf16 ones and compares with nothing on the other side.
+//
 //   deno task bench:step [--steps N] [--layers N] [--mode compiled|eager|both|none] [--json FILE]
 //
 // FLOPs of a step = 6 · (active parameters without the embedding) · tokens + attention's 3.5 · 4 · sequences · heads · length² · C / 2 per
@@ -70,15 +73,16 @@ interface Row {
   readonly peak_bytes: number;
   readonly mfu: number;
   readonly host_ms?: number;
+  readonly gradient_dtype: "f32" | "bf16";
 }
 
-const device = await cudaDevice();
+const device = await cudaDevice(), data = randomData();
 const rows: Row[] = [];
 function add(row: Omit<Row, "mfu">): void {
   rows.push({ ...row, mfu: flops / row.step_ms / 1e9 / PEAK_TFLOPS });
   const { side, tokens_per_s, step_ms, peak_bytes, mfu, host_ms } = rows.at(-1)!;
   console.log(
-    `${side.padEnd(16)}${step_ms.toFixed(2).padStart(8)} ms ${
+    `${side.padEnd(20)}${step_ms.toFixed(2).padStart(8)} ms ${
       tokens_per_s.toFixed(0).padStart(8)
     } tokens/s ${(100 * mfu).toFixed(1).padStart(5)} % of ${PEAK_TFLOPS} TFLOP/s ${
       (peak_bytes / 2 ** 30).toFixed(2).padStart(6)
@@ -91,14 +95,19 @@ console.log(
       (flops / 1e12).toFixed(1)
     } TFLOP a step`,
 );
-{
+for (const gradient_dtype of ["f32", "bf16"] as const) {
   const world = createCommunicator(openSelf(), { rank: 0, size: 1, name: "world", device });
-  using model = new Transformer({ device, comm: world, config, seed: 1 });
+  using model = new Transformer({
+    device,
+    comm: world,
+    config: { ...config, gradientDtype: gradient_dtype },
+    seed: 1,
+  });
   await using trainer = await Trainer.create({
     world,
     device,
     model,
-    data: randomData(),
+    data,
     learningRate: { peak: 3e-4, warmup: 0, steps: 1_000_000 },
   });
   for (let i = 0; i < 5; i++) await trainer.step();
@@ -111,16 +120,17 @@ console.log(
     const end = device.stream.recordTimed();
     await device.stream.synchronize();
     times.push((end.time() - start.time()) / 1000);
-    host.push(shown.host_ms ?? NaN);
+    host.push(shown.host_ms);
   }
   console.log(`host waits per step: ${(device.hostWaits - waits) / steps - 1}`); // one is this loop's own
   const step_ms = median(times);
   add({
-    side: "lina",
+    side: gradient_dtype === "f32" ? "lina" : "lina-bf16-gradients",
     step_ms,
     tokens_per_s: tokens / step_ms * 1e3,
     peak_bytes: device.memory().peak_bytes,
     host_ms: median(host),
+    gradient_dtype,
   });
 }
 const modes = values.mode === "both"
@@ -137,10 +147,13 @@ for (const mode of modes) {
     "--layers",
     String(layers),
   ]);
-  for (const row of sides) add(row as unknown as Row);
+  for (const row of sides) add({ ...row as unknown as Row, gradient_dtype: "f32" });
 }
-const best = Math.min(...rows.filter(({ side }) => side !== "lina").map(({ step_ms }) => step_ms));
-if (Number.isFinite(best)) console.log(`${(best / rows[0].step_ms).toFixed(2)}x of PyTorch's best`);
+const theirs = rows.filter(({ side }) => !side.startsWith("lina")).map(({ step_ms }) => step_ms);
+for (const { side, step_ms } of rows) {
+  if (theirs.length === 0 || !side.startsWith("lina")) continue;
+  console.log(`${side}: ${(Math.min(...theirs) / step_ms).toFixed(2)}x of PyTorch's best`);
+}
 if (values.json !== undefined) {
   const command = `deno task bench:step --steps ${steps} --layers ${layers} --mode ${values.mode}`;
   const results = rows.map((row) => ({ ...row, ...origin(device, command) }));

@@ -1,49 +1,32 @@
-"""PyTorch's side of bench/layer.ts: one dropless Mixture-of-Experts layer, forward and backward.
+"""PyTorch's side of bench/layer.ts: a dropless Mixture-of-Experts layer, and the experts' grouped products alone.
 
-Two forms of the layer are timed: eager and compiled. `gemm-only` times just the six grouped products of the experts, on rows that
-are sorted already, by the faster of torch._grouped_mm and a loop of cuBLAS products. Reads inputs that bench/layer.ts has written, so that both
-sides route alike; prints one JSON line per side. Optional sides (tutel, deepspeed) run where they are installed.
+A process that stays: it reads requests from stdin, a JSON object per line, and answers each with one, so that both sides take turns and
+every shape is compiled once. Requests:
+
+  {"do": "prepare", "shape": NAME, sizes}                 makes the layer, eager and compiled, and compiles it
+  {"do": "inputs", "shape": NAME, "x": FILE, "gate": FILE}  takes the inputs that bench/layer.ts has written, so that both sides route alike
+  {"do": "memory", "side": SIDE}                          peak bytes of forward and backward
+  {"do": "time", "side": SIDE, "what": WHAT, "repeats": N, "warm": N}  ms of each run
+  {"do": "release", "shape": NAME}
+
+Sides of the layer, for "fwd" and "fwd_bwd": torch-eager, torch-compiled, and tutel and deepspeed where they are installed. Ways of a product (up, down,
+d_hidden, d_rows, d_up, d_down; "d_up f32" and "d_down f32" write f32 gradients, the others bf16): grouped_mm, cublas_loop.
 """
 
-import argparse
 import json
-import statistics
+import sys
 
 import torch
 import torch.nn.functional as F
-
-FLUSH = None
-
-
-def timed(function, repeats):
-    """Median ms of a function on the GPU, with the L2 cache flushed before each run."""
-    global FLUSH
-    if FLUSH is None:
-        FLUSH = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
-    # All runs are enqueued one after another, as in a training loop: the GPU does not wait for the host between them.
-    runs = []
-    for _ in range(repeats):
-        FLUSH.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        runs.append((start, end))
-    torch.cuda.synchronize()
-    times = [start.elapsed_time(end) for start, end in runs]
-    return statistics.median(times)
 
 
 class Layer(torch.nn.Module):
     """Gate in f32, top-k of the softmax, rows sorted by expert, grouped products, weighted sum."""
 
-    def __init__(self, experts, width, hidden, choices, gate):
+    def __init__(self, experts, width, hidden, choices):
         super().__init__()
         self.choices = choices
-        self.gate = torch.nn.Parameter(gate)
+        self.gate = torch.nn.Parameter(torch.randn(experts, width, device="cuda") * 0.02)
         self.up = torch.nn.Parameter(torch.randn(experts, hidden, width, device="cuda", dtype=torch.bfloat16) * 0.02)
         self.down = torch.nn.Parameter(torch.randn(experts, width, hidden, device="cuda", dtype=torch.bfloat16) * 0.02)
 
@@ -63,78 +46,19 @@ class Layer(torch.nn.Module):
         return torch.zeros_like(x).index_add_(0, source, y)
 
 
-def layer_side(name, layer, x, d_out, repeats):
-    def forward():
-        with torch.no_grad():
-            return layer(x)
-
-    def both():
-        x.grad = None
-        for p in layer.parameters():
-            p.grad = None
-        layer(x).backward(d_out)
-
-    torch.cuda.reset_peak_memory_stats()
-    result = {"side": name, "fwd_ms": timed(forward, repeats), "fwd_bwd_ms": timed(both, repeats)}
-    result["peak_bytes"] = torch.cuda.max_memory_allocated() - (FLUSH.numel() if FLUSH is not None else 0)
-    return result
-
-
-def gemm_only(counts, width, hidden, repeats):
-    """The experts' six products alone, by the faster path for each."""
-    experts, total = len(counts), sum(counts)
-    rand = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-    x, h = rand(total, width), rand(total, hidden)
-    up, down = rand(experts, hidden, width), rand(experts, width, hidden)
-    ends = torch.tensor(counts, device="cuda").cumsum(0).to(torch.int32)
-    starts = [0]
-    for n in counts:
-        starts.append(starts[-1] + n)
-    gm = torch._grouped_mm
-
-    def loop(a, b, out, mode):
-        for e in range(experts):
-            s, t = starts[e], starts[e + 1]
-            if mode == "weight":
-                torch.mm(a[s:t].t(), b[s:t], out=out[e])
-            elif t > s:
-                torch.mm(a[s:t], b[e].t() if mode == "forward" else b[e], out=out[s:t])
-
-    products = {
-        "up": (lambda: gm(x, up.transpose(-2, -1), offs=ends), lambda: loop(x, up, h2, "forward")),
-        "down": (lambda: gm(h, down.transpose(-2, -1), offs=ends), lambda: loop(h, down, x2, "forward")),
-        "d_hidden": (lambda: gm(x, down, offs=ends), lambda: loop(x, down, h2, "back")),
-        "d_rows": (lambda: gm(h, up, offs=ends), lambda: loop(h, up, x2, "back")),
-        "d_up": (lambda: gm(h.t(), x, offs=ends), lambda: loop(h, x, up2, "weight")),
-        "d_down": (lambda: gm(x.t(), h, offs=ends), lambda: loop(x, h, down2, "weight")),
-    }
-    x2, h2, up2, down2 = (torch.empty_like(t) for t in (x, h, up, down))
-    best, detail = {}, {}
-    for name, (grouped, looped) in products.items():
-        times = []
-        for run in (grouped, looped):
-            try:
-                times.append(timed(run, repeats))
-            except RuntimeError:
-                times.append(float("inf"))
-        best[name] = min(times)
-        detail[name] = {"grouped_mm_ms": times[0], "cublas_loop_ms": times[1]}
-    forward = best["up"] + best["down"]
-    return {"side": "gemm-only", "fwd_ms": forward, "fwd_bwd_ms": sum(best.values()), "detail": detail}
-
-
-def optional_sides(args, gate, x, d_out):
-    """Tutel and DeepSpeed, where they are installed; their layers bring routers of their own."""
+def optional_sides(sizes):
+    """Tutel's and DeepSpeed's layers, where they are installed; they bring routers of their own."""
+    width, hidden, experts, choices = (sizes[name] for name in ("width", "hidden", "experts", "choices"))
+    found = {}
     try:
         from tutel import moe as tutel_moe
 
-        layer = tutel_moe.moe_layer(
-            gate_type={"type": "top", "k": args.choices, "capacity_factor": 0},
-            model_dim=args.width,
-            experts={"type": "ffn", "num_experts_per_device": args.experts, "hidden_size_per_expert": args.hidden,
+        found["tutel"] = tutel_moe.moe_layer(
+            gate_type={"type": "top", "k": choices, "capacity_factor": 0},
+            model_dim=width,
+            experts={"type": "ffn", "num_experts_per_device": experts, "hidden_size_per_expert": hidden,
                      "activation_fn": lambda h: F.gelu(h, approximate="tanh")},
         ).cuda().bfloat16()
-        yield layer_side("tutel", layer, x, d_out, args.repeats)
     except ImportError:
         pass
     try:
@@ -143,44 +67,167 @@ def optional_sides(args, gate, x, d_out):
         class Expert(torch.nn.Module):
             def __init__(self):
                 super().__init__()
-                self.up = torch.nn.Linear(args.width, args.hidden, bias=False)
-                self.down = torch.nn.Linear(args.hidden, args.width, bias=False)
+                self.up = torch.nn.Linear(width, hidden, bias=False)
+                self.down = torch.nn.Linear(hidden, width, bias=False)
 
             def forward(self, rows):
                 return self.down(F.gelu(self.up(rows), approximate="tanh"))
 
-        moe = MoE(args.width, Expert(), num_experts=args.experts, k=args.choices, drop_tokens=False).cuda().bfloat16()
-        wrapped = type("First", (torch.nn.Module,), {"forward": lambda self, rows: moe(rows)[0]})()
+        moe = MoE(width, Expert(), num_experts=experts, k=choices, drop_tokens=False).cuda().bfloat16()
+        wrapped = type("First", (torch.nn.Module,), {"forward": lambda self, rows: self.moe(rows)[0]})()
         wrapped.moe = moe
-        yield layer_side("deepspeed", wrapped, x, d_out, args.repeats)
+        found["deepspeed"] = wrapped
     except ImportError:
         pass
+    return found
+
+
+def products(counts, width, hidden):
+    """The experts' six products alone on rows that are sorted already: {product: {way: function}}."""
+    experts, total = len(counts), sum(counts)
+    rand = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    x, h = rand(total, width), rand(total, hidden)
+    up, down = rand(experts, hidden, width), rand(experts, width, hidden)
+    x2, h2, up2, down2 = (torch.empty_like(t) for t in (x, h, up, down))
+    up4, down4 = (torch.empty_like(t, dtype=torch.float32) for t in (up, down))
+    ends = torch.tensor(counts, device="cuda").cumsum(0).to(torch.int32)
+    starts = [0]
+    for n in counts:
+        starts.append(starts[-1] + n)
+    gm, f32 = torch._grouped_mm, torch.float32
+
+    def loop(a, b, out, mode):
+        for e in range(experts):
+            s, t = starts[e], starts[e + 1]
+            if mode == "weight":
+                torch.mm(a[s:t].t(), b[s:t], out=out[e])
+            elif mode == "weight f32":
+                torch.mm(a[s:t].t(), b[s:t], out_dtype=f32, out=out[e])
+            elif t > s:
+                torch.mm(a[s:t], b[e].t() if mode == "forward" else b[e], out=out[s:t])
+
+    return {
+        "up": (lambda: gm(x, up.transpose(-2, -1), offs=ends), lambda: loop(x, up, h2, "forward")),
+        "down": (lambda: gm(h, down.transpose(-2, -1), offs=ends), lambda: loop(h, down, x2, "forward")),
+        "d_hidden": (lambda: gm(x, down, offs=ends), lambda: loop(x, down, h2, "back")),
+        "d_rows": (lambda: gm(h, up, offs=ends), lambda: loop(h, up, x2, "back")),
+        "d_up": (lambda: gm(h.t(), x, offs=ends), lambda: loop(h, x, up2, "weight")),
+        "d_down": (lambda: gm(x.t(), h, offs=ends), lambda: loop(x, h, down2, "weight")),
+        "d_up f32": (lambda: gm(h.t(), x, offs=ends, out_dtype=f32), lambda: loop(h, x, up4, "weight f32")),
+        "d_down f32": (lambda: gm(x.t(), h, offs=ends, out_dtype=f32), lambda: loop(x, h, down4, "weight f32")),
+    }
+
+
+class Shape:
+    """A layer in all its forms."""
+
+    def __init__(self, tokens, width, hidden, experts, choices):
+        self.sizes = dict(tokens=tokens, width=width, hidden=hidden, experts=experts, choices=choices)
+        layer = Layer(experts, width, hidden, choices)
+        # Of these sizes only, as they are alike in all runs; another shape is compiled anew.
+        self.gate, compiled = layer.gate, torch.compile(layer, dynamic=False)
+        self.modules = {"torch-eager": layer, "torch-compiled": compiled, **optional_sides(self.sizes)}
+        self.x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        self.d_out = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+        self.products = {}
+        for what in ("fwd", "fwd_bwd"):
+            self.work("torch-compiled", what)()
+        torch.cuda.synchronize()
+
+    def inputs(self, x, gate):
+        tokens, width, experts = self.sizes["tokens"], self.sizes["width"], self.sizes["experts"]
+        read = lambda path, dtype, *shape: torch.from_file(
+            path, size=shape[0] * shape[1], dtype=dtype).reshape(shape).cuda()
+        with torch.no_grad():
+            self.x.copy_(read(x, torch.bfloat16, tokens, width))
+            self.gate.copy_(read(gate, torch.float32, experts, width))
+            chosen = torch.topk(F.linear(self.x.float(), self.gate), self.sizes["choices"], dim=-1).indices
+        counts = torch.bincount(chosen.flatten(), minlength=experts).tolist()
+        self.products.clear()
+        self.products = products(counts, width, self.sizes["hidden"])
+        return counts
+
+    def work(self, side, what):
+        """A function that runs it once."""
+        if what in self.products:
+            return self.products[what][0 if side == "grouped_mm" else 1]
+        module = self.modules[side]
+
+        def forward():
+            with torch.no_grad():
+                return module(self.x)
+
+        def both():
+            self.clear(module)
+            module(self.x).backward(self.d_out)
+
+        return forward if what == "fwd" else both
+
+    def clear(self, module):
+        self.x.grad = None
+        for p in module.parameters():
+            p.grad = None
+
+    def peak_bytes(self, side):
+        """Weights, inputs, gradients and all that a forward and backward pass holds."""
+        module = self.modules[side]
+        for each in self.modules.values():
+            self.clear(each)
+        own = sum(t.numel() * t.element_size() for t in (self.x, self.d_out, *module.parameters()))
+        base = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.work(side, "fwd_bwd")()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - base + own
+
+
+def times(function, repeats, warm, flush):
+    """ms of each run on the GPU, with the L2 cache flushed before it."""
+    for _ in range(warm):
+        function()
+    torch.cuda.synchronize()
+    # All runs are enqueued one after another, as in a training loop: the GPU does not wait for the host between them.
+    runs = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        runs.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in runs]
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    for name in ("tokens", "width", "hidden", "experts", "choices"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--x", required=True, help="bf16 [tokens, width], raw")
-    parser.add_argument("--gate", required=True, help="f32 [experts, width], raw")
-    args = parser.parse_args()
-    read = lambda path, dtype, *shape: torch.from_file(
-        path, size=shape[0] * shape[1], dtype=dtype).reshape(shape).cuda()
-    x = read(args.x, torch.bfloat16, args.tokens, args.width).requires_grad_()
-    gate = read(args.gate, torch.float32, args.experts, args.width)
-    d_out = torch.randn(args.tokens, args.width, device="cuda", dtype=torch.bfloat16)
-    chosen = torch.topk(F.linear(x.detach().float(), gate), args.choices, dim=-1).indices
-    counts = torch.bincount(chosen.flatten(), minlength=args.experts).tolist()
-    print(json.dumps({"side": "torch-routing", "counts": counts, "torch": torch.__version__}), flush=True)
-    layer = Layer(args.experts, args.width, args.hidden, args.choices, gate)
-    print(json.dumps(layer_side("torch-eager", layer, x, d_out, args.repeats)), flush=True)
-    compiled = torch.compile(layer)
-    print(json.dumps(layer_side("torch-compiled", compiled, x, d_out, args.repeats)), flush=True)
-    del layer, compiled
-    print(json.dumps(gemm_only(counts, args.width, args.hidden, args.repeats)), flush=True)
-    for side in optional_sides(args, gate, x, d_out):
-        print(json.dumps(side), flush=True)
+    for name in ("recompile_limit", "cache_size_limit"):
+        if hasattr(torch._dynamo.config, name):
+            setattr(torch._dynamo.config, name, 64)
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    shapes, current = {}, None
+    for line in sys.stdin:
+        request = json.loads(line)
+        do, name = request.pop("do"), request.pop("shape", None)
+        try:
+            if do == "prepare":
+                shapes[name] = Shape(**request)
+                answer = {"torch": torch.__version__}
+            elif do == "inputs":
+                current = shapes[name]
+                answer = {"counts": current.inputs(**request), "sides": list(current.modules)}
+            elif do == "memory":
+                answer = {"peak_bytes": current.peak_bytes(request["side"])}
+            elif do == "time":
+                work = current.work(request["side"], request["what"])
+                answer = {"times": times(work, request["repeats"], request["warm"], flush)}
+            else:
+                current = None
+                del shapes[name]
+                torch.cuda.empty_cache()
+                answer = {}
+        except Exception as error:  # the other side goes on without this
+            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
