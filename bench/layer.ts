@@ -311,11 +311,11 @@ using timer = new GpuTimer(device);
 try {
   const gates = shapes.map(([, shape]) => routings.map((routing) => gateOf(shape, routing)));
   const ready = performance.now();
-  await Promise.all(prepared);
+  const compiled = (await Promise.all(prepared)).map((answer) => Number(answer?.seconds));
   console.log(
-    `ready after ${((ready - began) / 1000).toFixed(1)} s, PyTorch has compiled after ${
-      ((performance.now() - began) / 1000).toFixed(1)
-    } s`,
+    `ready after ${((ready - began) / 1000).toFixed(1)} s; PyTorch compiled for ${
+      compiled.map((s) => s.toFixed(1)).join(", ")
+    } s and is ready after ${((performance.now() - began) / 1000).toFixed(1)} s`,
   );
   for (const [i, [name, shape]] of shapes.entries()) {
     const { tokens, width, hidden, experts, choices } = shape;

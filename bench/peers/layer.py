@@ -15,6 +15,7 @@ d_hidden, d_rows, d_up, d_down; "d_up f32" and "d_down f32" write f32 gradients,
 
 import json
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
@@ -210,8 +211,9 @@ def main():
         do, name = request.pop("do"), request.pop("shape", None)
         try:
             if do == "prepare":
+                began = time.perf_counter()
                 shapes[name] = Shape(**request)
-                answer = {"torch": torch.__version__}
+                answer = {"torch": torch.__version__, "seconds": time.perf_counter() - began}
             elif do == "inputs":
                 current = shapes[name]
                 answer = {"counts": current.inputs(**request), "sides": list(current.modules)}
