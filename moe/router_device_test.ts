@@ -153,6 +153,69 @@ for (const dtype of ["bf16", "f32"] as const) {
   }
 }
 
+for (const dtype of ["bf16", "f32"] as const) {
+  Deno.test(`rows and the gate's part are the input's gradient in ${dtype}`, options, async () => {
+    const shapes: readonly (readonly [N: number, D: number, E: number, K: number])[] = [
+      [1, 8, 1, 1],
+      [65, 72, 8, 2],
+      [300, 264, 16, 2],
+      [77, 520, 12, 4],
+      [43, 264, 16, 16],
+      [39, 96, 20, 3],
+      [50, 304, 32, 8],
+      [50, 264, 50, 4],
+      [135, 520, 64, 8],
+      [21, 64, 100, 9],
+      [5, 40, 3, 20],
+      [17, 33, 6, 2],
+      [0, 16, 4, 2],
+      ...smallSizes ? [] : [[16_400, 1024, 16, 2], [8200, 2048, 64, 8]] as const,
+    ];
+    for (const [N, D, E, K] of shapes) {
+      const next = random(N, "slots");
+      const slots = Int32Array.from(
+        { length: N * K },
+        () => Math.floor(next() * (N * K + 1)) - 1,
+      );
+      const y = rounded(numbers(1, "y", N * K * D)), old = rounded(numbers(2, "out", N * D));
+      const g = numbers(3, "gate", E * D), dL = numbers(4, "dLogits", N * E);
+      const bits = dtype === "bf16";
+      using y_SD = fromArray(device!, bits ? y.bits : Float32Array.from(y.values), [N * K, D]);
+      using slots_NK = fromArray(device!, slots, [N, K]);
+      using gate_ED = fromArray(device!, g, [E, D]);
+      using dLogits_NE = fromArray(device!, dL, [N, E]);
+      for (const beta of [undefined, 1] as const) {
+        using out = fromArray(device!, bits ? old.bits : Float32Array.from(old.values), [N, D]);
+        routing.combineRowsGate(y_SD, slots_NK, dLogits_NE, gate_ED, out, beta && { beta });
+        const got = await read(out), rows = N > 1000 ? [0, 1, 4097, N - 1] : Array.from(got).keys();
+        for (const n of rows) {
+          if (n >= N) break;
+          for (let d = 0; d < D; d++) {
+            let want = beta ? old.values[n * D + d] : 0, size = Math.abs(want);
+            for (let k = 0; k < K; k++) {
+              const slot = slots[n * K + k], value = slot < 0 ? 0 : y.values[slot * D + d];
+              want += value;
+              size += Math.abs(value);
+            }
+            for (let e = 0; e < E; e++) {
+              const value = dL[n * E + e] * g[e * D + d];
+              want += value;
+              size += Math.abs(value);
+            }
+            // More than 64 experts: what is stored in between is rounded, too.
+            const rounding = E > 64 ? 2 ** -8 : 2 ** -14;
+            const bound = bits ? 2 ** -8 * Math.abs(want) + rounding * size : 1e-6 * size;
+            assert.ok(
+              Math.abs(got[n * D + d] - want) <= bound,
+              `[${n}, ${d}] of [${N}, ${D}], ${E} experts, ${K}: ${got[n * D + d]}, not ${want}`,
+            );
+          }
+        }
+      }
+    }
+  });
+}
+
 /** A router of any kind that the device runs, and a number of experts. */
 const anyRouter: fc.Arbitrary<Router> = fc.oneof(
   fc.constantFrom(1, 2, 3, 4, 6, 8, 12, 16),

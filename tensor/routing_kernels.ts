@@ -54,6 +54,21 @@ export interface RoutingKernels {
     dGate: Tensor,
     options?: { readonly beta?: 0 | 1 },
   ): void;
+  /** `dGate += dLogitsᵀ x` alone. */
+  gateWeightGrad(dLogits: Tensor, x: Tensor, dGate: Tensor): void;
+  /**
+   * The gradient of a router's input in one pass, the sum of each token's rows and the gate's part:
+   * `out[n] = Σ_k y[slots[n,k]] + dLogits[n] gate + beta · out[n]`, beta being 0 by default; a negative slot adds nothing. y [S, D] f32 or bf16,
+   * slots i32 [N, K], dLogits f32 [N, E], gate f32 [E, D], out [N, D] like y.
+   */
+  combineRowsGate(
+    y: Tensor,
+    slots: Tensor,
+    dLogits: Tensor,
+    gate: Tensor,
+    out: Tensor,
+    options?: { readonly beta?: 0 | 1 },
+  ): void;
   /**
    * Scores and chooses in one pass: experts i32 [N, K], best first; weights f32 [N, K]; lse f32 [N]; the record. `bias` f32 [E] is the
    * selection bias of a sigmoid router, or null.

@@ -74,6 +74,8 @@ test("every kernel of the contract is there", (cuda) => {
   const routing: Record<keyof RoutingKernels, true> = {
     gate: true,
     gateBackward: true,
+    gateWeightGrad: true,
+    combineRowsGate: true,
     route: true,
     routeBackward: true,
     placeRows: true,

@@ -2,25 +2,6 @@
 // tokens they are bound by reading them, so tensor cores do the arithmetic: an f32 number is the sum of three bf16 numbers (8 bits of its
 // 24 each), the product of two bf16 numbers is exact in f32, and sums are f32. Other dtypes and widths take the plain kernels.
 
-// Two floats as three pairs of bf16, whose sums they are.
-DEVICE void split3(float low, float high, u32 out[3]) {
-#pragma unroll
-  for (int i = 0; i < 3; i++) {
-    out[i] = pack_bf16(low, high);
-    low -= __uint_as_float(out[i] << 16);
-    high -= __uint_as_float(out[i] & 0xffff0000u);
-  }
-}
-// The first two of them: 16 bits.
-DEVICE void split2(float low, float high, u32 out[2]) {
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    out[i] = pack_bf16(low, high);
-    low -= __uint_as_float(out[i] << 16);
-    high -= __uint_as_float(out[i] & 0xffff0000u);
-  }
-}
-
 // Four floats as three terms of 8 bytes, `stride` bytes apart.
 DEVICE void store_terms(u8* at, int stride, const Pack<float, 4>& from) {
   u32 low[3], high[3];

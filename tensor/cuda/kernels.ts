@@ -12,6 +12,7 @@ import {
 } from "./attention.ts";
 import type { CudaContext, ModuleSource } from "./context.ts";
 import { elementwiseKernels, elementwiseModule } from "./elementwise.ts";
+import { gateCombineModule, gateKernels, gateModule } from "./gate.ts";
 import { gemmKernels } from "./gemm.ts";
 import { lossKernels, lossModule } from "./loss.ts";
 import { groupedKernels, groupedModule } from "./grouped.ts";
@@ -20,7 +21,7 @@ import { hopperModule } from "./grouped_hopper.ts";
 import { normsKernels, normsModule } from "./norms.ts";
 import { optimizerKernels, optimizerModule } from "./optimizer.ts";
 import { randomKernels, randomModule } from "./random.ts";
-import { gateModule, routingKernels, routingModule } from "./routing.ts";
+import { routingKernels, routingModule } from "./routing.ts";
 import { rowsKernels, rowsModule, rowWeightKernels } from "./rows.ts";
 import { sortModule } from "./sort.ts";
 
@@ -34,6 +35,7 @@ export const CUDA_MODULES: readonly ModuleSource[] = [
   attentionGeneralModule,
   attentionHopperModule,
   gateModule,
+  gateCombineModule,
   groupedModule,
   hopperModule,
   fusedModule,
@@ -57,6 +59,7 @@ const ROOMS: readonly ((context: CudaContext) => Partial<Kernels>)[] = [
 ];
 
 const ROUTING_ROOMS: readonly ((context: CudaContext) => Partial<RoutingKernels>)[] = [
+  gateKernels,
   routingKernels,
   rowWeightKernels,
 ];

@@ -1,5 +1,5 @@
-// Launches of gate.cu and routing.cu: the router of a MoE layer on the device. Which kernel a shape gets, and how work is split into blocks, is
-// decided here, by shapes alone, so that equal inputs give equal bits.
+// Launches of routing.cu: the choices of a MoE layer's router on the device, and the order of rows. Which kernel a shape gets, and how work is
+// split into blocks, is decided here, by shapes alone, so that equal inputs give equal bits. The gate's products are in gate.ts.
 
 import { bytesOf } from "../dtype.ts";
 import {
@@ -8,55 +8,10 @@ import {
   type RouteOptions,
   type RoutingKernels,
 } from "../routing_kernels.ts";
-import type { Tensor } from "../tensor.ts";
 import type { CudaContext, ModuleSource, ParameterType } from "./context.ts";
-import gateSource from "./gate.cu" with { type: "text" };
 import routingSource from "./routing.cu" with { type: "text" };
+import type { GateKernel } from "./gate.ts";
 import { Sorter } from "./sort.ts";
-
-// deno-fmt-ignore
-const GATE: readonly ParameterType[] = ["ptr", "ptr", "ptr", "ptr", "ptr", "i32", "i32", "i32", "i32", "i32"];
-const GATE_PLAIN: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i64", "i32", "i32"];
-// deno-fmt-ignore
-const GATE_DX: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32", "i32", "i32", "i32"];
-const GATE_DX_PLAIN: readonly ParameterType[] = [...GATE_PLAIN, "i32"];
-const GATE_DW: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32", "i32"];
-const GATE_DW_WIDE: readonly ParameterType[] = [...GATE_DW, "i32"];
-
-/** Blocks of the gate: tiles of 8 experts, tokens, columns of a slice; as gate.cu has them. */
-const GATE_BLOCKS = [
-  { tiles: 1, tokens: 128, columns: 128 },
-  { tiles: 2, tokens: 128, columns: 128 },
-  { tiles: 4, tokens: 128, columns: 64 },
-  { tiles: 8, tokens: 256, columns: 64 },
-];
-/** Steps of 16 experts in the blocks of its gradients. */
-const GRADIENT_TILES = [1, 2, 4];
-/** Most slices that a block of the gate or of its gradient has in flight. */
-const MOST_STAGES = 5;
-/** Most shares of the columns that the gate's sums are split into. */
-const MOST_SHARES = 8;
-/** Tokens of a slice, and columns of a block, of the gate's gradient. */
-const GRADIENT_SLICE = 64, GRADIENT_COLUMNS = 256;
-
-/** The kernels of gate.cu. */
-export const gateModule: ModuleSource = {
-  name: "gate",
-  source: gateSource,
-  kernels: Object.fromEntries([
-    ...GATE_BLOCKS.map(({ tiles }) => [`gate_${tiles}`, GATE] as const),
-    ...GRADIENT_TILES.flatMap((tiles) => [
-      [`gate_dx_${tiles}`, GATE_DX] as const,
-      [`gate_dw_${tiles}`, GATE_DW_WIDE] as const,
-    ]),
-    ...["f32", "bf16"].flatMap((dtype) => [
-      [`gate_plain_${dtype}`, GATE_PLAIN] as const,
-      [`gate_dx_plain_${dtype}`, GATE_DX_PLAIN] as const,
-      [`gate_dw_plain_${dtype}`, GATE_DW] as const,
-    ]),
-    ["gate_dw_sum", ["ptr", "ptr", "i64", "i32"] as const],
-  ]),
-};
 
 /** Bytes of the struct `Route` of routing.cu. */
 const ROUTE_BYTES = 56;
@@ -85,49 +40,22 @@ export const routingModule: ModuleSource = {
 
 /** Blocks of the routing kernels, tokens permitting: a block adds up its tokens' scores, so their number is in the bits of the sums. */
 const ROUTE_BLOCKS = 256;
-/** Blocks that the gate and its gradient are split into at most, where that takes shares of a sum. */
-const SHARED_BLOCKS = 132;
-/** Blocks of gate_dx that a multiprocessor holds, by their registers. */
-const GRADIENT_OCCUPANCY = [4, 3, 2];
-
 /**
  * The routing kernels.
  *
  * @param context The GPU.
- * @returns The kernels; tokens in f32 and bf16.
+ * @returns The kernels; rows in any dtype.
  */
 export function routingKernels(
   context: CudaContext,
-): Omit<RoutingKernels, "scatterWeights" | "gatherWeights"> {
-  const ofGate = (name: string) => context.kernel(gateModule, name);
+): Omit<RoutingKernels, GateKernel | "scatterWeights" | "gatherWeights"> {
   const ofRouting = (name: string) => context.kernel(routingModule, name);
-  const gates = GATE_BLOCKS.map(({ tiles }) => ofGate(`gate_${tiles}`));
-  const gateDx = GRADIENT_TILES.map((tiles) => ofGate(`gate_dx_${tiles}`));
-  const gateDw = GRADIENT_TILES.map((tiles) => ofGate(`gate_dw_${tiles}`));
-  const plain = (dtype: string) => ({
-    gate: ofGate(`gate_plain_${dtype}`),
-    dx: ofGate(`gate_dx_plain_${dtype}`),
-    dw: ofGate(`gate_dw_plain_${dtype}`),
-  });
-  const f32 = plain("f32"), bf16 = plain("bf16");
-  // How many shares of a block's sums have been computed: SHARED_BLOCKS counters, zero between launches.
-  const counters = context.allocate(4 * SHARED_BLOCKS);
-  context.clear(counters, 4 * SHARED_BLOCKS);
-  const gateDwSum = ofGate("gate_dw_sum");
   const routes = PER_LANE.map((n) => ofRouting(`route_${n}`));
   const backwards = PER_LANE.map((n) => ofRouting(`route_backward_${n}`));
   const routeRecord = ofRouting("route_record"), majorOrders = ofRouting("major_orders");
   const spreads = SPREAD_UNITS.map((unit) => ofRouting(`spread_rows_${unit}`));
   const sorter = new Sorter(context);
   const struct = new Uint8Array(ROUTE_BYTES), view = new DataView(struct.buffer);
-
-  function plainOf(op: string, x: Tensor): typeof f32 {
-    if (x.dtype === "bf16") return bf16;
-    if (x.dtype === "f32") return f32;
-    throw new TypeError(
-      `Cannot ${op} as the dtype of the tokens must be f32 or bf16: current value is ${x.dtype}`,
-    );
-  }
 
   /** Writes the struct `Route`; returns the index of the kernel for that many experts. */
   function describe(
@@ -160,87 +88,7 @@ export function routingKernels(
     return { way: PER_LANE.findIndex((n) => n >= perLane), shift };
   }
 
-  /** Whether the kernels that use tensor cores take these: 16 bits, and every row begins at a multiple of 16 bytes. */
-  function fits(x: Tensor, gate: Tensor): boolean {
-    return x.dtype === "bf16" && x.shape[1] % 8 === 0 && (x.address | gate.address) % 16 === 0 &&
-      x.shape[0] < 2 ** 31;
-  }
-
-  /** How many stages of so many bytes fit into shared memory beside `rest`; the kernels need two. */
-  function stagesOf(stage_bytes: number, rest_bytes: number): number {
-    const { sharedMemory_bytes } = context.properties;
-    return Math.min(MOST_STAGES, Math.floor((sharedMemory_bytes - rest_bytes) / stage_bytes));
-  }
-
   return {
-    gate(x, gate, logits) {
-      const kernels = plainOf("compute the gate", x), [N, D] = x.shape, E = gate.shape[0];
-      if (logits.size === 0) return;
-      if (fits(x, gate)) {
-        const found = GATE_BLOCKS.findIndex(({ tiles }) => tiles * 8 >= E);
-        const way = found < 0 ? GATE_BLOCKS.length - 1 : found;
-        const { tiles, tokens, columns } = GATE_BLOCKS[way], weights = tiles * 8 * columns;
-        const stage = tokens * columns * 2 + weights * 4, terms = 2 * 3 * weights * 2;
-        const stages = stagesOf(stage, terms);
-        if (stages >= 2) {
-          const blocks = Math.ceil(N / tokens), parts = Math.ceil(E / (8 * tiles));
-          const slices = Math.ceil(D / columns);
-          const wanted = Math.max(1, Math.floor(SHARED_BLOCKS / (blocks * parts)));
-          const perShare = Math.ceil(slices / Math.min(wanted, MOST_SHARES)),
-            shares = Math.ceil(slices / perShare);
-          const sums = shares > 1
-            ? context.allocate(4 * shares * blocks * parts * tokens * tiles * 8)
-            : 0;
-          // deno-fmt-ignore
-          gates[way].launch(blocks, parts, shares, 256, stages * stage + terms, x.address, gate.address, logits.address, sums, counters,
-            N, E, D, perShare * columns, stages);
-          if (sums !== 0) context.free(sums);
-          return;
-        }
-      }
-      // deno-fmt-ignore
-      kernels.gate.launch(Math.ceil(N / 32), Math.ceil(E / 4), 1, 256, 0, x.address, gate.address, logits.address, N, E, D);
-    },
-    gateBackward(dLogits, x, gate, dX, dGate, options) {
-      const kernels = plainOf("take the gate's gradient", x), [N, D] = x.shape, E = gate.shape[0];
-      if (x.size === 0) return;
-      const wide = fits(x, gate), adds = options?.beta === 0 ? 0 : 1;
-      if (wide && dX.address % 16 === 0) {
-        for (let first = 0; first < E; first += 64) {
-          const way = E - first <= 16 ? 0 : E - first <= 32 ? 1 : 2;
-          // One wave of blocks: each loads its weights once, and then tokens go by.
-          const blocks = context.properties.multiprocessors * GRADIENT_OCCUPANCY[way];
-          const perBlock = Math.max(32, Math.ceil(N * Math.ceil(D / 128) / blocks / 32) * 32);
-          // deno-fmt-ignore
-          gateDx[way].launch(Math.ceil(D / 128), Math.ceil(N / perBlock), 1, 128, 0,
-            dLogits.address, gate.address, dX.address, N, E, first, D, perBlock, first > 0 ? 1 : adds);
-        }
-      } else {
-        // deno-fmt-ignore
-        kernels.dx.launch(Math.ceil(N / 4), Math.ceil(D / 128), 1, 128, 0, dLogits.address, gate.address, dX.address, N, E, D, adds);
-      }
-      const step = GRADIENT_TILES.findIndex((tiles) => tiles * 16 >= E);
-      const way = step < 0 ? GRADIENT_TILES.length - 1 : step, most = GRADIENT_TILES[way] * 16;
-      const stage = GRADIENT_SLICE * (GRADIENT_COLUMNS * 2 + most * 4);
-      const terms = 2 * 3 * GRADIENT_SLICE * (most + 8) * 2, stages = stagesOf(stage, terms);
-      const tensorCores = wide && E % 4 === 0 && dLogits.address % 16 === 0 && stages >= 2;
-      const columns = Math.ceil(D / (tensorCores ? GRADIENT_COLUMNS : 128));
-      const parts = Math.ceil(E / (tensorCores ? most : 8));
-      const wanted = Math.max(1, Math.floor(SHARED_BLOCKS / (columns * parts)));
-      const perSplit = Math.ceil(N / wanted / GRADIENT_SLICE) * GRADIENT_SLICE,
-        splits = Math.ceil(N / perSplit);
-      const sums = context.allocate(4 * splits * E * D);
-      if (tensorCores) {
-        // deno-fmt-ignore
-        gateDw[way].launch(columns, parts, splits, 256, stages * stage + terms, dLogits.address, x.address, sums, N, E, D, perSplit, stages);
-      } else {
-        // deno-fmt-ignore
-        kernels.dw.launch(columns, parts, splits, 128, 0, dLogits.address, x.address, sums, N, E, D, perSplit);
-      }
-      // deno-fmt-ignore
-      gateDwSum.launch(Math.ceil(E * D / 256), 1, 1, 256, 0, sums, dGate.address, E * D, splits);
-      context.free(sums);
-    },
     route(logits, bias, options, out) {
       const [N, E] = logits.shape, { way, shift } = describe(N, options);
       const perPass = 256 >> shift;

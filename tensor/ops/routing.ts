@@ -100,6 +100,65 @@ export function gateBackward(
 }
 
 /**
+ * `dGate += dLogitsᵀ x`: the half of {@linkcode gateBackward} that is left where {@linkcode combineRowsGate} makes the other.
+ *
+ * @param dLogits f32 [N, E].
+ * @param x [N, D], f32 or bf16.
+ * @param dGate f32 [E, D]; added to.
+ * @throws {RangeError} If shapes or devices do not fit.
+ * @throws {TypeError} If dtypes do not fit.
+ */
+export function gateWeightGrad(dLogits: Tensor, x: Tensor, dGate: Tensor): void {
+  const op = "take the gate's gradient", kernels = kernelsOf(op, x);
+  lead(op, "x", x);
+  isMatrix(op, "x", x);
+  isMatrix(op, "dGate", dGate);
+  const [N, D] = x.shape, E = dGate.shape[0];
+  shaped(op, "dLogits", dLogits, x.device, "f32", [N, E]);
+  shaped(op, "dGate", dGate, x.device, "f32", [E, D]);
+  const start = now();
+  kernels.gateWeightGrad(dLogits, x, dGate);
+  ran("gateWeightGrad", "gemm", start);
+}
+
+/**
+ * The gradient of a router's input in one pass: `out[n] = Σ_k y[slots[n,k]] + dLogits[n] gate + beta · out[n]`.
+ *
+ * @param y Rows [S, D], f32 or bf16.
+ * @param slots i32 [N, K]; a negative one adds nothing.
+ * @param dLogits f32 [N, E].
+ * @param gate f32 [E, D].
+ * @param out [N, D], like y.
+ * @param options Factor of the old contents of out; 0 never reads them. @default {{beta: 0}}
+ * @throws {RangeError} If shapes or devices do not fit.
+ * @throws {TypeError} If dtypes do not fit.
+ */
+export function combineRowsGate(
+  y: Tensor,
+  slots: Tensor,
+  dLogits: Tensor,
+  gate: Tensor,
+  out: Tensor,
+  options?: { readonly beta?: 0 | 1 },
+): void {
+  const op = "combine rows", kernels = kernelsOf(op, y);
+  lead(op, "y", y);
+  isMatrix(op, "y", y);
+  isMatrix(op, "slots", slots);
+  isMatrix(op, "gate", gate);
+  const [N, K] = slots.shape, [E, D] = gate.shape;
+  shaped(op, "y", y, y.device, y.dtype, [y.shape[0], D]);
+  shaped(op, "slots", slots, y.device, "i32", [N, K]);
+  shaped(op, "dLogits", dLogits, y.device, "f32", [N, E]);
+  shaped(op, "gate", gate, y.device, "f32", [E, D]);
+  shaped(op, "out", out, y.device, y.dtype, [N, D]);
+  disjoint(op, "y", out, y);
+  const start = now();
+  kernels.combineRowsGate(y, slots, dLogits, gate, out, options);
+  ran("combineRowsGate", "compute", start);
+}
+
+/**
  * Scores and chooses each token's experts.
  *
  * @param logits f32 [N, E].
