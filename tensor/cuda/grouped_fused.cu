@@ -2,6 +2,8 @@
 // back through the second layer leaves as the gradient before the activation. The same persistent kernel as in grouped_hopper.cu, with more
 // work per result: a finished tile waits as bf16 pairs in registers, and the steps of the next tile treat a part of it each (a phase) while the
 // tensor cores multiply. activations.cuh, grouped_walk.cuh and grouped_hopper.cuh come before this file.
+// Rows of the product's first operand may be taken by index, and the activation's rows times a scale (a router's weight); backward the scales'
+// gradients are sums over a row, made tile by tile and added up by a kernel of their own, always in the same order.
 // There is no gradient of SwiGLU: with two matrices to fetch and two to write it was no faster than two kernels.
 //
 // Letters: F hidden width, `up` the matrix before the activation, [R, F], or [R, 2F] with the gates first for SwiGLU. A chunk is 64 of a
@@ -11,10 +13,10 @@ constexpr int RELU = 0, GELU = 1, SWIGLU = 2;
 constexpr int STAGES = 4;
 constexpr int BLOCKS = 2;  // blocks in shared memory that a consumer has for results
 
-// Shape of a kernel.
-template <bool BACK, int OF>
+// Shape of a kernel: backward or forward, of which activation, rows by index or not, with scales or not.
+template <bool BACK, int OF, bool GATHER, bool SCALE>
 struct Fused {
-  static constexpr bool BACKWARD = BACK;
+  static constexpr bool BACKWARD = BACK, GATHERED = GATHER, SCALED = SCALE;
   static constexpr int KIND = OF;
   // Columns of the hidden width in a tile. SwiGLU forward: 128 gates beside the 128 columns that they gate.
   static constexpr int COLUMNS = !BACK && OF == SWIGLU ? 128 : 256;
@@ -28,6 +30,13 @@ struct FusedProblem {
   int groups;
   bf16 *up, *out;  // forward: up and the activation; backward: none and the gradient
   int f_size, k_size;
+  // Row r of the product's first operand is x[rows[r]].
+  const bf16* x;
+  const int* rows;
+  // Of each row, or null for 1; backward also partial sums of its gradient [tiles in F, R], or null.
+  const float* scales;
+  float* d_scales;
+  int r_size;
 };
 
 // A tile as consumers know it: its first row, the end of its group's rows, its first hidden column. Without a tile the row is -1.
@@ -68,9 +77,22 @@ struct Later {
   int consumer, turn, next;
   int row, row_end, column;       // of the tile; rows from row_end on belong to others
   int coming_row, coming_column;  // of the tile that is being multiplied
+  float sums[2];                  // parts of the gradients of the scales of this thread's rows
 
+  // The rows of this thread's sums: i is 0 or 1.
+  DEVICE int row_of(int i) const { return row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * i; }
+  // The scales of these rows. Phases read them anew: registers are rare.
+  DEVICE void get_scales(float (&scales)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      scales[i] = 1;
+      if (S::SCALED && problem->scales)
+        asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(scales[i]) : "l"(problem->scales + min(row_of(i), row_end - 1)));
+    }
+  }
   DEVICE void put(float (&c)[128], int end) {
     row = coming_row, column = coming_column, row_end = end, next = 0;
+    sums[0] = sums[1] = 0;
 #pragma unroll
     for (int i = 0; i < 64; i++) pairs[i] = pack_bf16(c[2 * i], c[2 * i + 1]);
   }
@@ -124,21 +146,25 @@ struct Later {
     ready();
     leave(block(turn), problem->up_map, problem->up, f, at, width);
   }
+  static DEVICE float value(float x, float y) {
+    return S::KIND == SWIGLU ? Swiglu::value(x, y) : S::KIND == GELU ? Gelu::value(x) : Relu::value(x);
+  }
   template <int FROM, int HALF>
   DEVICE void activated(int f) {
     if (f >= problem->f_size) return;
     if (HALF == 0) take();
+    float scales[2];
+    get_scales(scales);
 #pragma unroll
     for (int j = 4 * HALF; j < 4 * HALF + 4; j += 2) {
       u32 piece[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        u32 x = pairs[FROM + 2 * j + i];
-        if (S::KIND == SWIGLU) {
-          u32 y = pairs[(FROM + 2 * j + i + 32) % 64];
-          piece[i] = pack_bf16(Swiglu::value(low_half(x), low_half(y)), Swiglu::value(high_half(x), high_half(y)));
-        } else if (S::KIND == GELU) piece[i] = pack_bf16(Gelu::value(low_half(x)), Gelu::value(high_half(x)));
-        else piece[i] = pack_bf16(Relu::value(low_half(x)), Relu::value(high_half(x)));
+        u32 x = pairs[FROM + 2 * j + i], y = pairs[(FROM + 2 * j + i + 32) % 64];  // SwiGLU: the gate and what it gates
+        if (S::SCALED) asm volatile("" : "+r"(x), "+r"(y));  // unpacked here, not before the steps
+        float low = value(low_half(x), low_half(y)), high = value(high_half(x), high_half(y));
+        if (S::SCALED) low *= scales[i % 2], high *= scales[i % 2];
+        piece[i] = pack_bf16(low, high);
       }
       put_piece(place(block(turn), j), piece);
     }
@@ -174,10 +200,29 @@ struct Later {
     barrier_arrive_bytes(barrier, BLOCK_BYTES);
     load_box(block(CHUNK % 2), problem->up_map, at_column + 64 * CHUNK, at_row, barrier);
   }
+  static DEVICE float gradient(float d, float x, float scale, float& sum) {
+    float active, out = S::KIND == GELU ? Gelu::gradient(d, x, active) : Relu::gradient(d, x, active);
+    if (S::SCALED) sum = fmaf(d, active, sum), out *= scale;
+    return out;
+  }
+  // The tile's parts of the scales' gradients, once it is treated.
+  DEVICE void put_sums() {
+    if (!problem->d_scales) return;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float sum = sums[i];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      int r = row_of(i);
+      if (threadIdx.x % 4 == 0 && r < row_end) problem->d_scales[(i64)(column / S::COLUMNS) * problem->r_size + r] = sum;
+    }
+  }
   template <int CHUNK, int HALF>
   DEVICE void treat() {
     u32 at = block(CHUNK % 2);
     asm volatile("" : "+r"(at));  // addresses are computed here, not kept in registers
+    float scales[2];
+    get_scales(scales);
     if (HALF == 0) barrier_wait(loaded + CHUNK % 2, CHUNK / 2);
 #pragma unroll
     for (int j = 4 * HALF; j < 4 * HALF + 4; j += 2) {
@@ -186,12 +231,14 @@ struct Later {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         u32 d = pairs[16 * CHUNK + 2 * j + i];
-        x[i] = S::KIND == GELU ? pack_bf16(Gelu::gradient(low_half(d), low_half(x[i])), Gelu::gradient(high_half(d), high_half(x[i])))
-                               : pack_bf16(Relu::gradient(low_half(d), low_half(x[i])), Relu::gradient(high_half(d), high_half(x[i])));
+        if (S::SCALED) asm volatile("" : "+r"(d));
+        x[i] = pack_bf16(gradient(low_half(d), low_half(x[i]), scales[i % 2], sums[i % 2]),
+                         gradient(high_half(d), high_half(x[i]), scales[i % 2], sums[i % 2]));
       }
       put_piece(place(at, j), x);
     }
     if (HALF == 0) return;
+    if (S::SCALED && CHUNK == 3) put_sums();
     int f = column + 64 * CHUNK;
     ready();
     leave(at, problem->out_map, problem->out, f, f, problem->f_size);
@@ -238,6 +285,11 @@ struct Later {
 };
 
 // --- The kernel.
+// The last block leaves the counter as it was found.
+DEVICE void leave_counter(u32* counter) {
+  if (atomicAdd(counter + 1, 1u) == gridDim.x - 1) counter[0] = 0, counter[1] = 0;
+}
+
 // One thread: loads the stages of tile after tile, and draws the tiles.
 template <typename S>
 DEVICE void produce_fused(const FusedProblem& p, FusedShared& shared, u32 ring) {
@@ -271,8 +323,55 @@ DEVICE void produce_fused(const FusedProblem& p, FusedShared& shared, u32 ring) 
       if (++stage == STAGES) stage = 0, phase ^= 1;
     }
   }
-  // The last block leaves the counter as it was found.
-  if (atomicAdd(p.counter + 1, 1u) == gridDim.x - 1) p.counter[0] = 0, p.counter[1] = 0;
+  leave_counter(p.counter);
+}
+
+// 128 threads: the same with rows by index, which they copy. The first of them draws the tiles for all and loads the weights.
+template <typename S>
+DEVICE void produce_gathered(const FusedProblem& p, FusedShared& shared, u32 ring) {
+  Walk<S::BACKWARD, TILE_M, S::COLUMNS> walk(p.offsets, nullptr, p.groups, 0, p.f_size);
+  const TensorMap* b_map = nullptr;
+  int unit = blockIdx.x, stage = 0, phase = 0, draw = 0, draw_phase = 0;
+  while (true) {
+    if (threadIdx.x == 0) {
+      Tile tile;
+      bool found = walk.find(unit, tile);
+      barrier_wait(&shared.drawn_empty[draw], draw_phase ^ 1);
+      shared.drawn[draw] = {found ? tile.first_row + tile.m * TILE_M : -1, tile.first_row + tile.rows, tile.n * S::COLUMNS};
+      barrier_arrive(&shared.drawn_full[draw]);
+      if (found) {
+        unit = gridDim.x + (int)atomicAdd(p.counter, 1u);
+        if (b_map != p.b_maps + tile.group) b_map = p.b_maps + tile.group, acquire_map(b_map);
+      }
+    }
+    __syncwarp();
+    barrier_wait(&shared.drawn_full[draw], draw_phase);
+    Drawn tile = shared.drawn[draw];
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.drawn_empty[draw]);
+    if (++draw == DRAWS) draw = 0, draw_phase ^= 1;
+    if (tile.row < 0) break;
+    int index = gather_index(p.rows, tile.row, tile.row_end);
+    for (int k = 0; k < p.k_size; k += DEPTH) {
+      u64* full = &shared.full[stage];
+      barrier_wait(&shared.empty[stage], phase ^ 1);
+      u32 a = ring + stage * STAGE_BYTES, b = a + A_BLOCKS * BLOCK_BYTES;
+      if (threadIdx.x == 0) {
+        barrier_arrive_bytes(full, B_BLOCKS * BLOCK_BYTES);
+        if (S::BACKWARD) {
+#pragma unroll
+          for (int i = 0; i < B_BLOCKS; i++) load_box(b + i * BLOCK_BYTES, b_map, tile.column + 64 * i, k, full);
+        } else {
+          load_box(b, b_map, k, tile.column, full);
+          load_box(b + 2 * BLOCK_BYTES, b_map, k, (S::KIND == SWIGLU ? p.f_size : 128) + tile.column, full);
+        }
+      }
+      gather_rows(a, p.x, p.k_size, k, index);
+      gather_arrive(full);
+      if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+  }
+  if (threadIdx.x == 0) leave_counter(p.counter);
 }
 
 // 128 threads: multiplies 64 rows of each tile, also where a group has ended before them (see grouped_hopper.cu).
@@ -298,6 +397,7 @@ DEVICE void consume_fused(const FusedProblem& p, FusedShared& shared, u32 ring, 
     float sums[128];
     for (int step = 0; step < steps; step++) {
       barrier_wait(&shared.full[stage], phase);
+      if (S::GATHERED) publish();
       u32 a = ring + stage * STAGE_BYTES + consumer * BLOCK_BYTES, b = ring + stage * STAGE_BYTES + A_BLOCKS * BLOCK_BYTES;
       multiply_begin();
 #pragma unroll
@@ -324,15 +424,15 @@ DEVICE void consume_fused(const FusedProblem& p, FusedShared& shared, u32 ring, 
   if (thread == 0) store_box_wait<0>();
 }
 
-template <bool BACKWARD, int KIND>
+template <bool BACKWARD, int KIND, bool GATHERED, bool SCALED>
 DEVICE void grouped_fused(const FusedProblem& p) {
-  typedef Fused<BACKWARD, KIND> S;
+  typedef Fused<BACKWARD, KIND, GATHERED, SCALED> S;
   extern __shared__ __align__(1024) u8 memory[];
   __shared__ FusedShared shared;
   u32 ring = (shared_address(memory) + 1023) & ~1023u;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++) barrier_init(&shared.full[s], 1), barrier_init(&shared.empty[s], 2);
-    for (int s = 0; s < DRAWS; s++) barrier_init(&shared.drawn_full[s], 1), barrier_init(&shared.drawn_empty[s], 8);
+    for (int s = 0; s < STAGES; s++) barrier_init(&shared.full[s], GATHERED ? GATHER_ARRIVALS : 1), barrier_init(&shared.empty[s], 2);
+    for (int s = 0; s < DRAWS; s++) barrier_init(&shared.drawn_full[s], 1), barrier_init(&shared.drawn_empty[s], GATHERED ? 12 : 8);
     for (int s = 0; s < 4; s++) barrier_init(&shared.loaded[s / 2][s % 2], 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     publish();
@@ -340,11 +440,28 @@ DEVICE void grouped_fused(const FusedProblem& p) {
   __syncthreads();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == 0) produce_fused<S>(p, shared, ring);
+    if (GATHERED) produce_gathered<S>(p, shared, ring);
+    else if (threadIdx.x == 0) produce_fused<S>(p, shared, ring);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    consume_fused<S>(p, shared, ring, threadIdx.x / 128 - 1);
+    int group = threadIdx.x / 128;
+    // Known to be the same in a warp, it takes no registers of these kernels, which have none to spare.
+    if (GATHERED || SCALED) group = __shfl_sync(0xffffffffu, group, 0);
+    consume_fused<S>(p, shared, ring, group - 1);
   }
+}
+
+// The scales' gradients from those of the tiles, [tiles, rows], in a fixed order; 0 outside the groups.
+extern "C" __global__ void grouped_scale_gradients(const float* parts, float* d_scales, const int* offsets, int groups,
+                                                   int tiles, int rows) {
+  int row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row >= rows) return;
+  float sum = 0;
+  if (row >= offsets[0] && row < offsets[groups]) {
+#pragma unroll 8
+    for (int tile = 0; tile < tiles; tile++) sum += parts[(i64)tile * rows + row];
+  }
+  d_scales[row] = sum;
 }
 
 #define FUSED(NAME, BACKWARD, KIND)                                                                                         \
@@ -353,10 +470,28 @@ DEVICE void grouped_fused(const FusedProblem& p) {
            const __grid_constant__ TensorMap out_map, const TensorMap* maps, u32* counter, const int* offsets, int groups,  \
            bf16* up, bf16* out, int f_size, int k_size) {                                                                   \
     FusedProblem p = {&a_map, maps, &up_map, &out_map, counter, offsets, groups, up, out, f_size, k_size};                  \
-    grouped_fused<BACKWARD, KIND>(p);                                                                                       \
+    grouped_fused<BACKWARD, KIND, false, false>(p);                                                                         \
   }
 FUSED(grouped_relu, false, RELU)
 FUSED(grouped_gelu, false, GELU)
 FUSED(grouped_swiglu, false, SWIGLU)
 FUSED(grouped_relu_back, true, RELU)
 FUSED(grouped_gelu_back, true, GELU)
+
+// Rows by index: row r of the product's first operand, a matrix of k_size columns, is x[rows[r]].
+#define FUSED_ROWS(NAME, BACKWARD, KIND, SCALED)                                                                            \
+  extern "C" __global__ void __launch_bounds__(384, 1)                                                                      \
+      NAME(const bf16* x, const int* rows, const __grid_constant__ TensorMap up_map,                                        \
+           const __grid_constant__ TensorMap out_map, const TensorMap* maps, u32* counter, const int* offsets, int groups,  \
+           bf16* up, bf16* out, int f_size, int k_size, const float* scales, float* d_scales, int r_size) {                 \
+    FusedProblem p = {nullptr, maps, &up_map, &out_map, counter, offsets, groups, up, out, f_size, k_size, x, rows,         \
+                      scales, d_scales, r_size};                                                                            \
+    grouped_fused<BACKWARD, KIND, true, SCALED>(p);                                                                         \
+  }
+FUSED_ROWS(grouped_relu_rows, false, RELU, true)
+FUSED_ROWS(grouped_gelu_rows, false, GELU, true)
+FUSED_ROWS(grouped_swiglu_rows, false, SWIGLU, true)
+FUSED_ROWS(grouped_relu_back_rows, true, RELU, false)
+FUSED_ROWS(grouped_gelu_back_rows, true, GELU, false)
+FUSED_ROWS(grouped_relu_back_rows_scaled, true, RELU, true)
+FUSED_ROWS(grouped_gelu_back_rows_scaled, true, GELU, true)

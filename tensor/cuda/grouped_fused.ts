@@ -1,7 +1,7 @@
 // The experts' grouped products with their activation on a GPU: one kernel of grouped_fused.cu where that is faster, else the product's and the
 // activation's in turn.
 
-import type { RowGroups } from "../device.ts";
+import type { GroupedActivationBackwardOptions, RowGroups } from "../device.ts";
 import {
   type GroupedActivation,
   groupedActivation,
@@ -18,6 +18,8 @@ import walk from "./grouped_walk.cuh" with { type: "text" };
 const MAP: ParameterType = { bytes: MAP_BYTES };
 // deno-fmt-ignore
 const PARAMETERS: readonly ParameterType[] = [MAP, MAP, MAP, "ptr", "ptr", "ptr", "i32", "ptr", "ptr", "i32", "i32"];
+// deno-fmt-ignore
+const ROWS_PARAMETERS: readonly ParameterType[] = ["ptr", "ptr", MAP, MAP, "ptr", "ptr", "ptr", "i32", "ptr", "ptr", "i32", "i32", "ptr", "ptr", "i32"];
 
 /** A kernel of grouped_fused.cu: columns of the hidden width in a tile, and in how many phases its results are treated. */
 interface Shape {
@@ -33,7 +35,14 @@ const SHAPES: Readonly<Record<string, Shape>> = {
   relu_back: { columns: 256, phases: 11 },
   gelu_back: { columns: 256, phases: 11 },
 };
+/** Those that take rows by index, and scales where they have them; the gradients without and with scales. */
+// deno-fmt-ignore
+const WITH_ROWS: readonly string[] = [
+  "relu_rows", "gelu_rows", "swiglu_rows", "relu_back_rows", "gelu_back_rows", "relu_back_rows_scaled", "gelu_back_rows_scaled",
+];
 const TILE_M = 128, DEPTH = 64, THREADS = 384;
+/** Threads of a block that adds up the scales' gradients. */
+const ADD_THREADS = 64;
 /** Four stages, two blocks of results per consumer, and room to begin at a multiple of 1024. */
 const SHARED = 4 * (128 + 256) * DEPTH * 2 + 4 * 8192 + 1024;
 
@@ -48,9 +57,11 @@ export const fusedModule: ModuleSource = {
     `#line 1 "grouped_fused.cu"`,
     source,
   ].join("\n"),
-  kernels: Object.fromEntries(
-    Object.keys(SHAPES).map((name) => [`grouped_${name}`, PARAMETERS]),
-  ),
+  kernels: {
+    ...Object.fromEntries(Object.keys(SHAPES).map((name) => [`grouped_${name}`, PARAMETERS])),
+    ...Object.fromEntries(WITH_ROWS.map((name) => [`grouped_${name}`, ROWS_PARAMETERS])),
+    grouped_scale_gradients: ["ptr", "ptr", "ptr", "i32", "i32", "i32"],
+  },
   from: 90,
   exact: true,
 };
@@ -64,6 +75,7 @@ const SQUARE: Box = { columns: 64, rows: 64 };
  *
  * A fused kernel treats a tile's results in `phases` while the next tile is multiplied in K / 64 steps, one phase a step. So it is taken where
  * there are as many steps as phases: with fewer, results hold up the tensor cores, which costs about what the other kernel's memory traffic does.
+ * Scales without rows by index are left to the two kernels: a layer has both, or neither.
  *
  * @param context The GPU.
  * @param parts Its other kernels.
@@ -79,8 +91,12 @@ export function groupedActivationKernels(
   if (force === "separate" || !context.has(fusedModule)) return separate;
   const tables = new GroupTables(context), { multiprocessors } = context.properties;
   const kernels = new Map<string, CudaKernel>(
-    Object.keys(SHAPES).map((name) => [name, context.kernel(fusedModule, `grouped_${name}`)]),
+    [...Object.keys(SHAPES), ...WITH_ROWS].map((name) => [
+      name,
+      context.kernel(fusedModule, `grouped_${name}`),
+    ]),
   );
+  const addUp = context.kernel(fusedModule, "grouped_scale_gradients");
   // Tiles drawn and blocks finished; every launch leaves zeros.
   const counter = context.allocate(8);
   context.clear(counter, 8);
@@ -91,40 +107,58 @@ export function groupedActivationKernels(
     x: Tensor,
     weights: readonly Tensor[],
     groups: RowGroups,
-    F: number,
     up: Tensor,
     out: Tensor,
     box: Box,
+    { rows, scales, dScales }: GroupedActivationBackwardOptions,
   ): boolean {
     const { columns, phases } = SHAPES[name];
-    const [R, K] = x.shape;
-    if (x.dtype !== "bf16" || R === 0 || K === 0 || F === 0 || weights.length === 0) return false;
+    const [R, F] = out.shape, K = x.shape[1], G = weights.length;
+    if (x.dtype !== "bf16" || R === 0 || K === 0 || F === 0 || G === 0) return false;
     if (K % 8 !== 0 || F % (name === "swiglu" ? 64 : 8) !== 0) return false;
     if (x.address % 16 !== 0 || up.address % 16 !== 0 || out.address % 16 !== 0) return false;
     if (force !== "fused" && Math.ceil(K / DEPTH) < phases) return false;
+    const scaled = scales !== undefined || dScales !== undefined;
+    if (scaled && rows === undefined) return false;
     const table = tables.table(weights, box);
     if (!table.aligned) return false;
-    const tiles = Math.ceil(F / columns) * (weights.length + Math.ceil(R / TILE_M));
+    const tiles = Math.ceil(F / columns),
+      blocks = Math.min(multiprocessors, tiles * (G + Math.ceil(R / TILE_M)));
+    const upMap = tables.map(up, SQUARE),
+      outMap = tables.map(out, SQUARE),
+      offsets = groups.offsets.address;
+    if (rows === undefined) {
+      // deno-fmt-ignore
+      kernels.get(name)!.launch(blocks, 1, 1, THREADS, SHARED, tables.map(x, ROWS), upMap, outMap, table.maps, counter, offsets, G,
+        up.address, out.address, F, K);
+      return true;
+    }
+    const parts = dScales === undefined ? 0 : context.allocate(4 * tiles * R);
     // deno-fmt-ignore
-    kernels.get(name)!.launch(Math.min(multiprocessors, tiles), 1, 1, THREADS, SHARED, tables.map(x, ROWS), tables.map(up, SQUARE),
-      tables.map(out, SQUARE), table.maps, counter, groups.offsets.address, weights.length, up.address, out.address, F, K);
+    kernels.get(`${name}_rows${scaled && name.endsWith("_back") ? "_scaled" : ""}`)!.launch(blocks, 1, 1, THREADS, SHARED, x.address,
+      rows.address, upMap, outMap, table.maps, counter, offsets, G, up.address, out.address, F, K, scales?.address ?? 0, parts, R);
+    if (dScales !== undefined) {
+      // deno-fmt-ignore
+      addUp.launch(Math.ceil(R / ADD_THREADS), 1, 1, ADD_THREADS, 0, parts, dScales.address, offsets, G, tiles, R);
+      context.free(parts);
+    }
     return true;
   }
 
   return {
-    groupedGemmActivation(x, weights, groups, kind, up, active) {
-      if (fused(kind, x, weights, groups, active.shape[1], up, active, HALF)) return;
-      separate.groupedGemmActivation(x, weights, groups, kind, up, active);
+    groupedGemmActivation(x, weights, groups, kind, up, active, options = {}) {
+      if (fused(kind, x, weights, groups, up, active, HALF, options)) return;
+      separate.groupedGemmActivation(x, weights, groups, kind, up, active, options);
     },
-    groupedGemmActivationBackward(dY, weights, groups, kind, up, dUp) {
+    groupedGemmActivationBackward(dY, weights, groups, kind, up, dUp, options = {}) {
       // SwiGLU's gradient is left to two kernels (bench/NOTES.md).
       if (
         kind !== "swiglu" &&
-        fused(`${kind}_back`, dY, weights, groups, up.shape[1], up, dUp, SQUARE)
+        fused(`${kind}_back`, dY, weights, groups, up, dUp, SQUARE, options)
       ) {
         return;
       }
-      separate.groupedGemmActivationBackward(dY, weights, groups, kind, up, dUp);
+      separate.groupedGemmActivationBackward(dY, weights, groups, kind, up, dUp, options);
     },
   };
 }

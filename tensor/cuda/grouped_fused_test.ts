@@ -1,9 +1,9 @@
 // Grouped products with an activation on the GPU (or its emulator, which has only the two kernels in turn) against the CPU: every kind, both
-// directions, uneven and empty groups, groups that end inside a tile, rows outside the groups, sizes and addresses for which the fused kernels
-// are not.
+// directions, uneven and empty groups, groups that end inside a tile, rows outside the groups, rows by index, scales and their gradients, sizes
+// and addresses for which the fused kernels are not.
 
 import assert from "node:assert/strict";
-import { smallSizes, testDevice } from "../../tests/emulator/device.ts";
+import { emulated, smallSizes, testDevice } from "../../tests/emulator/device.ts";
 import { cpuDevice } from "../cpu/device.ts";
 import type { Activation } from "../device.ts";
 import type { Tensor } from "../tensor.ts";
@@ -45,76 +45,159 @@ function inside(pair: Pair, starts: readonly number[]): Pair {
   return { cpu: pair.cpu.rows(first, end), gpu: pair.gpu.rows(first, end) };
 }
 
-for (const kind of ["relu", "gelu", "swiglu"] as readonly Activation[]) {
-  for (const dtype of ["f32", "bf16"] as readonly Dtype[]) {
-    for (const force of [undefined, "fused"] as const) {
-      if (force === "fused" && dtype === "f32") continue;
-      for (const [starts, R, D, F, shift] of SIZES) {
-        Deno.test({
-          name: `grouped products with ${kind} of ${starts.length - 1} groups, ${R} rows, ` +
-            `${D} to ${F}, ${dtype}, ${force ?? "best"}${shift ? ", not aligned" : ""}`,
-          ignore: !device,
-          async fn() {
-            using test = new Case(device!, dtype, shift);
-            const { context } = device!;
-            const parts = { ...groupedKernels(context), ...elementwiseKernels(context) };
-            const kernels = groupedActivationKernels(context, parts, force);
-            const G = starts.length - 1, offsets = Int32Array.from(starts);
-            const H = kind === "swiglu" ? 2 * F : F;
-            const offsetsPair = test.integers(offsets);
-            const x = test.random(R, D), dY = test.random(R, D);
-            const w1 = test.random(G * H, D), w2 = test.random(G * D, F);
-            const up = test.random(R, H), active = test.result(R, F), dUp = test.result(R, H);
-            // The gradient takes a matrix of its own: signs of relu must not hang on a rounding.
-            const before = test.random(R, H);
-            const sides = [["cpu", cpu], ["gpu", kernels]] as const;
-            for (const [on, k] of sides) {
-              const groups = {
-                offsets: offsetsPair[on],
-                host: on === "cpu" ? offsets : null,
-              };
-              k.groupedGemmActivation(x[on], each(w1[on], G), groups, kind, up[on], active[on]);
-              k.groupedGemmActivationBackward(
-                dY[on],
-                each(w2[on], G),
-                groups,
-                kind,
-                before[on],
-                dUp[on],
-              );
-            }
-            const bound = dtype === "f32" ? 2e-5 : 0.012;
-            await test.same("up", up, bound);
-            await test.same("active", inside(active, starts), bound);
-            await test.same("dUp", inside(dUp, starts), bound);
-          },
-        });
-      }
-    }
+/** What a call is given besides: nothing, rows by index, or scales and their gradient, too. */
+type Given = "" | "rows" | "rows and scales" | "scales";
+
+/** A case of one kind, dtype and choice of kernels. */
+function products(kind: Activation, dtype: Dtype, force: "fused" | undefined, given: Given): void {
+  for (const [starts, R, D, F, shift] of SIZES) {
+    Deno.test({
+      name: `grouped products with ${kind} of ${starts.length - 1} groups, ${R} rows, ` +
+        `${D} to ${F}, ${dtype}, ${force ?? "best"}${given && ", " + given}${
+          shift ? ", not aligned" : ""
+        }`,
+      ignore: !device,
+      async fn() {
+        using test = new Case(device!, dtype, shift);
+        const { context } = device!;
+        const parts = { ...groupedKernels(context), ...elementwiseKernels(context) };
+        const kernels = groupedActivationKernels(context, parts, force);
+        const G = starts.length - 1, offsets = Int32Array.from(starts);
+        const H = kind === "swiglu" ? 2 * F : F, N = given.includes("rows") ? (R >> 1) + 1 : R;
+        const offsetsPair = test.integers(offsets);
+        const x = test.random(N, D), dY = test.random(N, D);
+        const w1 = test.random(G * H, D), w2 = test.random(G * D, F);
+        const up = test.random(R, H), active = test.result(R, F), dUp = test.result(R, H);
+        // The gradient takes a matrix of its own: signs of relu must not hang on a rounding.
+        const before = test.random(R, H);
+        // Some rows are named several times, some scales are 0 or negative.
+        const rows = test.integers(Int32Array.from({ length: R }, (_, r) => r * 7 % N));
+        const scales = test.pair(
+          [R],
+          Float32Array.from({ length: R }, (_, r) => (r * 5 % 9 - 3) / 4),
+          "f32",
+        );
+        const dScales = test.resultF32(R);
+        for (const [on, k] of [["cpu", cpu], ["gpu", kernels]] as const) {
+          const groups = { offsets: offsetsPair[on], host: on === "cpu" ? offsets : null };
+          const options = {
+            ...given.includes("rows") ? { rows: rows[on] } : {},
+            ...given.includes("scales") ? { scales: scales[on] } : {},
+          };
+          const also = given.includes("scales") ? { dScales: dScales[on] } : {};
+          k.groupedGemmActivation(
+            x[on],
+            each(w1[on], G),
+            groups,
+            kind,
+            up[on],
+            active[on],
+            options,
+          );
+          k.groupedGemmActivationBackward(
+            dY[on],
+            each(w2[on], G),
+            groups,
+            kind,
+            before[on],
+            dUp[on],
+            { ...options, ...also },
+          );
+        }
+        const bound = dtype === "f32" ? 2e-5 : 0.012;
+        await test.same("up", up, bound);
+        await test.same("active", inside(active, starts), bound);
+        await test.same("dUp", inside(dUp, starts), bound);
+        if (given.includes("scales")) {
+          await test.same("dScales", inside(dScales, starts), bound);
+        }
+      },
+    });
   }
 }
 
+for (const kind of ["relu", "gelu", "swiglu"] as readonly Activation[]) {
+  for (const given of ["", "rows", "rows and scales"] as readonly Given[]) {
+    products(kind, "f32", undefined, given);
+    products(kind, "bf16", undefined, given);
+    // The emulator has no fused kernels.
+    if (!emulated) products(kind, "bf16", "fused", given);
+  }
+  products(kind, "bf16", undefined, "scales");
+}
+
 Deno.test({
-  name: "the fused kernels write nothing outside the groups",
-  ignore: !device || smallSizes,
+  name: "the fused kernels write nothing outside the groups, nor read its indices and scales",
+  ignore: !device || emulated,
   async fn() {
     using test = new Case(device!, "bf16");
     const { context } = device!;
     const parts = { ...groupedKernels(context), ...elementwiseKernels(context) };
     const kernels = groupedActivationKernels(context, parts, "fused");
     const starts = Int32Array.of(70, 201, 260), [R, D, F] = [333, 1024, 320];
+    const inGroups = (row: number) => row >= starts[0] && row < starts[2];
     const groups = { offsets: test.integers(starts).gpu, host: null };
-    const x = test.random(R, D).gpu, before = test.random(R, 2 * F).gpu;
+    const x = test.random(R, D).gpu, before = test.random(R, F).gpu;
     const w1 = each(test.random(2 * 2 * F, D).gpu, 2), w2 = each(test.random(2 * D, F).gpu, 2);
-    const results = [[R, 2 * F], [R, F], [R, 2 * F]].map((shape) => test.result(...shape).gpu);
-    kernels.groupedGemmActivation(x, w1, groups, "swiglu", results[0], results[1]);
-    kernels.groupedGemmActivationBackward(x, w2, groups, "swiglu", before, results[2]);
-    for (const result of results) {
-      const values = await result.toArray() as Uint16Array, width = result.shape[1];
-      for (let i = 0; i < values.length; i++) {
-        const row = Math.floor(i / width), isNaN = (values[i] & 0x7fff) > 0x7f80;
-        assert.equal(isNaN, row < 70 || row >= 260, `row ${row}`);
+    const rows = test.integers(
+      Int32Array.from({ length: R }, (_, r) => inGroups(r) ? R - 1 - r : 0x7fffffff),
+    ).gpu;
+    const scales = test.pair(
+      [R],
+      Float32Array.from({ length: R }, (_, r) => inGroups(r) ? 0.5 : NaN),
+      "f32",
+    ).gpu;
+    for (const options of [{}, { rows }, { rows, scales }]) {
+      const up = test.result(R, 2 * F).gpu, active = test.result(R, F).gpu;
+      const dUp = test.result(R, F).gpu, dScales = test.resultF32(R).gpu;
+      kernels.groupedGemmActivation(x, w1, groups, "swiglu", up, active, options);
+      const also = "scales" in options ? { dScales } : {};
+      // SwiGLU's gradient is not fused.
+      kernels.groupedGemmActivationBackward(x, w2, groups, "gelu", before, dUp, {
+        ...options,
+        ...also,
+      });
+      for (const [name, result] of Object.entries({ up, active, dUp })) {
+        const values = await result.toArray() as Uint16Array, width = result.shape[1];
+        for (let i = 0; i < values.length; i++) {
+          const row = Math.floor(i / width), isNaN = (values[i] & 0x7fff) > 0x7f80;
+          assert.equal(isNaN, !inGroups(row), `${name}, row ${row}`);
+        }
+      }
+      if ("scales" in options) {
+        const values = await dScales.toArray();
+        for (let r = 0; r < R; r++) assert.ok(inGroups(r) ? values[r] !== 0 : values[r] === 0);
       }
     }
+  },
+});
+
+Deno.test({
+  name: "gradients of scales are the same bits in each run",
+  ignore: !device,
+  async fn() {
+    using test = new Case(device!, "bf16");
+    const { context } = device!;
+    const parts = { ...groupedKernels(context), ...elementwiseKernels(context) };
+    const kernels = groupedActivationKernels(context, parts, emulated ? undefined : "fused");
+    const [R, D, F] = smallSizes ? [40, 64, 264] : [1500, 776, 2056];
+    const groups = {
+      offsets: test.integers(Int32Array.of(0, R >> 2, R)).gpu,
+      host: null,
+    };
+    const dY = test.random(R, D).gpu, up = test.random(R, F).gpu, dUp = test.result(R, F).gpu;
+    const weights = each(test.random(2 * D, F).gpu, 2);
+    const rows = test.integers(Int32Array.from({ length: R }, (_, r) => r)).gpu;
+    const runs = await Promise.all(Array.from({ length: 3 }, () => {
+      const dScales = test.resultF32(R).gpu;
+      kernels.groupedGemmActivationBackward(dY, weights, groups, "gelu", up, dUp, {
+        rows,
+        dScales,
+      });
+      return dScales.toArray();
+    }));
+    assert.deepEqual(runs[1], runs[0]);
+    assert.deepEqual(runs[2], runs[0]);
+    assert.ok((runs[0] as Float32Array).every((value) => Number.isFinite(value)));
   },
 });
