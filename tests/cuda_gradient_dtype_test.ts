@@ -216,7 +216,7 @@ for (const accumulate of [1, 2]) {
         a.reduce((sum, x, i) => sum + Math.abs(x - b[i]), 0) / a.length;
       const noise = apart(wide.losses, exact.losses);
       const added = apart(narrow.losses, wide.losses);
-      assert(added <= 2 * noise, `${added} apart, noise ${noise}`);
+      assert(added <= 3 * noise, `${added} apart, noise ${noise}`);
       for (const { losses } of [exact, wide, narrow]) assert(losses[19] < 0.8 * losses[0]);
       assert(narrow.used_bytes < wide.used_bytes);
     },
