@@ -2,7 +2,7 @@
 // The step is that of bench/step.ts. Not a benchmark against anything.
 //
 //   deno run -A bench/step_profile.ts [--layers N] [--steps N] [--batch N] [--sequence N] [--width N] [--hidden N] [--vocab N]
-//     [--recompute none|activation|block]
+//     [--recompute none|activation|block] [--gradient-dtype f32|bf16]
 //
 // A profiled step is slower on the host than a plain one, so gaps between kernels are not in the table; the plain step's time is above it.
 
@@ -29,6 +29,7 @@ const { values } = parseArgs({
     hidden: { type: "string", default: "2816" },
     vocab: { type: "string", default: "32000" },
     recompute: { type: "string", default: "none" },
+    "gradient-dtype": { type: "string", default: "f32" },
   },
 });
 const steps = Number(values.steps), batch = Number(values.batch);
@@ -42,6 +43,7 @@ const config = modelConfig({
   experts: 16,
   router: { kind: "softmax", topK: 2, auxLoss: 0.01 },
   dtype: "bf16",
+  gradientDtype: values["gradient-dtype"] as "f32" | "bf16",
 });
 
 /** Random tokens, the same in every step. */
