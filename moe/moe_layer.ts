@@ -221,19 +221,7 @@ export class MoeLayer implements Disposable {
     const later = { firstPass: step.firstPass, gradientReady: () => {} }; // behind the all-to-alls
     const dShared_ND = saved.shared && this.#shared!.backward(dOut_ND, saved.shared, later);
     if (dShared_ND) undo.use(dShared_ND);
-    const dX_ND = dShared_ND ?? undo.use(empty(device, x_ND.shape, x_ND.dtype));
-    let written = dShared_ND !== null;
-    using router = new DisposableStack();
-    const logitsGradient = async () => {
-      const dLogits_NE = await routed.logitsGradient(dWeights_NK, this.auxScale);
-      router.use(dLogits_NE);
-      if (routed.gateFirst) {
-        routed.gateBackward(dLogits_NE, dX_ND, written ? 1 : 0);
-        written = true;
-      }
-      return dLogits_NE;
-    };
-    const early_NE = y_SD ? await logitsGradient() : null;
+    using early_NE = y_SD && await routed.backward(dWeights_NK, this.auxScale);
     using dY = await arriving;
     const { gradients, parameters } = this.store;
     const { dX_MD, dScales_M } = expertsBackward(dY, saved.experts, this.#groups(placed), {
@@ -247,16 +235,15 @@ export class MoeLayer implements Disposable {
       using dScales_S = dScales_M;
       routing.gatherWeights(dScales_S, placed.slots_NK, dWeights_NK);
     }
-    const dLogits_NE = early_NE ?? await logitsGradient();
+    using late_NE = early_NE ? null : await routed.backward(dWeights_NK, this.auxScale);
     using dX_SD = await fromExperts(
       dX_MD,
       placed,
       comm,
       this.#transfer(step, "backward", "dispatch"),
     );
-    // The gradient of giving a token to its K experts is the sum over them.
-    ops.combineRows(dX_SD, placed.slots_NK, null, dX_ND, written ? dX_ND : undefined);
-    if (!routed.gateFirst) routed.gateBackward(dLogits_NE, dX_ND, 1);
+    const dX_ND = dShared_ND ?? undo.use(empty(device, x_ND.shape, x_ND.dtype));
+    routed.tokensGradient(dX_SD, (early_NE ?? late_NE)!, dX_ND, dShared_ND ? 1 : 0);
     for (const { name } of this.#shared?.parameters ?? []) step.gradientReady(name);
     step.gradientReady(this.gate.name);
     this.release(saved);

@@ -118,19 +118,22 @@ export async function routeOnDevice(
     placed,
     weights_NK,
     shown,
-    gateFirst: true,
-    logitsGradient(dWeights_NK, scale) {
-      const dLogits_NE = empty(device, [N, E]);
+    backward(dWeights_NK, scale) {
+      using undo = new DisposableStack();
+      const dLogits_NE = undo.use(empty(device, [N, E]));
       routing.routeBackward(dWeights_NK, saved, {
         ...options,
         auxLoss: router.auxLoss * scale,
         zLoss: router.zLoss * scale,
         ranks: comm.size,
       }, dLogits_NE);
+      routing.gateWeightGrad(dLogits_NE, x_ND, gate.grad);
+      undo.move();
       return Promise.resolve(dLogits_NE);
     },
-    gateBackward(dLogits_NE, dX_ND, beta) {
-      routing.gateBackward(dLogits_NE, x_ND, gate.value, dX_ND, gate.grad, { beta });
+    tokensGradient(dRows_SD, dLogits_NE, dX_ND, beta) {
+      const { slots_NK } = placed;
+      routing.combineRowsGate(dRows_SD, slots_NK, dLogits_NE, gate.value, dX_ND, { beta });
     },
     release() {
       placed[Symbol.dispose]();

@@ -9,7 +9,7 @@ import * as ops from "../tensor/ops.ts";
 import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
 import { type PlacedPlan, placePlan } from "./dispatch.ts";
 import type { PlacementPlan } from "./hooks.ts";
-import { linear, linearBackward } from "./linear.ts";
+import { linear } from "./linear.ts";
 import type { RoutingTap } from "./moe_types.ts";
 import type { Parameter } from "./parameter.ts";
 import { makePlan } from "./plan.ts";
@@ -48,12 +48,15 @@ export interface Routed {
   readonly weights_NK: Tensor;
   /** Losses and load. */
   readonly shown: Shown;
-  /** Gradient of the logits [N, E], a new tensor, from the weights' [N, K]; `scale` is the factor of the losses. */
-  logitsGradient(dWeights_NK: Tensor, scale: number): Promise<Tensor>;
-  /** Whether the gate's part of the tokens' gradient comes first, while rows travel, and not last. */
-  readonly gateFirst: boolean;
-  /** Adds the gate's part to the gradient of the tokens, or with beta 0 overwrites that, and adds to the gate's gradient. */
-  gateBackward(dLogits_NE: Tensor, dX_ND: Tensor, beta: 0 | 1): void;
+  /**
+   * Gradient of the logits [N, E], a new tensor, from the weights' [N, K]; `scale` is the factor of the losses. Adds to the gate's gradient.
+   */
+  backward(dWeights_NK: Tensor, scale: number): Promise<Tensor>;
+  /**
+   * The gradient of the tokens, from that of their rows in the send order and through the gate:
+   * `dX[n] = Σ_k dRows[slots[n,k]] + dLogits[n] gate + beta · dX[n]`.
+   */
+  tokensGradient(dRows_SD: Tensor, dLogits_NE: Tensor, dX_ND: Tensor, beta: 0 | 1): void;
   /** Frees what is owned. */
   release(): void;
 }
@@ -115,24 +118,24 @@ export async function routeOnHost(
       auxLoss: global.losses.aux + global.losses.z,
       stats: statsOf(global.chosen_E, global.dropped, plan.rowsPerRank),
     },
-    gateFirst: false,
-    async logitsGradient(dWeights_NK, scale) {
-      const dLogits_NE = routeBackward(router, routing, await hostNumbers(dWeights_NK), {
+    async backward(dWeights_NK, scale) {
+      const dLogits = routeBackward(router, routing, await hostNumbers(dWeights_NK), {
         sums: global.sums,
         scale,
       });
-      return toDevice(x_ND, dLogits_NE, [x_ND.shape[0], router.experts], dtype);
-    },
-    gateBackward(dLogits_NE, dX_ND, beta) {
-      if (beta === 0) ops.fill(dX_ND, 0);
+      using undo = new DisposableStack();
+      const shape = [x_ND.shape[0], router.experts];
+      const dLogits_NE = undo.use(toDevice(x_ND, dLogits, shape, dtype));
       using x = widened(x_ND, dtype);
-      if (x.tensor === x_ND) {
-        linearBackward(dLogits_NE, x_ND, gate, { dX_NI: dX_ND });
-        return;
-      }
+      ops.gemm(dLogits_NE, x.tensor, gate.grad, { transposeA: true, beta: 1 });
+      undo.move();
+      return dLogits_NE;
+    },
+    tokensGradient(dRows_SD, dLogits_NE, dX_ND, beta) {
+      ops.combineRows(dRows_SD, placed.slots_NK, null, dX_ND, beta === 1 ? dX_ND : undefined);
       using dX = widened(dX_ND, dtype);
-      linearBackward(dLogits_NE, x.tensor, gate, { dX_NI: dX.tensor });
-      ops.copy(dX.tensor, dX_ND);
+      ops.gemm(dLogits_NE, gate.value, dX.tensor, { beta: 1 });
+      if (dX.tensor !== dX_ND) ops.copy(dX.tensor, dX_ND);
     },
     release() {
       placed[Symbol.dispose]();

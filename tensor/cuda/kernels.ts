@@ -1,7 +1,6 @@
 // Puts the kernels of the rooms together: which modules are compiled when a device is made, and which room has which kernel.
 
 import type { Kernels } from "../device.ts";
-import { groupedActivation } from "../grouped_activation.ts";
 import type { RoutingKernels } from "../routing_kernels.ts";
 import {
   attentionBackwardModule,
@@ -80,19 +79,7 @@ function join<T extends object>(
  */
 export function cudaKernels(context: CudaContext): Kernels {
   const kernels = join<Kernels>(context, ROOMS);
-  // TODO: goes as soon as grouped_fused.ts takes rows by index and scales itself.
-  const fused = groupedActivationKernels(context, kernels), separate = groupedActivation(kernels);
-  return Object.assign(
-    kernels,
-    {
-      groupedGemmActivation(...call) {
-        (call[6] ? separate : fused).groupedGemmActivation(...call);
-      },
-      groupedGemmActivationBackward(...call) {
-        (call[6] ? separate : fused).groupedGemmActivationBackward(...call);
-      },
-    } satisfies Partial<Kernels>,
-  );
+  return Object.assign(kernels, groupedActivationKernels(context, kernels));
 }
 
 /**
