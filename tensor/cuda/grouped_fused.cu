@@ -152,9 +152,9 @@ struct Later {
   template <int FROM, int HALF>
   DEVICE void activated(int f) {
     if (f >= problem->f_size) return;
-    if (HALF == 0) take();
     float scales[2];
     get_scales(scales);
+    if (HALF == 0) take();
 #pragma unroll
     for (int j = 4 * HALF; j < 4 * HALF + 4; j += 2) {
       u32 piece[4];
