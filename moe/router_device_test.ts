@@ -347,6 +347,21 @@ Deno.test("choices, weights, record and gradient are the host's", options, async
         );
         // Differences of weights' gradients near 1: what is left of them may be far smaller.
         close(await read(dLogits_NE), dLogits, 5e-6, "dLogits", 0.3);
+        // The same weights' gradients by row, those of every third choice being 0.
+        const left = dWeights.map((value, i) => i % 3 === 0 ? 0 : value);
+        const slots = Int32Array.from(left.keys(), (i) => i % 3 === 0 ? -1 : left.length - 1 - i);
+        using slots_NK = fromArray(device!, slots, [N, K]);
+        using rows = fromArray(device!, dWeights.slice().reverse());
+        using choices = fromArray(device!, left, [N, K]);
+        const results: Float64Array[] = [];
+        const saved = { logits: logits_NE, lse, experts, records };
+        const more = { ...o, auxLoss: router.auxLoss, zLoss: router.zLoss, ranks: 2 };
+        for (const way of [{ dWeights: rows, slots: slots_NK }, { dWeights: choices }]) {
+          const { dWeights, ...by } = way;
+          routing.routeBackward(dWeights, { ...saved, ...by }, more, dLogits_NE);
+          results.push(await read(dLogits_NE));
+        }
+        assert.deepEqual(results[0], results[1]);
       },
     ),
     { numRuns: runs },
@@ -440,11 +455,22 @@ Deno.test("rows are placed in a stable order, with and without starts", options,
       using slots_NK = empty(device!, [c.tokens, c.choices], "i32");
       using tokens_S = empty(device!, [rows], "i32");
       using offsets = empty(device!, [c.experts + 1], "i32");
-      routing.placeRows(experts, { experts: c.experts, starts: given ? starts_E : null }, {
+      const weighed = c.tokens % 2 === 1;
+      const weights = numbers(c.tokens, "weights", c.experts_NK.length);
+      using weights_NK = fromArray(device!, weights, [c.tokens, c.choices]);
+      using scales_S = empty(device!, [rows]);
+      const layout = { experts: c.experts, starts: given ? starts_E : null };
+      routing.placeRows(experts, weighed ? { ...layout, weights: weights_NK } : layout, {
         slots: slots_NK,
         tokens: tokens_S,
         offsets: given ? null : offsets,
+        ...weighed ? { scales: scales_S } : {},
       });
+      if (weighed) {
+        const scales = new Float32Array(rows);
+        slots.forEach((slot, i) => slot >= 0 && (scales[slot] = weights[i]));
+        assert.deepEqual(await scales_S.toArray(), scales);
+      }
       assert.deepEqual(await slots_NK.toArray(), slots);
       assert.deepEqual(await tokens_S.toArray(), tokens);
       if (!given) assert.deepEqual(await offsets.toArray(), Int32Array.of(...starts, rows));

@@ -85,7 +85,8 @@ export interface RoutingKernels {
     },
   ): void;
   /**
-   * Gradient of the weights and of the losses: writes dLogits f32 [N, E]. `records` f64 [R, 3 E + 2] are those of all ranks; dWeights f32 [N, K].
+   * Gradient of the weights and of the losses: writes dLogits f32 [N, E]. `records` f64 [R, 3 E + 2] are those of all ranks; dWeights f32 [N, K], or
+   * with slots i32 [N, K] the rows' f32 [S], of which a choice takes that of its slot, 0 for a negative one.
    */
   routeBackward(
     dWeights: Tensor,
@@ -94,6 +95,7 @@ export interface RoutingKernels {
       readonly lse: Tensor;
       readonly experts: Tensor;
       readonly records: Tensor;
+      readonly slots?: Tensor;
     },
     options: RouteBackwardOptions,
     dLogits: Tensor,
@@ -101,15 +103,21 @@ export interface RoutingKernels {
   /**
    * A stable counting sort of the choices: the n-th choice of expert e (in order of token, then place) takes row `starts[e] + n`; with
    * `starts` null, experts lie in ascending order. Writes slots i32 [N, K] and tokens i32 [S], the inverse; S = N K rows. With `offsets` i32 [E + 1], also writes the first row of each
-   * expert and, last, S (ascending order only). A choice of −1 gets slot −1.
+   * expert and, last, S (ascending order only). A choice of −1 gets slot −1. With weights f32 [N, K] and scales f32 [S], also what
+   * {@linkcode RoutingKernels.scatterWeights} writes.
    *
    * Replicas: `starts` may be i32 [P, 3], a list of pieces (expert, first choice, first row) sorted by expert, then first choice: choices of the
    * expert from `first choice` on take rows from `first row` on, until its next piece.
    */
   placeRows(
     experts: Tensor,
-    layout: { readonly experts: number; readonly starts: Tensor | null },
-    out: { readonly slots: Tensor; readonly tokens: Tensor; readonly offsets: Tensor | null },
+    layout: { readonly experts: number; readonly starts: Tensor | null; readonly weights?: Tensor },
+    out: {
+      readonly slots: Tensor;
+      readonly tokens: Tensor;
+      readonly offsets: Tensor | null;
+      readonly scales?: Tensor;
+    },
   ): void;
   /** `out[slots[n,k]] = x[n]`: a token's row to each of its choices; slots i32 [N, K], a negative one gets none; x [N, D], out [S, D]. */
   spreadRows(x: Tensor, slots: Tensor, out: Tensor): void;

@@ -225,9 +225,9 @@ extern "C" __global__ void route_record(const int* counts_part, const double* su
   if (lane == 0) record[i] = i == 3 * experts + 1 ? (double)tokens : sum;
 }
 
-// Gradient of the weights and the losses with respect to the logits. Shared: experts floats.
+// Gradient of the weights and the losses with respect to the logits. With `slots`, the weights' gradients are those of rows. Shared: experts floats.
 template <int P>
-DEVICE void route_backward(const float* d_weights, const float* logits, const float* lse_in, const int* chosen_in,
+DEVICE void route_backward(const float* d_weights, const int* slots, const float* logits, const float* lse_in, const int* chosen_in,
                            const double* records, Route route, float* d_logits) {
   extern __shared__ __align__(16) float slope[];
   __shared__ double totals[8];
@@ -249,7 +249,9 @@ DEVICE void route_backward(const float* d_weights, const float* logits, const fl
     bool mine = inside && lane < choices;
     lse = inside ? lse_in[n] : 0.0f;
     chosen = mine ? chosen_in[n * choices + lane] : -1;
-    d_weight = mine ? d_weights[n * choices + lane] : 0.0f;
+    i64 at = mine ? n * choices + lane : -1;
+    if (mine && slots) at = slots[at];
+    d_weight = at >= 0 ? d_weights[at] : 0.0f;
   };
   load();
   // The balance loss's slope of each expert: aux E f_e / tokens.
@@ -335,10 +337,11 @@ DEVICE void route_backward(const float* d_weights, const float* logits, const fl
   }
 }
 #define ROUTE_BACKWARD(P)                                                                                            \
-  extern "C" __global__ void route_backward_##P(const float* d_weights, const float* logits, const float* lse,      \
+  extern "C" __global__ void route_backward_##P(const float* d_weights, const int* slots, const float* logits,      \
+                                                const float* lse,                                                    \
                                                 const int* experts, const double* records, Route route,             \
                                                 float* d_logits) {                                                   \
-    route_backward<P>(d_weights, logits, lse, experts, records, route, d_logits);                                    \
+    route_backward<P>(d_weights, slots, logits, lse, experts, records, route, d_logits);                                    \
   }
 ROUTE_BACKWARD(1)
 ROUTE_BACKWARD(2)

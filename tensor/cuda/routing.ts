@@ -30,7 +30,7 @@ export const routingModule: ModuleSource = {
   kernels: Object.fromEntries([
     ...PER_LANE.flatMap((n): [string, readonly ParameterType[]][] => [
       [`route_${n}`, ["ptr", "ptr", ROUTE, "ptr", "ptr", "ptr", "ptr", "ptr"]],
-      [`route_backward_${n}`, ["ptr", "ptr", "ptr", "ptr", "ptr", ROUTE, "ptr"]],
+      [`route_backward_${n}`, ["ptr", "ptr", "ptr", "ptr", "ptr", "ptr", ROUTE, "ptr"]],
     ]),
     ["route_record", ["ptr", "ptr", "i32", "i32", "i64", "ptr"]] as const,
     ...SPREAD_UNITS.map((unit) => [`spread_rows_${unit}`, SPREAD] as const),
@@ -109,7 +109,7 @@ export function routingKernels(
       const { way, shift } = describe(N, options, options);
       const blocks = Math.min(4 * ROUTE_BLOCKS, Math.ceil(N / (256 >> shift)));
       // deno-fmt-ignore
-      backwards[way].launch(blocks, 1, 1, 256, 4 * E, dWeights.address, saved.logits.address, saved.lse.address,
+      backwards[way].launch(blocks, 1, 1, 256, 4 * E, dWeights.address, saved.slots ? saved.slots.address : 0, saved.logits.address, saved.lse.address,
         saved.experts.address, saved.records.address, struct, dLogits.address);
     },
     placeRows(experts, layout, out) {
@@ -132,6 +132,8 @@ export function routingKernels(
         slots: out.slots.address,
         tokens: out.tokens.address,
         offsets: out.offsets ? out.offsets.address : 0,
+        weights: layout.weights ? layout.weights.address : 0,
+        scales: layout.weights && out.scales ? out.scales.address : 0,
       });
     },
     spreadRows(x, slots, out) {

@@ -136,10 +136,11 @@ DEVICE int prepare_places(const int* keys, i64 n, int tile, int shift, int mask,
 }
 
 // Places the choices of tokens: slots[i] is the row of choice i, tokens[row] its token i / choices. Without starts and pieces, experts lie
-// in ascending order. One block of 256 threads per tile; shared: 10 bins + 8 ints.
+// in ascending order. scales[row] is the choice's weight, unless they are null. One block of 256 threads per tile; shared: 10 bins + 8 ints.
 extern "C" __global__ void sort_place_choices(const int* experts, i64 n, int tile, int bins, int bits, const int* counts,
                                               int tiles, const int* starts, const int* pieces, int piece_count,
-                                              int choices, i64 rows, int* slots, int* tokens, int* offsets) {
+                                              int choices, i64 rows, const float* weights, int* slots, int* tokens,
+                                              int* offsets, float* scales) {
   extern __shared__ __align__(16) int memory[];
   int *warp_base = memory, *first = memory + 8 * bins, *before = first + bins, *scratch = before + bins;
   int total = prepare_places(experts, n, tile, 0, 0x7fffffff, -1, bins, counts, tiles, starts, pieces != nullptr,
@@ -153,10 +154,12 @@ extern "C" __global__ void sort_place_choices(const int* experts, i64 n, int til
   for (int step = 0; step < stretch; step += 32 * AT_ONCE) {
     if (start + step >= n) break;
     int held[AT_ONCE];
+    float weight[AT_ONCE];
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
       i64 i = start + step + j * 32 + lane;
       held[j] = i < n ? experts[i] : -1;
+      weight[j] = i < n && scales ? weights[i] : 0.0f;
     }
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
@@ -173,7 +176,9 @@ extern "C" __global__ void sort_place_choices(const int* experts, i64 n, int til
       if (i >= n) continue;
       if (placed && pieces) row = row_by_piece(pieces, piece_count, expert, row);
       slots[i] = row;
-      if (row >= 0 && row < rows) tokens[row] = (int)i / choices;
+      if (row < 0 || row >= rows) continue;
+      tokens[row] = (int)i / choices;
+      if (scales) scales[row] = weight[j];
     }
   }
 }

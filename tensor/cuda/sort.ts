@@ -11,7 +11,7 @@ export const sortModule: ModuleSource = {
   // deno-fmt-ignore
   kernels: {
     sort_count: ["ptr", "i64", "i32", "i32", "i32", "i32", "i32", "ptr"],
-    sort_place_choices: ["ptr", "i64", "i32", "i32", "i32", "ptr", "i32", "ptr", "ptr", "i32", "i32", "i64", "ptr", "ptr", "ptr"],
+    sort_place_choices: ["ptr", "i64", "i32", "i32", "i32", "ptr", "i32", "ptr", "ptr", "i32", "i32", "i64", "ptr", "ptr", "ptr", "ptr", "ptr"],
     sort_place_items: ["ptr", "ptr", "i64", "i32", "i32", "i32", "i32", "i32", "i32", "ptr", "i32", "ptr", "ptr"],
   },
 };
@@ -41,12 +41,16 @@ export interface ChoicePlacing {
   readonly pieceCount: number;
   /** Length of tokens. */
   readonly rows: number;
+  /** Weights of the choices, f32 [n]. */
+  readonly weights: number;
   /** Out: i32 [n]. */
   readonly slots: number;
   /** Out: i32 [rows]. */
   readonly tokens: number;
   /** Out: i32 [E + 1]. */
   readonly offsets: number;
+  /** Out: the weights by row, f32 [rows]. */
+  readonly scales: number;
 }
 
 /** Sorts on the device. */
@@ -79,7 +83,7 @@ export class Sorter {
     this.#count.launch(tiles, 1, 1, THREADS, 4 * p.bins, p.experts, p.size, tile, 0, 0x7fffffff, -1, p.bins, counts);
     // deno-fmt-ignore
     this.#placeChoices.launch(tiles, 1, 1, THREADS, sharedBytes(p.bins), p.experts, p.size, tile, p.bins, bits, counts, tiles,
-      p.starts, p.pieces, p.pieceCount, p.choices, p.rows, p.slots, p.tokens, p.offsets);
+      p.starts, p.pieces, p.pieceCount, p.choices, p.rows, p.weights, p.slots, p.tokens, p.offsets, p.scales);
     context.free(counts);
   }
 

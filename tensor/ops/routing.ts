@@ -196,8 +196,9 @@ export function route(
 /**
  * Gradient of the weights and of the router's losses.
  *
- * @param dWeights f32 [N, K].
- * @param saved logits f32 [N, E], lse f32 [N] and experts i32 [N, K] of {@linkcode route}; records f64 [R, 3 E + 2] of all ranks.
+ * @param dWeights f32 [N, K], or with slots f32 [S] by row.
+ * @param saved logits f32 [N, E], lse f32 [N] and experts i32 [N, K] of {@linkcode route}; records f64 [R, 3 E + 2] of all ranks; slots i32 [N, K] if
+ * the weights' gradient is that of rows: a choice takes that of its slot, 0 for a negative one.
  * @param options As in the forward pass, with the losses' coefficients.
  * @param dLogits f32 [N, E].
  * @throws {RangeError} If shapes, options or devices do not fit.
@@ -210,6 +211,7 @@ export function routeBackward(
     readonly lse: Tensor;
     readonly experts: Tensor;
     readonly records: Tensor;
+    readonly slots?: Tensor;
   },
   options: RouteBackwardOptions,
   dLogits: Tensor,
@@ -218,7 +220,8 @@ export function routeBackward(
   const { experts: E, choices: K } = options, N = dLogits.shape[0];
   checkOptions(op, options);
   shaped(op, "dLogits", dLogits, device, "f32", [N, E]);
-  shaped(op, "dWeights", dWeights, device, "f32", [N, K]);
+  if (saved.slots) shaped(op, "slots", saved.slots, device, "i32", [N, K]);
+  shaped(op, "dWeights", dWeights, device, "f32", saved.slots ? [dWeights.size] : [N, K]);
   shaped(op, "logits", saved.logits, device, "f32", [N, E]);
   shaped(op, "lse", saved.lse, device, "f32", [N]);
   shaped(op, "experts", saved.experts, device, "i32", [N, K]);
@@ -233,15 +236,20 @@ export function routeBackward(
  * A stable counting sort of choices by expert.
  *
  * @param experts i32 [N, K]; −1 for none.
- * @param layout Number of experts E, and where their rows start: null, i32 [E], or pieces i32 [P, 3].
- * @param out slots i32 [N, K], tokens i32 [S], and offsets i32 [E + 1] or null.
+ * @param layout Number of experts E, where their rows start: null, i32 [E], or pieces i32 [P, 3], and weights of the choices, f32 [N, K].
+ * @param out slots i32 [N, K], tokens i32 [S], offsets i32 [E + 1] or null, and where there are weights, their scales by row, f32 [S].
  * @throws {RangeError} If shapes or devices do not fit.
  * @throws {TypeError} If dtypes do not fit.
  */
 export function placeRows(
   experts: Tensor,
-  layout: { readonly experts: number; readonly starts: Tensor | null },
-  out: { readonly slots: Tensor; readonly tokens: Tensor; readonly offsets: Tensor | null },
+  layout: { readonly experts: number; readonly starts: Tensor | null; readonly weights?: Tensor },
+  out: {
+    readonly slots: Tensor;
+    readonly tokens: Tensor;
+    readonly offsets: Tensor | null;
+    readonly scales?: Tensor;
+  },
 ): void {
   const op = "place rows", kernels = kernelsOf(op, experts), { device } = experts;
   const { experts: E, starts } = layout;
@@ -258,6 +266,11 @@ export function placeRows(
     if (out.offsets) fail(op, "offsets must be null where starts are given", "a tensor");
   }
   if (out.offsets) shaped(op, "offsets", out.offsets, device, "i32", [E + 1]);
+  if (layout.weights) shaped(op, "weights", layout.weights, device, "f32", experts.shape);
+  if (out.scales) {
+    if (!layout.weights) fail(op, "weights must be given where scales are", "none");
+    shaped(op, "scales", out.scales, device, "f32", out.tokens.shape);
+  }
   const start = now();
   kernels.placeRows(experts, layout, out);
   ran("placeRows", "compute", start);
