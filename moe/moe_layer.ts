@@ -209,6 +209,7 @@ export class MoeLayer implements Disposable {
     step.combineBackwardStarts(this.layer);
     using undo = new DisposableStack();
     using dWeights_NK = empty(device, weights_NK.shape, weights_NK.dtype);
+    // The rows' gradient in the send order; if the plan is direct, experts take it from the tokens', and give that of the weights.
     let dRows = dOut_ND;
     if (y_SD) {
       dRows = undo.use(empty(device, y_SD.shape, y_SD.dtype));
@@ -217,7 +218,7 @@ export class MoeLayer implements Disposable {
     }
     const arriving = toExperts(dRows, placed, comm, this.#transfer(step, "backward", "combine"));
     undo.defer(() => freeLater(arriving));
-    // While the rows travel: shared experts, and the router if the weights' gradient is known.
+    // While the rows travel: shared experts, and the router where the weights' gradient is known.
     const later = { firstPass: step.firstPass, gradientReady: () => {} }; // behind the all-to-alls
     const dShared_ND = saved.shared && this.#shared!.backward(dOut_ND, saved.shared, later);
     if (dShared_ND) undo.use(dShared_ND);
