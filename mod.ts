@@ -46,11 +46,16 @@ export {
 export { bytesOf, type DType, dtypeOf, DTYPES, type TypedArray } from "./tensor/dtype.ts";
 export type {
   Activation,
+  ActivationBackwardOptions,
   AdamWOptions,
   AdamWUpdate,
   AttentionShape,
   Device,
   GemmOptions,
+  GroupedActivationBackwardOptions,
+  GroupedActivationOptions,
+  GroupedGemmOptions,
+  GroupedWeightGradOptions,
   Kernels,
   MemoryStats,
   RowGroups,
@@ -116,7 +121,7 @@ export type { NoiseKey } from "./moe/router_noise.ts";
 export type { RouterSums } from "./moe/router_losses.ts";
 export type { SecondExpert } from "./moe/router_softmax.ts";
 export type { PlanOutline, RoutingPlan } from "./moe/plan.ts";
-export type { PlacedPlan } from "./moe/dispatch.ts";
+export type { ExpertRows, PlacedPlan } from "./moe/dispatch.ts";
 export {
   type RoutingBlock,
   type RoutingRecord,
