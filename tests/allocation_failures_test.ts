@@ -190,6 +190,14 @@ Deno.test({
         const out = { slots: i32(N, K), tokens: i32(N * K), offsets: i32(E + 1) };
         routing.placeRows(experts, layout, out);
       },
+      "grouped products of rows by index": () => {
+        const groups = { offsets: i32(2), host: null }, weights = [f32(D, D)];
+        const up = f32(N, D), both = { rows, scales: invRms };
+        ops.groupedGemmActivation(x, weights, groups, "gelu", up, f32(N, D), both);
+        const back = { ...both, dScales: f32(N) };
+        ops.groupedGemmActivationBackward(x, weights, groups, "gelu", up, f32(N, D), back);
+        ops.groupedGemmWeightGrad(x, x, groups, [f32(D, D)], { dyRows: rows, xRows: rows });
+      },
       gate: () => routing.gate(narrow, f32(E, D), logits),
       gateBackward: () => routing.gateBackward(logits, x, f32(E, D), f32(N, D), f32(E, D)),
       rmsNormBackward: () => ops.rmsNormBackward(x, f32(N, D), gain, invRms, f32(N, D), f32(D)),
