@@ -181,6 +181,7 @@ Deno.test({
     } as const;
     const narrow = zeros(device, [N, D], "bf16"), shape = { heads: 2, kvHeads: 2, headDim: 8 };
     const attention = { ...shape, offsets: Int32Array.of(0, N) };
+    const squares = [f32(D, D)], gradients = [f32(D, D)]; // devices keep what they derive from lists
     const calls: Record<string, () => void> = {
       scatterAddRows: () => ops.scatterAddRows(x, rows, f32(70_000, D)),
       route: () => {
@@ -191,12 +192,12 @@ Deno.test({
         routing.placeRows(experts, layout, out);
       },
       "grouped products of rows by index": () => {
-        const groups = { offsets: i32(2), host: null }, weights = [f32(D, D)];
+        const groups = { offsets: i32(2), host: null };
         const up = f32(N, D), both = { rows, scales: invRms };
-        ops.groupedGemmActivation(x, weights, groups, "gelu", up, f32(N, D), both);
+        ops.groupedGemmActivation(x, squares, groups, "gelu", up, f32(N, D), both);
         const back = { ...both, dScales: f32(N) };
-        ops.groupedGemmActivationBackward(x, weights, groups, "gelu", up, f32(N, D), back);
-        ops.groupedGemmWeightGrad(x, x, groups, [f32(D, D)], { dyRows: rows, xRows: rows });
+        ops.groupedGemmActivationBackward(x, squares, groups, "gelu", up, f32(N, D), back);
+        ops.groupedGemmWeightGrad(x, x, groups, gradients, { dyRows: rows, xRows: rows });
       },
       gate: () => routing.gate(narrow, f32(E, D), logits),
       gateBackward: () => routing.gateBackward(logits, x, f32(E, D), f32(N, D), f32(E, D)),
