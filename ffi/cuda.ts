@@ -32,6 +32,8 @@ const SYMBOLS = {
     parameters: ["u64", "u32", "u32", "u32", "u32", "u32", "u32", "u32", "u64", "u64", "u64"],
     result: "i32",
   },
+  // CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **kernelParams, void **extra);
+  cuLaunchKernelEx: { parameters: ["u64", "u64", "u64", "u64"], result: "i32" },
   // CUresult cuTensorMapEncodeTiled(CUtensorMap *tensorMap, CUtensorMapDataType tensorDataType, cuuint32_t tensorRank,
   //   void *globalAddress, const cuuint64_t *globalDim, const cuuint64_t *globalStrides, const cuuint32_t *boxDim,
   //   const cuuint32_t *elementStrides, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
@@ -89,6 +91,13 @@ export interface CudaCalls {
     parameters: bigint,
     extra: bigint,
   ): number;
+  /** CUresult cuLaunchKernelEx(const CUlaunchConfig *, CUfunction, void **kernelParams, void **extra) */
+  cuLaunchKernelEx(
+    config: bigint,
+    kernel: CudaFunctionHandle,
+    parameters: bigint,
+    extra: bigint,
+  ): number;
   /** CUresult cuTensorMapEncodeTiled(CUtensorMap *, data type, rank, address, sizes, strides, box, element strides, interleave, …) */
   cuTensorMapEncodeTiled(
     map: bigint,
@@ -139,6 +148,7 @@ export interface CudaCalls {
 /** Values of the driver's enumerations, from its header. */
 export const CUDA = {
   errorOutOfMemory: 2,
+  launchProgrammaticStreamSerialization: 6, // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
   functionMaxDynamicSharedBytes: 8, // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
   allocationPinned: 1, // CU_MEM_ALLOCATION_TYPE_PINNED
   locationDevice: 1, // CU_MEM_LOCATION_TYPE_DEVICE

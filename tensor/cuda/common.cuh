@@ -69,6 +69,13 @@ template <int N>
 DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+// The first statement of every kernel of a module that `overlaps` (context.ts): the next such kernel of the stream may begin, and this one goes on
+// when all kernels before it have ended and what they wrote is there. Hides the time that a launch takes.
+DEVICE void after_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+}
 #endif
 
 DEVICE float to_f32(float x) { return x; }

@@ -21,6 +21,11 @@ export interface ModuleSource {
    * {@linkcode CudaContext.has} says so: on other GPUs, and where it does not compile. All other modules must. @default {false}
    */
   readonly exact?: boolean;
+  /**
+   * Whether every kernel begins with `after_previous()` (common.cuh), so that it may be launched before the one before it has ended. Small kernels
+   * that follow each other then take a microsecond or two less each. @default {false}
+   */
+  readonly overlaps?: boolean;
 }
 
 /** A compiled kernel. */

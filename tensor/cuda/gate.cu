@@ -170,6 +170,7 @@ DEVICE void gate_tokens(const bf16* x, const float* gate, float* logits, float* 
   extern "C" __global__ void __launch_bounds__(256, 1) \
       gate_##T(const bf16* x, const float* gate, float* logits, float* shares, u32* counters, int tokens,            \
                int experts, int width, int per_share, int stages) {                                                   \
+    after_previous();                                                                                                 \
     gate_tokens<T, WN, M, C>(x, gate, logits, shares, counters, tokens, experts, width, per_share, stages);           \
   }
 GATE(1, 1, 1, 128)
@@ -206,10 +207,12 @@ DEVICE void gate_plain(const X* x, const float* gate, float* logits, i64 tokens,
 }
 extern "C" __global__ void gate_plain_f32(const float* x, const float* gate, float* logits, i64 tokens, int experts,
                                           int width) {
+  after_previous();
   gate_plain<float>(x, gate, logits, tokens, experts, width);
 }
 extern "C" __global__ void gate_plain_bf16(const bf16* x, const float* gate, float* logits, i64 tokens, int experts,
                                            int width) {
+  after_previous();
   gate_plain<bf16>(x, gate, logits, tokens, experts, width);
 }
 
@@ -310,6 +313,7 @@ DEVICE void gate_dx(const float* d_logits, const float* gate, bf16* d_x, int tok
   extern "C" __global__ void __launch_bounds__(128)                                                                    \
       gate_dx_##K(const float* d_logits, const float* gate, bf16* d_x, int tokens, int experts, int first_expert,     \
                   int width, int per_block, int adds) {                                                                \
+    after_previous();                                                                                                  \
     gate_dx<K>(d_logits, gate, d_x, tokens, experts, first_expert, width, per_block, adds);                            \
   }
 GATE_DX(1)
@@ -340,10 +344,12 @@ DEVICE void gate_dx_plain(const float* d_logits, const float* gate, X* d_x, i64 
 }
 extern "C" __global__ void gate_dx_plain_f32(const float* d_logits, const float* gate, float* d_x, i64 tokens,
                                              int experts, int width, int adds) {
+  after_previous();
   gate_dx_plain<float>(d_logits, gate, d_x, tokens, experts, width, adds);
 }
 extern "C" __global__ void gate_dx_plain_bf16(const float* d_logits, const float* gate, bf16* d_x, i64 tokens,
                                               int experts, int width, int adds) {
+  after_previous();
   gate_dx_plain<bf16>(d_logits, gate, d_x, tokens, experts, width, adds);
 }
 
@@ -456,6 +462,7 @@ DEVICE void gate_dw(const float* d_logits, const bf16* x, float* parts, int toke
   extern "C" __global__ void __launch_bounds__(256, 1) gate_dw_##M(const float* d_logits, const bf16* x,           \
                                                                 float* parts, int tokens, int experts,          \
                                                                 int width, int per_split, int stages) {         \
+    after_previous();                                                                                           \
     gate_dw<M, WE>(d_logits, x, parts, tokens, experts, width, per_split, stages);                               \
   }
 GATE_DW(1, 1)
@@ -485,15 +492,18 @@ DEVICE void gate_dw_plain(const float* d_logits, const X* x, float* parts, int t
 }
 extern "C" __global__ void gate_dw_plain_f32(const float* d_logits, const float* x, float* parts, int tokens,
                                              int experts, int width, int per_split) {
+  after_previous();
   gate_dw_plain<float>(d_logits, x, parts, tokens, experts, width, per_split);
 }
 extern "C" __global__ void gate_dw_plain_bf16(const float* d_logits, const bf16* x, float* parts, int tokens,
                                               int experts, int width, int per_split) {
+  after_previous();
   gate_dw_plain<bf16>(d_logits, x, parts, tokens, experts, width, per_split);
 }
 
 // dGate += the parts of all splits, in order.
 extern "C" __global__ void gate_dw_sum(const float* parts, float* d_gate, i64 size, int splits) {
+  after_previous();
   i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= size) return;
   float sum = 0;

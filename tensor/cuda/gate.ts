@@ -43,6 +43,7 @@ const GRADIENT_SLICE = 64, GRADIENT_COLUMNS = 256;
 /** The kernels of gate.cu. */
 export const gateModule: ModuleSource = {
   name: "gate",
+  overlaps: true,
   source: termsSource + gateSource,
   kernels: Object.fromEntries([
     ...GATE_BLOCKS.map(({ tiles }) => [`gate_${tiles}`, GATE] as const),
@@ -75,6 +76,7 @@ const COMBINE_COLUMNS = 256, COMBINE_ROW = 264;
 /** The kernels of gate_combine.cu. */
 export const gateCombineModule: ModuleSource = {
   name: "gate_combine",
+  overlaps: true,
   source: termsSource + combineSource,
   kernels: Object.fromEntries([
     ...COMBINE_WAYS.map(([steps, _, tokens]) =>

@@ -171,6 +171,7 @@ DEVICE void gate_combine(const bf16* y, const int* slots, const float* d_logits,
   extern "C" __global__ void __launch_bounds__(256, 2)                                                                  \
       gate_combine_##S##_##TOKENS(const bf16* y, const int* slots, const float* d_logits, const float* gate, bf16* out, \
                                   int tokens, int choices, int experts, int width, int per_block, int adds) {           \
+    after_previous();                                                                                                   \
     gate_combine<S, CHUNK, TOKENS>(y, slots, d_logits, gate, out, tokens, choices, experts, width, per_block, adds);    \
   }
 COMBINE(1, 32, 4)
@@ -211,6 +212,7 @@ DEVICE void combine_plain(const X* y, const int* slots, const float* d_logits, c
   extern "C" __global__ void gate_combine_plain_##NAME(const X* y, const int* slots, const float* d_logits,           \
                                                        const float* gate, X* out, i64 tokens, int choices,           \
                                                        int experts, int width, int adds) {                            \
+    after_previous();                                                                                                 \
     combine_plain<X>(y, slots, d_logits, gate, out, tokens, choices, experts, width, adds);                           \
   }
 COMBINE_PLAIN(f32, float)

@@ -16,11 +16,17 @@ import { CompileError } from "../../ffi/nvrtc.ts";
 import type { CompiledModule } from "./compile.ts";
 import type { CudaKernel, ModuleSource, ParameterType } from "./context.ts";
 
+/** Lowest compute capability times ten of GPUs where a kernel may begin before the one before it has ended. */
+const LOWEST_OVERLAPPING = 90;
+
 /** CU_TENSOR_MAP structs ask for an alignment of 64 bytes; other parameters have 8 at most. */
 const STRUCT_ALIGNMENT = 64;
 
 /** Most blocks of a grid in x. */
 const MOST_BLOCKS = 2 ** 31 - 1;
+
+/** Bytes of a CUlaunchConfig and of a CUlaunchAttribute. */
+const CONFIG_BYTES = 56, ATTRIBUTE_BYTES = 72;
 
 /** How an argument is written. */
 const INTEGER_64 = 0, INTEGER_32 = 1, FLOAT_32 = 2, FLOAT_64 = 3, BYTES = 4;
@@ -54,18 +60,23 @@ export class LoadedKernel implements CudaKernel {
   readonly #tableAddress: bigint;
   /** Dynamic shared memory that the kernel may take so far. */
   #shared_bytes = 0;
+  /** How it is launched if it overlaps the kernel before it: CUlaunchConfig, behind it one attribute. */
+  readonly #config: Uint32Array<ArrayBuffer> | null = null;
+  readonly #configAddress: bigint = 0n;
 
   /**
    * @param name Name for errors.
    * @param handle The function.
    * @param types Types of its parameters.
    * @param stream The stream that it is launched on.
+   * @param overlaps Whether it may begin before the kernel before it has ended.
    */
   constructor(
     name: string,
     handle: CudaFunctionHandle,
     types: readonly ParameterType[],
     stream: CudaStreamHandle,
+    overlaps = false,
   ) {
     this.#name = name;
     this.#calls = cuda().calls;
@@ -93,6 +104,18 @@ export class LoadedKernel implements CudaKernel {
       (_, i) => addressOf(buffer) + BigInt(this.#offsets[i]),
     );
     this.#tableAddress = addressOf(this.#table.buffer);
+    if (!overlaps) return;
+    // struct CUlaunchConfig { unsigned grid[3], block[3], sharedMemBytes; CUstream hStream; CUlaunchAttribute *attrs; unsigned numAttrs; }
+    // struct CUlaunchAttribute { int id; char pad[4]; union { int programmaticStreamSerializationAllowed; char pad[64]; } value; }
+    this.#config = new Uint32Array((CONFIG_BYTES + ATTRIBUTE_BYTES) / 4);
+    this.#configAddress = addressOf(this.#config.buffer);
+    const addresses = new BigUint64Array(this.#config.buffer);
+    this.#config.set([1, 1, 1, 1, 1, 1, 0]);
+    addresses[4] = BigInt.asUintN(64, stream);
+    addresses[5] = this.#configAddress + BigInt(CONFIG_BYTES);
+    this.#config[12] = 1;
+    this.#config[CONFIG_BYTES / 4] = CUDA.launchProgrammaticStreamSerialization;
+    this.#config[CONFIG_BYTES / 4 + 2] = 1;
   }
 
   /** @inheritdoc */
@@ -148,26 +171,28 @@ export class LoadedKernel implements CudaKernel {
       );
     }
     if (shared_bytes > this.#shared_bytes) this.#allowShared(shared_bytes);
-    const code = this.#calls.cuLaunchKernel(
-      this.#handle,
-      x,
-      y,
-      z,
-      threads,
-      1,
-      1,
-      shared_bytes,
-      this.#stream,
-      this.#tableAddress,
-      0n,
-    );
+    const code = this.#call(x, y, z, threads, shared_bytes);
     if (code !== 0) {
       throw cudaError(
         code,
-        "cuLaunchKernel",
+        this.#config === null ? "cuLaunchKernel" : "cuLaunchKernelEx",
         `: ${this.#name}, grid ${x} x ${y} x ${z}, block ${threads}, ${shared_bytes} bytes of shared memory`,
       );
     }
+  }
+
+  #call(x: number, y: number, z: number, threads: number, shared_bytes: number): number {
+    const config = this.#config;
+    if (config === null) {
+      // deno-fmt-ignore
+      return this.#calls.cuLaunchKernel(this.#handle, x, y, z, threads, 1, 1, shared_bytes, this.#stream, this.#tableAddress, 0n);
+    }
+    config[0] = x;
+    config[1] = y;
+    config[2] = z;
+    config[3] = threads;
+    config[6] = shared_bytes;
+    return this.#calls.cuLaunchKernelEx(this.#configAddress, this.#handle, this.#tableAddress, 0n);
   }
 
   /** Beyond 48 KiB with its static part, a kernel must be allowed its shared memory; once is enough. */
@@ -217,6 +242,7 @@ export class Modules {
   /** Why modules for exactly this architecture cannot be used; others take their place. */
   readonly problems: readonly Error[];
   readonly #stream: CudaStreamHandle;
+  readonly #overlaps: boolean;
   readonly #loaded = new Map<ModuleSource, LoadedModule>();
 
   /**
@@ -224,11 +250,13 @@ export class Modules {
    *
    * @param compiled What {@linkcode compileModules} made.
    * @param stream The stream that kernels are launched on.
+   * @param capability The GPU's compute capability times ten.
    * @throws {CompileError} If modules do not compile, but for those for exactly this architecture, which others can stand in for.
    * @throws {CudaError} If the GPU refuses the code of one.
    */
-  constructor(compiled: readonly CompiledModule[], stream: CudaStreamHandle) {
+  constructor(compiled: readonly CompiledModule[], stream: CudaStreamHandle, capability: number) {
     this.#stream = stream;
+    this.#overlaps = capability >= LOWEST_OVERLAPPING;
     const problems: Error[] = [], needed: Error[] = [];
     for (const { module, code, error } of compiled) {
       try {
@@ -292,7 +320,8 @@ export class Modules {
     );
     keepUntilHere(text);
     const handle = cell[0] as CudaFunctionHandle;
-    const kernel = new LoadedKernel(`${module.name}.${name}`, handle, types, this.#stream);
+    const overlaps = this.#overlaps && (module.overlaps ?? false), title = `${module.name}.${name}`;
+    const kernel = new LoadedKernel(title, handle, types, this.#stream, overlaps);
     loaded.kernels.set(name, kernel);
     return kernel;
   }

@@ -68,3 +68,12 @@ Deno.test("modules have names of their own", () => {
   const names = CUDA_MODULES.map((module) => module.name);
   assert.equal(new Set(names).size, names.length);
 });
+
+Deno.test("kernels that may overlap the one before them wait for it", () => {
+  const overlapping = CUDA_MODULES.filter(({ overlaps }) => overlaps);
+  assert.ok(overlapping.length > 0);
+  for (const { name, source } of overlapping) {
+    const count = (text: string) => source.split(text).length - 1;
+    assert.equal(count("after_previous();"), count("__global__"), name);
+  }
+});

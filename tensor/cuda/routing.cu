@@ -202,6 +202,7 @@ DEVICE void route_tokens(const float* logits, const float* bias, Route route, in
 #define ROUTE(P)                                                                                                     \
   extern "C" __global__ void route_##P(const float* logits, const float* bias, Route route, int* experts,           \
                                        float* weights, float* lse, int* counts_part, double* sums_part) {            \
+    after_previous();                                                                                                \
     route_tokens<P>(logits, bias, route, experts, weights, lse, counts_part, sums_part);                             \
   }
 ROUTE(1)
@@ -213,6 +214,7 @@ ROUTE(32)
 // The record [3 experts + 2] from the blocks' parts: a warp per number.
 extern "C" __global__ void route_record(const int* counts_part, const double* sums_part, int experts, int blocks,
                                         i64 tokens, double* record) {
+  after_previous();
   int i = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
   if (i > 3 * experts + 1) return;
   double sum = 0;
@@ -341,6 +343,7 @@ DEVICE void route_backward(const float* d_weights, const int* slots, const float
                                                 const float* lse,                                                    \
                                                 const int* experts, const double* records, Route route,             \
                                                 float* d_logits) {                                                   \
+    after_previous();                                                                                                \
     route_backward<P>(d_weights, slots, logits, lse, experts, records, route, d_logits);                                    \
   }
 ROUTE_BACKWARD(1)
@@ -374,6 +377,7 @@ DEVICE void spread_rows(const U* x, const int* slots, U* out, i64 tokens, int ch
 #define SPREAD(NAME, U)                                                                                          \
   extern "C" __global__ void __launch_bounds__(256, 6)                                                           \
       NAME(const U* x, const int* slots, U* out, i64 tokens, int choices, i64 units, int shift) {                \
+    after_previous();                                                                                            \
     spread_rows<U>(x, slots, out, tokens, choices, units, shift);                                                \
   }
 SPREAD(spread_rows_16, uint4)
@@ -384,6 +388,7 @@ SPREAD(spread_rows_2, u16)
 // in both orders, and writes its run of rows.
 extern "C" __global__ void major_orders(const int* counts, int ranks, int seats, i64 rows, int* to_expert_major,
                                         int* to_rank_major) {
+  after_previous();
   __shared__ int before[2];
   int seat = blockIdx.x, rank = blockIdx.y;
   if (threadIdx.x < 2) before[threadIdx.x] = 0;

@@ -26,6 +26,7 @@ const SPREAD_UNITS = [16, 4, 2];
 /** The kernels of routing.cu. */
 export const routingModule: ModuleSource = {
   name: "routing",
+  overlaps: true,
   source: routingSource,
   kernels: Object.fromEntries([
     ...PER_LANE.flatMap((n): [string, readonly ParameterType[]][] => [

@@ -17,6 +17,7 @@ DEVICE int digit_of(int key, int shift, int mask, int last) {
 // counts[tile][bins] of items [n] in tiles of `tile`. One block of 256 threads per tile; shared: bins ints.
 extern "C" __global__ void sort_count(const int* keys, i64 n, int tile, int shift, int mask, int last, int bins,
                                       int* counts) {
+  after_previous();
   extern __shared__ __align__(16) int histogram[];
   for (int b = threadIdx.x; b < bins; b += blockDim.x) histogram[b] = 0;
   __syncthreads();
@@ -141,6 +142,7 @@ extern "C" __global__ void sort_place_choices(const int* experts, i64 n, int til
                                               int tiles, const int* starts, const int* pieces, int piece_count,
                                               int choices, i64 rows, const float* weights, int* slots, int* tokens,
                                               int* offsets, float* scales) {
+  after_previous();
   extern __shared__ __align__(16) int memory[];
   int *warp_base = memory, *first = memory + 8 * bins, *before = first + bins, *scratch = before + bins;
   int total = prepare_places(experts, n, tile, 0, 0x7fffffff, -1, bins, counts, tiles, starts, pieces != nullptr,
@@ -187,6 +189,7 @@ extern "C" __global__ void sort_place_choices(const int* experts, i64 n, int til
 extern "C" __global__ void sort_place_items(const int* keys, const int* values, i64 n, int tile, int shift, int mask,
                                             int last, int bins, int bits, const int* counts, int tiles, int* out_keys,
                                             int* out_values) {
+  after_previous();
   extern __shared__ __align__(16) int memory[];
   int *warp_base = memory, *first = memory + 8 * bins, *before = first + bins, *scratch = before + bins;
   prepare_places(keys, n, tile, shift, mask, last, bins, counts, tiles, nullptr, false, warp_base, first, before, scratch);

@@ -7,6 +7,7 @@ import source from "./sort.cu" with { type: "text" };
 /** The kernels of sort.cu. */
 export const sortModule: ModuleSource = {
   name: "sort",
+  overlaps: true,
   source,
   // deno-fmt-ignore
   kernels: {

@@ -44,8 +44,9 @@ enum Status {
   LAUNCH_FAILED = 719,
 };
 
-// Runs a kernel to its end; returns SUCCESS or what it failed with. One at a time per process.
-int launch(const Module& module, const Kernel& kernel, Dim grid, Dim block, size_t shared, void** parameters);
+// Runs a kernel to its end; returns SUCCESS or what it failed with. One at a time per process. With `overlaps`, every thread must say
+// after_previous(): on a GPU the kernel may begin before the one before it has ended.
+int launch(const Module& module, const Kernel& kernel, Dim grid, Dim block, size_t shared, void** parameters, bool overlaps);
 
 // Puts work at the end of a stream; it runs when the host next asks about the stream (streams.cpp).
 void enqueue(void* stream, std::function<void()> work);

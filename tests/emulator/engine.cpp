@@ -42,6 +42,8 @@ std::vector<uint8_t*> stacks;
 unsigned stacks_made;
 
 unsigned total, begun, exited, current;
+unsigned after_previous;  // threads of the block that have said so
+bool overlaps;
 bool descending;
 unsigned barrier_arrived;
 int barrier_kind, barrier_value, barrier_result;
@@ -233,7 +235,7 @@ void open_shared(size_t bytes) {
 }
 
 void run_block() {
-  begun = exited = 0;
+  begun = exited = after_previous = 0;
   ready_warps = 0;
   for (uint32_t& each : ready_lanes) each = 0;
   if (seed) {
@@ -260,6 +262,11 @@ void run_block() {
   set_current(t);
   lina_switch(&main_sp, threads[t].sp);
   if (status) return;
+  if (overlaps && after_previous != total) {
+    status = lina::LAUNCH_FAILED;
+    lina::fail_sticky(status, std::string("kernel ") + kernel->name + " is launched to overlap the one before it, and not all of its threads say after_previous()");
+    return;
+  }
   for (size_t i = shared_bytes; i < slack; i++) {
     if (lina_shared[i] != 0xff) {
       status = lina::ILLEGAL_ADDRESS;
@@ -328,9 +335,11 @@ EXPORT void lina_yield() {
   wait(true);
 }
 
+EXPORT void lina_after_previous() { after_previous++; }
+
 EXPORT void lina_trap() { abandon(lina::LAUNCH_FAILED, "__trap()"); }
 
-int lina::launch(const Module& module, const Kernel& which, Dim grid, Dim block, size_t shared, void** values) {
+int lina::launch(const Module& module, const Kernel& which, Dim grid, Dim block, size_t shared, void** values, bool may_overlap) {
   using namespace engine;
   std::lock_guard<std::mutex> lock(launching);
   const char* text = getenv("LINA_EMULATOR_SEED");
@@ -343,6 +352,7 @@ int lina::launch(const Module& module, const Kernel& which, Dim grid, Dim block,
   engine::module = &module;
   parameters = values;
   shared_bytes = shared;
+  overlaps = may_overlap;
   total = block.x * block.y * block.z;
   lina_gridDim = grid;
   lina_blockDim = block;

@@ -50,6 +50,7 @@ void lina_load_matrices(unsigned* out, const void* row, int transposed);
 void lina_copy_async(void* to, const void* from, int bytes, bool valid);
 void lina_copy_commit();
 void lina_copy_wait(int groups);
+void lina_after_previous();
 int printf(const char*, ...);
 }
 
@@ -422,5 +423,6 @@ inline void load_matrices(unsigned out[4], const void* row) { lina_load_matrices
 inline void load_matrices_transposed(unsigned out[4], const void* row) { lina_load_matrices(out, row, 1); }
 inline void copy_async_16(void* to, const void* from, bool valid) { lina_copy_async(to, from, 16, valid); }
 inline void copy_async_commit() { lina_copy_commit(); }
+inline void after_previous() { lina_after_previous(); }
 template <int N>
 inline void copy_async_wait() { lina_copy_wait(N); }

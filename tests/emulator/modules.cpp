@@ -107,8 +107,8 @@ EXPORT const char* linaSignatures(void* module) {
   }
   return text.c_str();
 }
-EXPORT int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream, void** parameters,
-                          void** extra) {
+static int enqueue_kernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream, void** parameters,
+                          void** extra, bool overlaps) {
   STICKY;
   auto* kernel = static_cast<LoadedKernel*>(function);
   std::string name = kernel->kernel->name;
@@ -137,11 +137,38 @@ EXPORT int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz,
     std::vector<void*> values;
     for (auto& each : *bytes) values.push_back(each.data());
     // A failure is told by a later call, as on a GPU; the message is written now.
-    if (int status = launch(*module, *code, {gx, gy, gz}, {bx, by, bz}, shared, values.data())) {
+    if (int status = launch(*module, *code, {gx, gy, gz}, {bx, by, bz}, shared, values.data(), overlaps)) {
       fprintf(stderr, "CUDA emulator: %s: %s\n", name_of(status), why_failed(status).c_str());
     }
   });
   return sticky();
+}
+EXPORT int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream, void** parameters,
+                          void** extra) {
+  return enqueue_kernel(function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra, false);
+}
+struct LaunchAttribute {
+  int id, unused;
+  union {
+    int allowed;
+    char bytes[64];
+  } value;
+};
+struct LaunchConfig {
+  unsigned gx, gy, gz, bx, by, bz, shared;
+  void* stream;
+  LaunchAttribute* attributes;
+  unsigned count;
+};
+EXPORT int cuLaunchKernelEx(const LaunchConfig* c, void* function, void** parameters, void** extra) {
+  STICKY;
+  if (!c) return invalid("cuLaunchKernelEx needs a configuration");
+  bool overlaps = false;
+  for (unsigned i = 0; i < c->count; i++) {
+    if (c->attributes[i].id != 6) return invalid("attribute " + std::to_string(c->attributes[i].id) + " of a launch is not emulated");
+    overlaps = c->attributes[i].value.allowed != 0;
+  }
+  return enqueue_kernel(function, c->gx, c->gy, c->gz, c->bx, c->by, c->bz, c->shared, c->stream, parameters, extra, overlaps);
 }
 EXPORT int cuTensorMapEncodeTiled(void*, int, unsigned, void*, const void*, const void*, const void*, const void*, int, int, int, int) {
   set_why(801, "the bulk tensor copy engine is not emulated");
