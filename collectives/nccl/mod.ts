@@ -2,6 +2,7 @@
 
 import { nccl, splitComm } from "../../ffi/nccl.ts";
 import type { CudaDevice } from "../../tensor/cuda/device.ts";
+import { now } from "../../trace/mod.ts";
 import type { BootContext, Transport } from "../transport.ts";
 import { meet, prepareEnvironment, together } from "./connect.ts";
 import { NcclTransport, WORLD } from "./transport.ts";
@@ -24,12 +25,14 @@ export async function openNccl(context: BootContext): Promise<Transport> {
     );
   }
   prepareEnvironment();
+  const cuda = device as CudaDevice;
+  cuda.anchor(); // while it is idle: if it were too busy later, times of operations could not be told at all
   const job = {
     nccl: nccl(),
-    device: device as CudaDevice,
+    device: cuda,
     context,
     open: new Set<NcclTransport>(),
-    anchored_us: -Infinity,
+    anchored_us: now(),
   };
   const members = Array.from({ length: size }, (_, r) => r);
   const trunk = await together(meet(context), WORLD, context);
