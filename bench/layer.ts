@@ -1,6 +1,6 @@
 // A Mixture-of-Experts layer on one GPU, forward and backward, beside PyTorch's dropless layer: same sizes, same inputs, same gate, so the same
-// routing; one run, medians. Both sides enqueue their runs ahead of the GPU, with the L2 cache flushed before each, and take turns every five
-// runs, so that neither has the cooler GPU.
+// routing; one run, medians. Both sides enqueue their runs ahead of the GPU, with the L2 cache flushed before each, and have four turns each,
+// every time at another place in the round, so that neither has the cooler GPU.
 //
 //   deno task bench:layer [--shapes E16,E8,E64] [--routing balanced,zipf] [--repeats N] [--json FILE]
 //
@@ -38,8 +38,8 @@ const OURS = { f32: "lina", bf16: "lina-bf16-gradients" } as const;
 const BOUNDS = { f32: "gemm-only-f32-gradients", bf16: "gemm-only" } as const;
 /** Ways of a product: our kernels, and PyTorch's. */
 const WAYS = ["lina", "grouped_mm", "cublas_loop"] as const;
-/** Runs of a side before it is another's turn, and runs before those. */
-const TURN = 5, WARM = 2;
+/** Turns of a side, and runs at the begin of each that are not timed. */
+const TURNS = 4, WARM = 2;
 const STD = 0.02;
 
 interface Row {
@@ -54,6 +54,8 @@ interface Row {
   readonly tflops: number;
   readonly peak_bytes: number;
   readonly host_ms?: number;
+  /** Forward and backward, median of each turn. */
+  readonly turns_ms?: readonly number[];
 }
 
 /** A side of the comparison. */
@@ -63,7 +65,8 @@ interface Side {
   readonly peak_bytes: number;
   /** Times of so many runs. */
   readonly run: (what: Half, repeats: number) => Promise<number[]>;
-  readonly times: Record<Half, number[]>;
+  /** Times so far, by turn. */
+  readonly times: Record<Half, number[][]>;
   /** Times of the host. */
   readonly host_ms?: number[];
 }
@@ -196,10 +199,10 @@ async function measure(name: string, routing: string, x: Tensor, gate: Float32Ar
   const ways = new Map(PRODUCTS.map((product) => {
     return [product, WAYS.map((): number[] => [])] as const;
   }));
-  for (let done = 0, turn = 0; done < repeats; done += TURN, turn++) {
-    const runs = Math.min(TURN, repeats - done);
+  const runs = Math.ceil(repeats / TURNS);
+  for (let turn = 0; turn < TURNS; turn++) {
     for (const side of turned(sides, turn)) {
-      for (const what of HALVES) side.times[what].push(...await side.run(what, runs));
+      for (const what of HALVES) side.times[what].push(await side.run(what, runs));
     }
     for (const product of PRODUCTS) {
       for (const way of turned(WAYS.slice(0, other ? 3 : 1), turn)) {
@@ -217,7 +220,7 @@ async function measure(name: string, routing: string, x: Tensor, gate: Float32Ar
 function add(row: Omit<Row, "dtype" | "tflops" | "tflops_fwd">): void {
   const { tokens, choices, width, hidden } = SHAPES[row.shape];
   const flops = 4 * tokens * choices * width * hidden;
-  const { fwd_ms, fwd_bwd_ms, side, peak_bytes, host_ms } = row;
+  const { fwd_ms, fwd_bwd_ms, side, peak_bytes, host_ms, turns_ms } = row;
   const tflops_fwd = flops / fwd_ms / 1e9, tflops = 3 * flops / fwd_bwd_ms / 1e9;
   rows.push({ ...row, dtype: "bf16", tflops_fwd, tflops });
   const ms = (x: number) => x.toFixed(3).padStart(9);
@@ -228,7 +231,9 @@ function add(row: Omit<Row, "dtype" | "tflops" | "tflops_fwd">): void {
       tflops.toFixed(0).padStart(4)
     } TFLOP/s forward+backward${
       peak_bytes > 0 ? ` ${(peak_bytes / 2 ** 30).toFixed(2).padStart(6)} GiB` : ""
-    }${host_ms === undefined ? "" : ` host ${host_ms.toFixed(2)} ms`}`,
+    }${host_ms === undefined ? "" : ` host ${host_ms.toFixed(2)} ms`}${
+      turns_ms ? ` (${turns_ms.map((t) => t.toFixed(2)).join(" ")})` : ""
+    }`,
   );
 }
 
@@ -239,15 +244,16 @@ function report(
   ways: ReadonlyMap<Product, readonly number[][]>,
 ): void {
   for (const { side, gradient_dtype, peak_bytes, times, host_ms } of sides) {
-    if (times.fwd_bwd.length === 0) continue;
+    if (times.fwd_bwd.flat().length === 0) continue;
     add({
       shape,
       routing,
       side,
       gradient_dtype,
-      fwd_ms: median(times.fwd),
-      fwd_bwd_ms: median(times.fwd_bwd),
+      fwd_ms: median(times.fwd.flat()),
+      fwd_bwd_ms: median(times.fwd_bwd.flat()),
       peak_bytes,
+      turns_ms: times.fwd_bwd.map(median),
       ...(host_ms ? { host_ms: median(host_ms) } : {}),
     });
   }
