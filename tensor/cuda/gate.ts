@@ -6,7 +6,11 @@ import type { Tensor } from "../tensor.ts";
 import type { CudaContext, ModuleSource, ParameterType } from "./context.ts";
 import combineSource from "./gate_combine.cu" with { type: "text" };
 import gateSource from "./gate.cu" with { type: "text" };
+import hopperSource from "./gate_hopper.cu" with { type: "text" };
 import termsSource from "./gate_terms.cuh" with { type: "text" };
+import hopperHeader from "./grouped_hopper.cuh" with { type: "text" };
+import { type Box, GroupTables, MAP_BYTES } from "./grouped_tables.ts";
+import walkHeader from "./grouped_walk.cuh" with { type: "text" };
 
 /** The kernels of this room. */
 export type GateKernel = "gate" | "gateBackward" | "gateWeightGrad" | "combineRowsGate";
@@ -86,6 +90,28 @@ export const gateCombineModule: ModuleSource = {
   ]),
 };
 
+/** The kernels of gate_hopper.cu. */
+export const gateHopperModule: ModuleSource = {
+  name: "gate_hopper",
+  overlaps: true,
+  source: walkHeader + hopperHeader + termsSource + hopperSource,
+  // deno-fmt-ignore
+  kernels: {
+    gate_hopper: [{ bytes: MAP_BYTES }, "ptr", "ptr", "ptr", "ptr", "i32", "i32", "i32", "i32"],
+    gate_dw_hopper: [{ bytes: MAP_BYTES }, "ptr", "ptr", "i32", "i32", "i32", "i32"],
+  },
+  from: 90,
+  exact: true,
+};
+/** Experts from which Hopper's kernels are faster: with fewer, both wait for memory. */
+const HOPPER_EXPERTS = Infinity; // TODO: 17 once they have run
+/** Experts, tokens and threads of a block there, and the shared memory of stages and of room to begin at a multiple of 1024. */
+const HOPPER_BLOCK = { experts: 64, tokens: 128, threads: 384 };
+const HOPPER_GATE_BYTES = 5 * 5 * 8192 + 1024, HOPPER_GRADIENT_BYTES = 4 * 7 * 8192 + 1024;
+/** What its copy engine loads at once: tokens of the gate, and of its gradient. */
+const HOPPER_TOKENS: Box = { columns: 64, rows: 128 },
+  HOPPER_SQUARE: Box = { columns: 64, rows: 64 };
+
 /** Blocks that the gate and its gradient are split into at most, where that takes shares of a sum. */
 const SHARED_BLOCKS = 132;
 /** Blocks of gate_dx that a multiprocessor holds, by their registers. */
@@ -117,6 +143,14 @@ export function gateKernels(context: CudaContext): Pick<RoutingKernels, GateKern
     context.kernel(gateCombineModule, `gate_combine_${steps}_${tokens}`)
   );
 
+  const hopper = context.has(gateHopperModule)
+    ? {
+      gate: context.kernel(gateHopperModule, "gate_hopper"),
+      dw: context.kernel(gateHopperModule, "gate_dw_hopper"),
+      tables: new GroupTables(context),
+    }
+    : null;
+
   function plainOf(op: string, x: Tensor): typeof f32 {
     if (x.dtype === "bf16") return bf16;
     if (x.dtype === "f32") return f32;
@@ -135,6 +169,22 @@ export function gateKernels(context: CudaContext): Pick<RoutingKernels, GateKern
   function stagesOf(stage_bytes: number, rest_bytes: number): number {
     const { sharedMemory_bytes } = context.properties;
     return Math.min(MOST_STAGES, Math.floor((sharedMemory_bytes - rest_bytes) / stage_bytes));
+  }
+
+  /** Blocks of the gate over tokens and experts, and shares of the columns so that there are about as many as multiprocessors. */
+  function shareOut(
+    N: number,
+    E: number,
+    D: number,
+    block: { readonly tokens: number; readonly experts: number; readonly columns: number },
+  ) {
+    const blocks = Math.ceil(N / block.tokens), parts = Math.ceil(E / block.experts);
+    const slices = Math.ceil(D / block.columns);
+    const wanted = Math.min(MOST_SHARES, Math.floor(SHARED_BLOCKS / (blocks * parts)));
+    const perShare = Math.ceil(slices / Math.max(1, wanted)), shares = Math.ceil(slices / perShare);
+    const tile_bytes = 4 * block.tokens * block.experts;
+    const sums = shares > 1 ? context.allocate(shares * blocks * parts * tile_bytes) : 0;
+    return { blocks, parts, shares, perShare: perShare * block.columns, sums };
   }
 
   /** `dX = dLogits gate + adds · dX`. */
@@ -172,12 +222,17 @@ export function gateKernels(context: CudaContext): Pick<RoutingKernels, GateKern
     const stage = GRADIENT_SLICE * (GRADIENT_COLUMNS * 2 + most * 4);
     const terms = 2 * 3 * GRADIENT_SLICE * (most + 8) * 2, stages = stagesOf(stage, terms);
     const wide = fits(x, dLogits) && E % 4 === 0 && stages >= 2;
+    const onHopper = wide && E >= HOPPER_EXPERTS ? hopper : null;
     const columns = Math.ceil(D / (wide ? GRADIENT_COLUMNS : 128));
     const parts = Math.ceil(E / (wide ? most : 8));
     const wanted = Math.max(1, Math.floor(SHARED_BLOCKS / (columns * parts)));
     const perSplit = Math.ceil(N / wanted / GRADIENT_SLICE) * GRADIENT_SLICE;
     const splits = Math.ceil(N / perSplit), sums = context.allocate(4 * splits * E * D);
-    if (wide) {
+    if (onHopper) {
+      const map = onHopper.tables.map(x, HOPPER_SQUARE);
+      // deno-fmt-ignore
+      onHopper.dw.launch(columns, parts, splits, HOPPER_BLOCK.threads, HOPPER_GRADIENT_BYTES, map, dLogits.address, sums, N, E, D, perSplit);
+    } else if (wide) {
       // deno-fmt-ignore
       gateDw[way].launch(columns, parts, splits, 256, stages * stage + terms, dLogits.address, x.address, sums, N, E, D, perSplit, stages);
     } else {
@@ -195,6 +250,18 @@ export function gateKernels(context: CudaContext): Pick<RoutingKernels, GateKern
       if (logits.size === 0) return;
       const found = GATE_BLOCKS.findIndex(({ tiles }) => tiles * 8 >= E);
       const way = found < 0 ? GATE_BLOCKS.length - 1 : found;
+      if (hopper && E >= HOPPER_EXPERTS && fits(x, gate)) {
+        const { blocks, parts, shares, perShare, sums } = shareOut(N, E, D, {
+          ...HOPPER_BLOCK,
+          columns: 64,
+        });
+        const map = hopper.tables.map(x, HOPPER_TOKENS);
+        // deno-fmt-ignore
+        hopper.gate.launch(blocks, parts, shares, HOPPER_BLOCK.threads, HOPPER_GATE_BYTES, map, gate.address, logits.address, sums, counters,
+          N, E, D, perShare);
+        if (sums !== 0) context.free(sums);
+        return;
+      }
       const { tiles, tokens, columns } = GATE_BLOCKS[way], weights = tiles * 8 * columns;
       const stage = tokens * columns * 2 + weights * 4, terms = 2 * 3 * weights * 2;
       const stages = stagesOf(stage, terms);
@@ -203,15 +270,11 @@ export function gateKernels(context: CudaContext): Pick<RoutingKernels, GateKern
         kernels.gate.launch(Math.ceil(N / 32), Math.ceil(E / 4), 1, 256, 0, x.address, gate.address, logits.address, N, E, D);
         return;
       }
-      const blocks = Math.ceil(N / tokens), parts = Math.ceil(E / (8 * tiles));
-      const slices = Math.ceil(D / columns);
-      const wanted = Math.min(MOST_SHARES, Math.floor(SHARED_BLOCKS / (blocks * parts)));
-      const perShare = Math.ceil(slices / Math.max(1, wanted));
-      const shares = Math.ceil(slices / perShare), tile_bytes = 4 * tokens * tiles * 8;
-      const sums = shares > 1 ? context.allocate(shares * blocks * parts * tile_bytes) : 0;
+      const block = { experts: tiles * 8, tokens, columns };
+      const { blocks, parts, shares, perShare, sums } = shareOut(N, E, D, block);
       // deno-fmt-ignore
       gates[way].launch(blocks, parts, shares, 256, stages * stage + terms, x.address, gate.address, logits.address, sums, counters,
-        N, E, D, perShare * columns, stages);
+        N, E, D, perShare, stages);
       if (sums !== 0) context.free(sums);
     },
     gateBackward(dLogits, x, gate, dX, dGate, options) {

@@ -1,0 +1,268 @@
+// The gate's products on Hopper's tensor cores (sm_90a), for bf16 tokens and 17 experts or more: with mma.sync (gate.cu) these are bound by
+// arithmetic, three products for each number, by issuing them and by fetching operands from shared memory. Operands as there: f32 numbers are
+// sums of three bf16 numbers. grouped_hopper.cuh and gate_terms.cuh come before this file.
+
+constexpr int GATE_E = 64;  // experts of a block
+constexpr int TERM_BYTES = 8192;  // 64 x 64 of one term
+
+// c = a b + (keep ? c : 0) as in grouped_hopper.cuh, for fewer columns: a 64 x 16, b 16 x 192 or 16 x 128.
+template <int A_MAJOR, int B_MAJOR>
+DEVICE void multiply(float (&c)[96], u64 a, u64 b, int keep) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %98, 0; "
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+      "}, %96, %97, p, 1, 1, %99, %100; }"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
+        "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
+        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+        "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]),
+        "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]),
+        "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]),
+        "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),
+        "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63]),
+        "+f"(c[64]), "+f"(c[65]), "+f"(c[66]), "+f"(c[67]), "+f"(c[68]), "+f"(c[69]), "+f"(c[70]), "+f"(c[71]),
+        "+f"(c[72]), "+f"(c[73]), "+f"(c[74]), "+f"(c[75]), "+f"(c[76]), "+f"(c[77]), "+f"(c[78]), "+f"(c[79]),
+        "+f"(c[80]), "+f"(c[81]), "+f"(c[82]), "+f"(c[83]), "+f"(c[84]), "+f"(c[85]), "+f"(c[86]), "+f"(c[87]),
+        "+f"(c[88]), "+f"(c[89]), "+f"(c[90]), "+f"(c[91]), "+f"(c[92]), "+f"(c[93]), "+f"(c[94]), "+f"(c[95])
+      : "l"(a), "l"(b), "r"(keep), "n"(A_MAJOR), "n"(B_MAJOR));
+}
+template <int A_MAJOR, int B_MAJOR>
+DEVICE void multiply(float (&c)[64], u64 a, u64 b, int keep) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %66, 0; "
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, %64, %65, p, 1, 1, %67, %68; }"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),
+        "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),
+        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),
+        "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]),
+        "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]),
+        "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]),
+        "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),
+        "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
+      : "l"(a), "l"(b), "r"(keep), "n"(A_MAJOR), "n"(B_MAJOR));
+}
+
+// Four floats as three terms, a block of 64 x 64 each: row r, columns 4 piece to 4 piece + 3.
+DEVICE void store_terms(u32 to, int r, int piece, float4 from) {
+  u32 low[3], high[3];
+  split3(from.x, from.y, low);
+  split3(from.z, from.w, high);
+  to += r * 128 + ((piece / 2 ^ (r & 7)) << 4) + piece % 2 * 8;
+#pragma unroll
+  for (int i = 0; i < 3; i++) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to + i * TERM_BYTES), "r"(low[i]), "r"(high[i]) : "memory");
+  }
+}
+
+// Producers split a matrix of f32, 64 rows by 64 columns a slice, a row's columns contiguous. `from(row, column)` is the address of 4 of them, or
+// null for zeros. What a slice needs is loaded while the one before it is split.
+struct Split {
+  float4 held[8];
+
+  template <typename From>
+  DEVICE void load(const From& from) {
+    int t = threadIdx.x % 128;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float* at = from(j * 8 + t / 16, t % 16 * 4);
+      held[j] = at ? *reinterpret_cast<const float4*>(at) : make_float4(0, 0, 0, 0);
+    }
+  }
+  DEVICE void store(u32 to) {
+    int t = threadIdx.x % 128;
+#pragma unroll
+    for (int j = 0; j < 8; j++) store_terms(to, j * 8 + t / 16, t % 16, held[j]);
+  }
+};
+
+// The stages' barriers. A stage is full with the bytes of the copy engine, their announcement and 128 arrivals of producers, empty when 8 warps have read it.
+template <int STAGES>
+struct Ring {
+  u64 full[STAGES], empty[STAGES];
+
+  DEVICE void init() {
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < STAGES; s++) {
+        barrier_init(&full[s], 129);
+        barrier_init(&empty[s], 8);
+      }
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+  }
+};
+
+// Logits of 128 tokens and up to 64 experts, over a share of the columns: blocks (tokens, experts, shares). One warpgroup loads and splits, two
+// multiply 64 tokens each by the three terms side by side. Slices of 64 columns. The block that finishes last adds the shares in their order.
+constexpr int GATE_STAGES = 5, GATE_STAGE = 2 * 8192 + 3 * TERM_BYTES;
+extern "C" __global__ void __launch_bounds__(384, 1)
+    gate_hopper(const __grid_constant__ TensorMap x, const float* gate, float* logits, float* shares, u32* counters, int tokens,
+                int experts, int width, int per_share) {
+  extern __shared__ __align__(1024) u8 gate_shared[];
+  __shared__ Ring<GATE_STAGES> ring;
+  __shared__ u32 finished;
+  u32 stages = (shared_address(gate_shared) + 1023) & ~1023u;
+  int first = blockIdx.x * 128, first_expert = blockIdx.y * GATE_E;
+  int start = blockIdx.z * per_share, end = start + per_share < width ? start + per_share : width;
+  int slices = (end - start + 63) / 64;
+  ring.init();
+  after_previous();
+  if (threadIdx.x < 128) {
+    Split split;
+    auto load = [&](int slice) {
+      split.load([&](int row, int column) -> const float* {
+        int e = first_expert + row, c = start + slice * 64 + column;
+        return e < experts && c < end ? gate + (i64)e * width + c : nullptr;
+      });
+    };
+    load(0);
+    for (int slice = 0; slice < slices; slice++) {
+      int stage = slice % GATE_STAGES;
+      u32 to = stages + stage * GATE_STAGE;
+      barrier_wait(&ring.empty[stage], (slice / GATE_STAGES & 1) ^ 1);
+      if (threadIdx.x == 0) {
+        barrier_arrive_bytes(&ring.full[stage], 2 * 8192);
+        load_box(to, &x, start + slice * 64, first, &ring.full[stage]);
+      }
+      split.store(to + 2 * 8192);
+      publish();
+      barrier_arrive(&ring.full[stage]);
+      if (slice + 1 < slices) load(slice + 1);
+    }
+    return;
+  }
+  int consumer = threadIdx.x / 128 - 1, lane = threadIdx.x % 32, t = threadIdx.x - 128;
+  float c[96], sums[32];
+#pragma unroll
+  for (int i = 0; i < 32; i++) sums[i] = 0;
+  for (int slice = 0; slice < slices; slice++) {
+    int stage = slice % GATE_STAGES;
+    u32 from = stages + stage * GATE_STAGE;
+    u64 a = descriptor<0>(from + consumer * 8192), b = descriptor<0>(from + 2 * 8192);
+    barrier_wait(&ring.full[stage], slice / GATE_STAGES & 1);
+    multiply_begin();
+#pragma unroll
+    for (int k = 0; k < 4; k++) multiply<0, 0>(c, a + k * STEP<0>, b + k * STEP<0>, k > 0);
+    multiply_commit();
+    multiply_wait<0>();
+    if (lane == 0) barrier_arrive(&ring.empty[stage]);
+    // Tensor cores cut sums off: they only see 64 columns, and f32 additions round to nearest.
+#pragma unroll
+    for (int i = 0; i < 32; i++) sums[i] += c[64 + i] + c[32 + i] + c[i];
+  }
+  int count = gridDim.z;
+  if (count > 1) {
+    int tile = blockIdx.y * gridDim.x + blockIdx.x;
+    float* all = shares + (i64)tile * count * 32 * 256 + t;
+    float* mine = all + (i64)blockIdx.z * 32 * 256;
+#pragma unroll
+    for (int i = 0; i < 32; i++) __stcg(mine + i * 256, sums[i]);
+    __threadfence();
+    consumers_barrier();
+    if (t == 0) {
+      finished = atomicAdd(&counters[tile], 1u);
+      if (finished == count - 1u) counters[tile] = 0;
+    }
+    consumers_barrier();
+    if (finished != count - 1u) return;
+    __threadfence();
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+      c[i] = sums[i];
+      sums[i] = 0;
+    }
+    for (int share = 0; share < count; share++) {
+      const float* other = all + (i64)share * 32 * 256;
+      bool own = share == (int)blockIdx.z;
+#pragma unroll
+      for (int i = 0; i < 32; i++) sums[i] += own ? c[i] : __ldcg(other + i * 256);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 32; i++) {
+    int token = first + consumer * 64 + t % 128 / 32 * 16 + lane / 4 + i % 4 / 2 * 8;
+    int e = first_expert + i / 4 * 8 + lane % 4 * 2 + i % 2;
+    if (token < tokens && e < experts) logits[(i64)token * experts + e] = sums[i];
+  }
+}
+
+// parts[split][experts][width] = dLogitsᵀ x over the tokens of a split, for up to 64 experts and 256 columns: blocks (columns, experts, splits).
+// One warpgroup loads and splits, two multiply 128 columns each. Slices of 64 tokens; per_split is a multiple.
+constexpr int GRADIENT_STAGES = 4, GRADIENT_STAGE = 4 * 8192 + 3 * TERM_BYTES;
+extern "C" __global__ void __launch_bounds__(384, 1)
+    gate_dw_hopper(const __grid_constant__ TensorMap x, const float* d_logits, float* parts, int tokens, int experts, int width,
+                   int per_split) {
+  extern __shared__ __align__(1024) u8 gate_shared[];
+  __shared__ Ring<GRADIENT_STAGES> ring;
+  u32 stages = (shared_address(gate_shared) + 1023) & ~1023u;
+  int first_column = blockIdx.x * 256, first_expert = blockIdx.y * GATE_E;
+  int start = blockIdx.z * per_split, end = start + per_split < tokens ? start + per_split : tokens;
+  int slices = (end - start + 63) / 64;
+  ring.init();
+  after_previous();
+  if (threadIdx.x < 128) {
+    Split split;
+    auto load = [&](int slice) {
+      split.load([&](int row, int column) -> const float* {
+        int token = start + slice * 64 + row, e = first_expert + column;
+        return token < end && e < experts ? d_logits + (i64)token * experts + e : nullptr;
+      });
+    };
+    load(0);
+    for (int slice = 0; slice < slices; slice++) {
+      int stage = slice % GRADIENT_STAGES;
+      u32 to = stages + stage * GRADIENT_STAGE;
+      barrier_wait(&ring.empty[stage], (slice / GRADIENT_STAGES & 1) ^ 1);
+      if (threadIdx.x == 0) {
+        barrier_arrive_bytes(&ring.full[stage], 4 * 8192);
+        for (int i = 0; i < 4; i++) load_box(to + i * 8192, &x, first_column + i * 64, start + slice * 64, &ring.full[stage]);
+      }
+      split.store(to + 4 * 8192);
+      publish();
+      barrier_arrive(&ring.full[stage]);
+      if (slice + 1 < slices) load(slice + 1);
+    }
+    return;
+  }
+  int consumer = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+  float c[64], sums[64];
+#pragma unroll
+  for (int i = 0; i < 64; i++) sums[i] = 0;
+  for (int slice = 0; slice < slices; slice++) {
+    int stage = slice % GRADIENT_STAGES;
+    u32 from = stages + stage * GRADIENT_STAGE;
+    u64 a = descriptor<1>(from + 4 * 8192), b = descriptor<1>(from + consumer * 2 * 8192);
+    barrier_wait(&ring.full[stage], slice / GRADIENT_STAGES & 1);
+    multiply_begin();
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+#pragma unroll
+      for (int term = 2; term >= 0; term--) {
+        multiply<1, 1>(c, a + (term * TERM_BYTES >> 4) + k * STEP<1>, b + k * STEP<1>, k > 0 || term < 2);
+      }
+    }
+    multiply_commit();
+    multiply_wait<0>();
+    if (lane == 0) barrier_arrive(&ring.empty[stage]);
+#pragma unroll
+    for (int i = 0; i < 64; i++) sums[i] += c[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 64; i += 2) {
+    int e = first_expert + threadIdx.x % 128 / 32 * 16 + lane / 4 + i % 4 / 2 * 8;
+    int column = first_column + consumer * 128 + i / 4 * 8 + lane % 4 * 2;
+    if (e >= experts || column >= width) continue;
+    *reinterpret_cast<float2*>(parts + ((i64)blockIdx.z * experts + e) * width + column) = make_float2(sums[i], sums[i + 1]);
+  }
+}
