@@ -121,7 +121,7 @@ export type { NoiseKey } from "./moe/router_noise.ts";
 export type { RouterSums } from "./moe/router_losses.ts";
 export type { SecondExpert } from "./moe/router_softmax.ts";
 export type { PlanOutline, RoutingPlan } from "./moe/plan.ts";
-export type { ExpertRows, PlacedPlan } from "./moe/dispatch.ts";
+export type { PlacedPlan } from "./moe/dispatch.ts";
 export {
   type RoutingBlock,
   type RoutingRecord,

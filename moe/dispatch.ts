@@ -4,9 +4,6 @@
 // Counts are exact: no padding travels. In a world of one nothing travels and the send order is the expert-major order; the step is told of
 // the all-to-alls nevertheless.
 //
-// A GPU's products take rows by index, so there the step to expert-major order is no copy, and in a world of one the tokens are not even copied
-// into the send order: the plan is *direct*.
-//
 // Shape letters: N tokens of this rank, D model width, K choices per token, S rows that this rank sends, M rows that it receives.
 
 import { COMPLETED } from "../collectives/progress.ts";
@@ -38,16 +35,8 @@ export interface PlacedPlan extends Disposable {
   readonly toExpertMajor: Tensor | null;
   /** The inverse. */
   readonly toRankMajor: Tensor | null;
-  /** Whether experts take rows from the tokens where they lie, and so the weights meet the hidden rows: in a world of one on a GPU. */
-  readonly direct: boolean;
-}
-
-/** Rows for this rank's experts, grouped by expert; what they own is freed with them. */
-export interface ExpertRows extends Disposable {
-  /** Where they lie [*, D]. */
-  readonly x: Tensor;
-  /** Row i is `x[index[i]]`, i32 [M], the plan's; null where it is `x[i]`. */
-  readonly index: Tensor | null;
+  /** Whether the weights meet the hidden rows instead of the outputs: in a world of one on a GPU. */
+  readonly weighsHidden: boolean;
 }
 
 /**
@@ -69,7 +58,7 @@ export function placePlan(device: Device, plan: RoutingPlan): PlacedPlan {
     tokens_S: fromArray(device, plan.tokens_S),
     toExpertMajor: plan.toExpertMajor && fromArray(device, plan.toExpertMajor),
     toRankMajor: plan.toRankMajor && fromArray(device, plan.toRankMajor),
-    direct: alone && device.routing !== null,
+    weighsHidden: alone && device.routing !== null,
   });
   return scope.keep(placed);
 }
@@ -100,7 +89,7 @@ export function placeAlone(experts_NK: Tensor, experts: number): PlacedPlan {
     tokens_S,
     toExpertMajor: null,
     toRankMajor: null,
-    direct: true,
+    weighsHidden: true,
   });
   return scope.keep(placed);
 }
@@ -152,7 +141,7 @@ export function placeOutline(
     tokens_S,
     toExpertMajor,
     toRankMajor,
-    direct: false,
+    weighsHidden: false,
   }, all);
   return scope.keep(placed);
 }
@@ -185,7 +174,7 @@ export function permute(x_ND: Tensor, placed: PlacedPlan): Tensor {
 }
 
 /**
- * Weights of the choices as factors of rows in the send order, for a direct plan.
+ * Weights of the choices as factors of rows in the send order, for a device that routes.
  *
  * @param weights_NK Weights.
  * @param placed The plan.
@@ -201,32 +190,21 @@ export function weightsOfRows(weights_NK: Tensor, placed: PlacedPlan): Tensor {
 /**
  * Brings rows in the send order of each rank to the ranks of their experts.
  *
- * @param send_SD This rank's rows; freed once they have travelled, or could not. If the plan is direct: the tokens' rows [N, D], which stay the
- * caller's and must outlive the result.
- * @param placed The plan; it must outlive the result.
+ * @param send_SD This rank's rows; freed once they have travelled, or could not.
+ * @param placed The plan.
  * @param comm The expert-parallel ranks.
  * @param transfer Runs the all-to-all.
- * @returns Rows for this rank's experts.
+ * @returns Rows for this rank's experts, grouped by expert: a new tensor [M, D], or `send_SD` itself in a world of one.
  */
 export async function toExperts(
   send_SD: Tensor,
   placed: PlacedPlan,
   comm: Communicator,
   transfer: Transfer,
-): Promise<ExpertRows> {
-  const { sendCounts, recvCounts, tokens_S, toExpertMajor, rows } = placed;
-  if (placed.direct) {
-    await transfer(() => COMPLETED);
-    return { x: send_SD, index: tokens_S, [Symbol.dispose]: () => {} };
-  }
+): Promise<Tensor> {
+  const { sendCounts, recvCounts, toExpertMajor, rows } = placed;
   const counts = sendCounts && recvCounts && { sent: sendCounts, received: recvCounts, rows };
-  const came = await exchange(send_SD, counts, comm, transfer);
-  if (came.device.routing) return ownRows(came, toExpertMajor);
-  return ownRows(reorder(came, toExpertMajor), null);
-}
-
-function ownRows(x: Tensor, index: Tensor | null): ExpertRows {
-  return { x, index, [Symbol.dispose]: () => x[Symbol.dispose]() };
+  return reorder(await exchange(send_SD, counts, comm, transfer), toExpertMajor);
 }
 
 /**

@@ -1,6 +1,5 @@
 // The experts of a rank as one batched network: a grouped GEMM in, an activation, a grouped GEMM out, over rows that lie together by
-// expert, or are taken together by index; and the gradient below it. No routing and no communication here; experts that every token meets are
-// feed_forward.ts.
+// expert; and the gradient below it. No routing and no communication here; experts that every token meets are feed_forward.ts.
 //
 // Shape letters: M rows, grouped by expert, D model width, F hidden width, H width before the activation (2F for SwiGLU, else F),
 // L experts of this rank.
@@ -8,7 +7,6 @@
 import type { Activation, RowGroups } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
-import type { ExpertRows } from "./dispatch.ts";
 
 /** Weights of one expert, or their gradients. */
 export interface ExpertMatrices {
@@ -38,10 +36,10 @@ export function listsOf(experts: readonly ExpertMatrices[]): ExpertLists {
   return { up: experts.map(({ up }) => up), down: experts.map(({ down }) => down) };
 }
 
-/** What the backward pass of experts needs; owned but for the rows' index, which is the plan's. */
+/** What the backward pass of experts needs; owned. */
 export interface ExpertsSaved {
   /** The rows. */
-  readonly rows: ExpertRows;
+  readonly x_MD: Tensor;
   /** Factors of the outputs [M], or null. */
   readonly scales_M: Tensor | null;
   /** Before the activation. */
@@ -66,33 +64,32 @@ export interface ExpertGroups {
  * `y = scales · act(x Wupᵀ) Wdownᵀ` per expert; SwiGLU: `y = scales · (silu(x W1ᵀ) ⊙ x W3ᵀ) W2ᵀ`. The factors meet the hidden
  * rows, so their gradient is made where that of the hidden rows is, and y need not be kept for it.
  *
- * @param rows Rows by expert; what is saved takes them over.
+ * @param x_MD Rows, grouped by expert; what is saved takes them over.
  * @param groups Which experts meet which rows.
  * @param scales_M Factors of the outputs, f32 [M]; what is saved takes them over. Null for ones.
  * @returns The experts' outputs [M, D], and what the backward pass needs.
  */
 export function expertsForward(
-  rows: ExpertRows,
+  x_MD: Tensor,
   groups: ExpertGroups,
   scales_M: Tensor | null = null,
 ): { readonly y_MD: Tensor; readonly saved: ExpertsSaved } {
-  const { weights, activation } = groups;
-  const { x, index } = rows, { device, dtype } = x;
-  const M = index ? index.size : x.shape[0], width = x.shape[1];
+  const { weights, rows, activation } = groups;
+  const { device, dtype } = x_MD;
+  const [M, width] = x_MD.shape;
   const hidden = weights.down.length > 0 ? weights.down[0].shape[1] : 0;
   using scope = new TensorScope();
   const up_MH = empty(device, [M, activation === "swiglu" ? 2 * hidden : hidden], dtype);
   const active_MF = empty(device, [M, hidden], dtype);
   if (M > 0) {
-    ops.groupedGemmActivation(x, weights.up, groups.rows, activation, up_MH, active_MF, {
-      rows: index ?? undefined,
+    ops.groupedGemmActivation(x_MD, weights.up, rows, activation, up_MH, active_MF, {
       scales: scales_M ?? undefined,
     });
   }
   const y_MD = empty(device, [M, width], dtype);
-  if (M > 0) ops.groupedGemm(active_MF, weights.down, groups.rows, y_MD);
+  if (M > 0) ops.groupedGemm(active_MF, weights.down, rows, y_MD);
   if (groups.recompute) active_MF[Symbol.dispose]();
-  const saved = { rows, scales_M, up_MH, active_MF: groups.recompute ? null : active_MF };
+  const saved = { x_MD, scales_M, up_MH, active_MF: groups.recompute ? null : active_MF };
   return scope.keep({ y_MD, saved });
 }
 
@@ -105,48 +102,47 @@ export interface ExpertGradients {
 }
 
 /**
- * Gradient of {@linkcode expertsForward}. Frees what was saved as soon as nothing needs it.
+ * Gradient of {@linkcode expertsForward}. Frees what it is given as soon as nothing needs it.
  *
- * @param dY Gradient of the outputs, by expert; stays the caller's.
- * @param saved From the forward pass. If this throws, what is left is still to be released.
+ * @param dY_MD Gradient of the outputs; freed. If this throws, it is still to be freed.
+ * @param saved From the forward pass; freed. If this throws, what is left is still to be released.
  * @param groups As in the forward pass.
  * @param gradients Where the weights' gradients go.
  * @returns Gradients of the rows [M, D] and of the factors [M], where there are any.
  */
 export function expertsBackward(
-  dY: ExpertRows,
+  dY_MD: Tensor,
   saved: ExpertsSaved,
   groups: ExpertGroups,
   gradients: ExpertGradients,
 ): { readonly dX_MD: Tensor; readonly dScales_M: Tensor | null } {
-  const { weights, activation } = groups;
-  const { rows: { x, index }, scales_M, up_MH } = saved;
+  const { weights, rows, activation } = groups;
+  const { x_MD, scales_M, up_MH } = saved;
   const { grads, beta } = gradients;
-  const { device, dtype } = x, M = up_MH.shape[0], shape = [M, x.shape[1]];
-  const scales = scales_M ?? undefined, dyRows = dY.index ?? undefined;
+  const { device, dtype } = x_MD, [M] = x_MD.shape;
+  const scales = scales_M ?? undefined;
   using scope = new TensorScope();
   const dScales_M = scales_M && empty(device, [M], scales_M.dtype);
   if (M === 0) {
     if (beta === 0) { for (const grad of [...grads.up, ...grads.down]) ops.fill(grad, 0); }
-    return scope.keep({ dX_MD: empty(device, shape, dtype), dScales_M });
+    return scope.keep({ dX_MD: empty(device, x_MD.shape, dtype), dScales_M });
   }
   {
     using active = saved.active_MF ?? empty(device, [M, weights.down[0].shape[1]], dtype);
     if (!saved.active_MF) ops.activation(activation, up_MH, active, scales);
-    ops.groupedGemmWeightGrad(dY.x, active, groups.rows, grads.down, { beta, dyRows });
+    ops.groupedGemmWeightGrad(dY_MD, active, rows, grads.down, { beta });
   }
   using dUp_MH = empty(device, up_MH.shape, dtype);
-  ops.groupedGemmActivationBackward(dY.x, weights.down, groups.rows, activation, up_MH, dUp_MH, {
-    rows: dyRows,
+  ops.groupedGemmActivationBackward(dY_MD, weights.down, rows, activation, up_MH, dUp_MH, {
     scales,
     dScales: dScales_M ?? undefined,
   });
+  dY_MD[Symbol.dispose]();
   up_MH[Symbol.dispose]();
-  const xRows = index ?? undefined;
-  ops.groupedGemmWeightGrad(dUp_MH, x, groups.rows, grads.up, { beta, xRows });
+  ops.groupedGemmWeightGrad(dUp_MH, x_MD, rows, grads.up, { beta });
   releaseExperts(saved);
-  const dX_MD = empty(device, shape, dtype);
-  ops.groupedGemm(dUp_MH, weights.up, groups.rows, dX_MD, { transposeWeight: true });
+  const dX_MD = empty(device, x_MD.shape, dtype);
+  ops.groupedGemm(dUp_MH, weights.up, rows, dX_MD, { transposeWeight: true });
   return scope.keep({ dX_MD, dScales_M });
 }
 
@@ -156,7 +152,7 @@ export function expertsBackward(
  * @param saved From {@linkcode expertsForward}.
  */
 export function releaseExperts(saved: ExpertsSaved): void {
-  saved.rows[Symbol.dispose]();
+  saved.x_MD[Symbol.dispose]();
   saved.scales_M?.[Symbol.dispose]();
   saved.up_MH[Symbol.dispose]();
   saved.active_MF?.[Symbol.dispose]();

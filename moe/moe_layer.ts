@@ -2,7 +2,7 @@
 //
 //   gate → router (with the ranks' sums) → routing plan → permute → all-to-all → experts → all-to-all → weigh and add → + shared experts
 //
-// In a world of one on a GPU no row is moved: experts take rows from the tokens by index, and the weights meet the hidden rows.
+// In a world of one on a GPU the weights meet the experts' hidden rows, and the end of it is a plain sum.
 //
 // Backward is the mirror image. The router is router*.ts, the plan plan.ts, the movements dispatch.ts, the experts experts.ts and
 // expert_store.ts: this file puts them in order and owns nothing but the gate and the shared experts.
@@ -152,9 +152,9 @@ export class MoeLayer implements Disposable {
     undo.defer(() => dropShown([shown]));
     undo.defer(() => routed.release());
 
-    const scales_S = placed.direct ? undo.use(weightsOfRows(weights_NK, placed)) : null;
+    const scales_S = placed.weighsHidden ? undo.use(weightsOfRows(weights_NK, placed)) : null;
     const arriving = toExperts(
-      placed.direct ? x_ND : permute(x_ND, placed),
+      permute(x_ND, placed),
       placed,
       comm,
       this.#transfer(step, "forward", "dispatch"),
@@ -180,14 +180,9 @@ export class MoeLayer implements Disposable {
     if (shared && residual_ND) ops.add(residual_ND, shared.out_ND, out_ND);
     ops.combineRows(y_SD, placed.slots_NK, scales_S ? null : weights_NK, out_ND, onto);
     shared?.out_ND[Symbol.dispose]();
-    if (placed.direct) y_SD[Symbol.dispose]();
-    const saved: MoeSaved = {
-      x_ND,
-      routed,
-      experts,
-      y_SD: placed.direct ? null : y_SD,
-      shared: shared?.saved ?? null,
-    };
+    if (scales_S) y_SD[Symbol.dispose]();
+    const kept_SD = scales_S ? null : y_SD;
+    const saved = { x_ND, routed, experts, y_SD: kept_SD, shared: shared?.saved ?? null };
     if (!step.training) this.release(saved);
     undo.move();
     return { out_ND, saved, shown };
@@ -209,28 +204,26 @@ export class MoeLayer implements Disposable {
     step.combineBackwardStarts(this.layer);
     using undo = new DisposableStack();
     using dWeights_NK = empty(device, weights_NK.shape, weights_NK.dtype);
-    // The rows' gradient in the send order; if the plan is direct, experts take it from the tokens', and give that of the weights.
-    let dRows = dOut_ND;
+    let dY_SD: Tensor;
     if (y_SD) {
-      dRows = undo.use(empty(device, y_SD.shape, y_SD.dtype));
-      ops.combineRowsBackward(dOut_ND, y_SD, placed.slots_NK, weights_NK, dRows, dWeights_NK);
+      dY_SD = undo.use(empty(device, y_SD.shape, y_SD.dtype));
+      ops.combineRowsBackward(dOut_ND, y_SD, placed.slots_NK, weights_NK, dY_SD, dWeights_NK);
       y_SD[Symbol.dispose]();
-    }
-    const arriving = toExperts(dRows, placed, comm, this.#transfer(step, "backward", "combine"));
+    } else dY_SD = undo.use(permute(dOut_ND, placed)); // the weights' gradient comes from the hidden rows'
+    const arriving = toExperts(dY_SD, placed, comm, this.#transfer(step, "backward", "combine"));
     undo.defer(() => freeLater(arriving));
     // While the rows travel: shared experts, and the router where the weights' gradient is known.
     const later = { firstPass: step.firstPass, gradientReady: () => {} }; // behind the all-to-alls
     const dShared_ND = saved.shared && this.#shared!.backward(dOut_ND, saved.shared, later);
     if (dShared_ND) undo.use(dShared_ND);
     using early_NE = y_SD && await routed.backward(dWeights_NK, this.auxScale);
-    using dY = await arriving;
+    using dY_MD = await arriving;
     const { gradients, parameters } = this.store;
-    const { dX_MD, dScales_M } = expertsBackward(dY, saved.experts, this.#groups(placed), {
+    const { dX_MD, dScales_M } = expertsBackward(dY_MD, saved.experts, this.#groups(placed), {
       grads: gradients,
       beta: step.firstPass ? 0 : 1,
     });
     undo.use(dX_MD);
-    dY[Symbol.dispose]();
     for (const { name } of parameters) step.gradientReady(name);
     if (dScales_M) {
       using dScales_S = dScales_M;
@@ -365,8 +358,8 @@ export class MoeLayer implements Disposable {
 }
 
 /** Frees what is still on its way, when it comes. */
-function freeLater(arriving: Promise<Disposable>): void {
-  arriving.then((rows) => rows[Symbol.dispose](), () => {});
+function freeLater(arriving: Promise<Tensor>): void {
+  arriving.then((tensor) => tensor[Symbol.dispose](), () => {});
 }
 
 function sameSeats(a: PlacementPlan["seats"], b: PlacementPlan["seats"]): boolean {

@@ -58,9 +58,9 @@ export interface MoeSaved {
   readonly x_ND: Tensor;
   /** Where every row goes, with what weight, and the way back to the gate; owned. */
   readonly routed: Routed;
-  /** What the experts keep: their rows (a direct plan's are the input's), weights of rows, hidden rows; owned. */
+  /** What the experts keep: their rows, hidden rows, weights of rows; owned. */
   readonly experts: ExpertsSaved;
-  /** Outputs of the experts in the send order; owned. Null where the plan is direct: the weights met the hidden rows. */
+  /** Outputs of the experts in the send order; owned. Null where the weights met the hidden rows. */
   readonly y_SD: Tensor | null;
   /** What the shared experts keep; owned. */
   readonly shared: FeedForwardSaved | null;
