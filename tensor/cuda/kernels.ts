@@ -11,7 +11,13 @@ import {
 } from "./attention.ts";
 import type { CudaContext, ModuleSource } from "./context.ts";
 import { elementwiseKernels, elementwiseModule } from "./elementwise.ts";
-import { gateCombineModule, gateHopperModule, gateKernels, gateModule } from "./gate.ts";
+import {
+  gateCombineHopperModule,
+  gateCombineModule,
+  gateHopperModule,
+  gateKernels,
+  gateModule,
+} from "./gate.ts";
 import { gemmKernels } from "./gemm.ts";
 import { lossKernels, lossModule } from "./loss.ts";
 import { groupedKernels, groupedModule } from "./grouped.ts";
@@ -35,6 +41,7 @@ export const CUDA_MODULES: readonly ModuleSource[] = [
   attentionHopperModule,
   gateModule,
   gateCombineModule,
+  gateCombineHopperModule,
   gateHopperModule,
   groupedModule,
   hopperModule,
