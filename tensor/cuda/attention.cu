@@ -160,6 +160,7 @@ DEVICE void attention_forward(const bf16* q, const bf16* k, const bf16* v, bf16*
 #define ATTENTION(NAME, C, WARPS, M, KEYS, BLOCKS)                                                                                        \
   extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attention_forward_##NAME(                                              \
       const bf16* q, const bf16* k, const bf16* v, bf16* out, float* lse, const Tile* tiles, int H, int G, int width, float scale) {      \
+    after_previous();                                                                                                                     \
     attention_forward<C, WARPS, M, KEYS>(q, k, v, out, lse, tiles, H, G, width, scale);                                                   \
   }
 ATTENTION(32, 32, 4, 2, 64, 2)

@@ -32,6 +32,7 @@ const GENERAL_ROWS = 32, GENERAL_KEYS = 16, GENERAL_STEP = 8;
 /** Attention's forward pass in bf16 on tensor cores. */
 export const attentionModule: ModuleSource = {
   name: "attention",
+  overlaps: true,
   source: tileSource + forwardSource,
   kernels: Object.fromEntries(WIDTHS.map((C) => [`attention_forward_${C}`, FORWARD])),
 };
@@ -39,6 +40,7 @@ export const attentionModule: ModuleSource = {
 /** Attention's gradient in bf16 on tensor cores. */
 export const attentionBackwardModule: ModuleSource = {
   name: "attention_backward",
+  overlaps: true,
   source: tileSource + backwardSource,
   kernels: Object.fromEntries(
     [...WIDTHS, "96_small", "128_small"].flatMap((name) => [
@@ -51,6 +53,7 @@ export const attentionBackwardModule: ModuleSource = {
 /** Attention and its gradient in bf16 by Hopper's own instructions, for heads of 64 and 128 columns. */
 export const attentionHopperModule: ModuleSource = {
   name: "attention_hopper",
+  overlaps: true,
   source: tileSource + hopperSource,
   kernels: Object.fromEntries(
     [64, 128].flatMap((C) => [
@@ -66,6 +69,7 @@ export const attentionHopperModule: ModuleSource = {
 /** Attention and its gradient in f32, and in bf16 for heads that the others do not take. */
 export const attentionGeneralModule: ModuleSource = {
   name: "attention_general",
+  overlaps: true,
   source: generalSource,
   kernels: Object.fromEntries(
     ["f32", "bf16"].flatMap((dtype) =>

@@ -315,11 +315,13 @@ DEVICE void attention_keys(const bf16* d_out, const bf16* q, const bf16* k, cons
   extern "C" __global__ void __launch_bounds__(QW * 32, BLOCKS) attention_queries_##NAME(                                                  \
       const bf16* d_out, const bf16* q, const bf16* k, const bf16* v, const bf16* out, const float* lse, bf16* dq, RowStatistics* rows,    \
       const Tile* tiles, int slots, int H, int G, int width, float scale) {                                                                \
+    after_previous();                                                                                                                      \
     attention_queries<C, QW, QM, QSUB>(d_out, q, k, v, out, lse, dq, rows, tiles, slots, H, G, width, scale);                              \
   }                                                                                                                                        \
   extern "C" __global__ void __launch_bounds__(KW * 32, BLOCKS) attention_keys_##NAME(                                                     \
       const bf16* d_out, const bf16* q, const bf16* k, const bf16* v, bf16* dk, bf16* dv, const RowStatistics* rows, const Tile* tiles,    \
       int slots, int H, int G, int width, float scale) {                                                                                   \
+    after_previous();                                                                                                                      \
     attention_keys<C, KW, KM, KSUB>(d_out, q, k, v, dk, dv, rows, tiles, slots, H, G, width, scale);                                       \
   }
 BACKWARD(32, 32, 2, 4, 2, 32, 4, 2, 32)

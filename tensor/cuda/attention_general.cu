@@ -201,16 +201,19 @@ DEVICE void keys(const T* d_out, const T* q, const T* k, const T* v, T* dk, T* d
 #define GENERAL(T, DTYPE, WIDTH)                                                                                                          \
   extern "C" __global__ void __launch_bounds__(THREADS) general_forward_##DTYPE##_##WIDTH(                                                \
       const T* q, const T* k, const T* v, T* out, float* lse, const Tile* tiles, int H, int G, int width, float scale) {                  \
+    after_previous();                                                                                                                     \
     forward<T, WIDTH / 4>(q, k, v, out, lse, tiles, H, G, width, scale);                                                                  \
   }                                                                                                                                       \
   extern "C" __global__ void __launch_bounds__(THREADS) general_queries_##DTYPE##_##WIDTH(                                                \
       const T* d_out, const T* q, const T* k, const T* v, const T* out, const float* lse, T* dq, RowStatistics* rows, const Tile* tiles,  \
       int slots, int H, int G, int width, float scale) {                                                                                  \
+    after_previous();                                                                                                                     \
     queries<T, WIDTH / 4>(d_out, q, k, v, out, lse, dq, rows, tiles, slots, H, G, width, scale);                                          \
   }                                                                                                                                       \
   extern "C" __global__ void __launch_bounds__(THREADS) general_keys_##DTYPE##_##WIDTH(                                                   \
       const T* d_out, const T* q, const T* k, const T* v, T* dk, T* dv, const RowStatistics* rows, const Tile* tiles, int slots, int H,   \
       int G, int width, float scale) {                                                                                                    \
+    after_previous();                                                                                                                     \
     keys<T, WIDTH / 4>(d_out, q, k, v, dk, dv, rows, tiles, slots, H, G, width, scale);                                                   \
   }
 GENERAL(float, f32, 64)

@@ -200,6 +200,7 @@ DEVICE void attention_forward_hopper(const bf16* q, const bf16* k, const bf16* v
 #define ATTENTION_HOPPER(NAME, C, GROUPS, KEYS, BLOCKS)                                                                                   \
   extern "C" __global__ void __launch_bounds__(GROUPS * 128, BLOCKS) attention_hopper_##NAME(                                             \
       const bf16* q, const bf16* k, const bf16* v, bf16* out, float* lse, const Tile* tiles, int H, int G, int width, float scale) {      \
+    after_previous();                                                                                                                     \
     attention_forward_hopper<C, GROUPS, KEYS>(q, k, v, out, lse, tiles, H, G, scale);                                                     \
   }
 
@@ -429,11 +430,13 @@ DEVICE void attention_keys_hopper(const bf16* d_out, const bf16* q, const bf16* 
   extern "C" __global__ void __launch_bounds__(QG * 128, QB) attention_queries_hopper_##NAME(                                             \
       const bf16* d_out, const bf16* q, const bf16* k, const bf16* v, const bf16* out, const float* lse, bf16* dq, RowStatistics* rows,   \
       const Tile* tiles, int slots, int H, int G, int width, float scale) {                                                               \
+    after_previous();                                                                                                                     \
     attention_queries_hopper<C, QG>(d_out, q, k, v, out, lse, dq, rows, tiles, slots, H, G, scale);                                       \
   }                                                                                                                                       \
   extern "C" __global__ void __launch_bounds__(KG * 128, KB) attention_keys_hopper_##NAME(                                                \
       const bf16* d_out, const bf16* q, const bf16* k, const bf16* v, bf16* dk, bf16* dv, const RowStatistics* rows, const Tile* tiles,   \
       int slots, int H, int G, int width, float scale) {                                                                                  \
+    after_previous();                                                                                                                     \
     attention_keys_hopper<C, KG>(d_out, q, k, v, dk, dv, rows, tiles, slots, H, G, scale);                                                \
   }
 

@@ -71,6 +71,7 @@ DEVICE void map2(const T* x, const T* y, T* out, i64 size, F f) {
 // Bytes of a repeated pattern of 8; `low` and `high` are its halves. The pattern of an element of 2 or 4 bytes is that element repeated, so
 // a byte's place in the pattern is its address modulo 8.
 extern "C" __global__ void fill_pattern(u8* x, i64 bytes, u32 low, u32 high) {
+  after_previous();
   i64 head = (i64)((16 - ((u64)x & 15)) & 15);
   if (head > bytes) head = bytes;
   i64 packs = (bytes - head) / 16, last = head + packs * 16;
@@ -88,6 +89,7 @@ extern "C" __global__ void fill_pattern(u8* x, i64 bytes, u32 low, u32 high) {
 
 // Copies as units of 16 bytes, or of the largest power of two that divides both addresses and the size.
 extern "C" __global__ void copy_bytes(const u8* x, u8* out, i64 bytes) {
+  after_previous();
   using Unit = Pack<u32, 4>;
   u64 both = (u64)x | (u64)out;
   if (both % 16 == 0) {
@@ -115,6 +117,7 @@ DEVICE float plain(bf16 x) { return to_f32(x); }
 
 #define CONVERT(FROM, TO)                                                                                     \
   extern "C" __global__ void copy_##FROM##_##TO(const FROM* x, TO* out, i64 size) {                           \
+    after_previous();                                                                                         \
     constexpr int N = 16 / (sizeof(FROM) > sizeof(TO) ? sizeof(FROM) : sizeof(TO));                           \
     map<N>(x, out, size, [](FROM value) { return (typename Wide<TO>::type)plain(value); });                   \
   }
@@ -136,12 +139,15 @@ CONVERT(i32, f64)
 
 #define ARITHMETIC(T)                                                                          \
   extern "C" __global__ void add_##T(const T* x, const T* y, T* out, i64 size) {               \
+    after_previous();                                                                          \
     map2(x, y, out, size, [](float a, float b) { return a + b; });                             \
   }                                                                                            \
   extern "C" __global__ void axpy_##T(float alpha, const T* x, T* y, i64 size) {               \
+    after_previous();                                                                          \
     map2(x, y, y, size, [=](float a, float b) { return fmaf(alpha, a, b); });                  \
   }                                                                                            \
   extern "C" __global__ void scale_##T(T* x, float alpha, i64 size) {                          \
+    after_previous();                                                                          \
     map<16 / sizeof(T)>(x, x, size, [=](T a) { return to_f32(a) * alpha; });                   \
   }
 ARITHMETIC(f32)
@@ -295,18 +301,23 @@ DEVICE void swiglu_backward(const T* d_out, const T* x, T* d_x, i64 rows, i64 F)
 
 #define ACTIVATIONS(T)                                                                                           \
   extern "C" __global__ void relu_##T(const T* x, T* out, i64 size) {                                            \
+    after_previous();                                                                                            \
     map<16 / sizeof(T)>(x, out, size, [](T a) { return Relu::value(to_f32(a)); });                               \
   }                                                                                                              \
   extern "C" __global__ void gelu_##T(const T* x, T* out, i64 size) {                                            \
+    after_previous();                                                                                            \
     map<16 / sizeof(T)>(x, out, size, [](T a) { return Gelu::value(to_f32(a)); });                               \
   }                                                                                                              \
   extern "C" __global__ void relu_backward_##T(const T* d_out, const T* x, T* d_x, i64 size) {                   \
+    after_previous();                                                                                            \
     map2(d_out, x, d_x, size, [](float d, float a) { return Relu::gradient(d, a); });                            \
   }                                                                                                              \
   extern "C" __global__ void gelu_backward_##T(const T* d_out, const T* x, T* d_x, i64 size) {                   \
+    after_previous();                                                                                            \
     map2(d_out, x, d_x, size, [](float d, float a) { return Gelu::gradient(d, a); });                            \
   }                                                                                                              \
   extern "C" __global__ void swiglu_backward_##T(const T* d_out, const T* x, T* d_x, i64 rows, i64 F) {          \
+    after_previous();                                                                                            \
     swiglu_backward(d_out, x, d_x, rows, F);                                                                     \
   }
 ACTIVATIONS(f32)
@@ -314,11 +325,13 @@ ACTIVATIONS(bf16)
 
 #define ROWS(NAME, A, T)                                                                                         \
   extern "C" __global__ void NAME##_rows_##T(const T* x, T* out, const float* scales, i64 rows, i64 F) {         \
+    after_previous();                                                                                            \
     activate_rows<A>(x, out, scales, rows, F);                                                                   \
   }                                                                                                              \
   extern "C" __global__ void __launch_bounds__(256)                                                              \
       NAME##_backward_rows_##T(const T* d_out, const T* x, T* d_x, const float* scales, float* d_scales,         \
                                i64 rows, i64 F) {                                                                \
+    after_previous();                                                                                            \
     activate_rows_backward<A>(d_out, x, d_x, scales, d_scales, rows, F);                                         \
   }
 ROWS(relu, Relu, f32)

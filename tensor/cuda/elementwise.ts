@@ -31,6 +31,7 @@ const conversions = CONVERTED.flatMap((from) =>
 /** The kernels of elementwise.cu. */
 export const elementwiseModule: ModuleSource = {
   name: "elementwise",
+  overlaps: true,
   source: `${activations}\n#line 1 "elementwise.cu"\n${source}`,
   kernels: Object.fromEntries([
     ["fill_pattern", ["ptr", "i64", "i32", "i32"]],

@@ -193,10 +193,12 @@ DEVICE void grouped_f32(const float* a, const float* b, const u64* weights, cons
       int n_size, int k_size, float beta
 #define MMA(NAME, MODE, ALIGNED, OUT)                                                                                      \
   extern "C" __global__ void __launch_bounds__(256) NAME(PARAMETERS(bf16)) {                                               \
+    after_previous();                                                                                                      \
     grouped_mma<MODE, ALIGNED, OUT>(a, b, weights, offsets, groups, (OUT*)out, outs, m_size, n_size, k_size, beta);        \
   }
 #define F32(NAME, MODE)                                                                                                    \
   extern "C" __global__ void __launch_bounds__(256) NAME(PARAMETERS(float)) {                                              \
+    after_previous();                                                                                                      \
     grouped_f32<MODE>(a, b, weights, offsets, groups, (float*)out, outs, m_size, n_size, k_size, beta);                    \
   }
 MMA(grouped_0_bf16, 0, true, bf16)

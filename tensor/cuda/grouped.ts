@@ -34,6 +34,7 @@ const NAMES = [0, 1, 2].flatMap((mode) => [
 /** The kernels of grouped.cu. */
 export const groupedModule: ModuleSource = {
   name: "grouped",
+  overlaps: true,
   source: `${walk}\n#line 1 "grouped.cu"\n${source}`,
   kernels: Object.fromEntries(NAMES.map((name) => [name, PARAMETERS])),
 };

@@ -49,6 +49,7 @@ const SHARED = 4 * (128 + 256) * DEPTH * 2 + 4 * 8192 + 1024;
 /** The kernels of grouped_fused.cu. */
 export const fusedModule: ModuleSource = {
   name: "grouped_fused",
+  overlaps: true,
   source: [
     activations,
     walk,

@@ -226,14 +226,17 @@ DEVICE void cross_entropy(T* logits, const int* targets, float* losses, int widt
 
 #define ROWS(NAME, T)                                                                                                 \
   extern "C" __global__ void __launch_bounds__(1024) softmax_##NAME(const T* x, T* out, int width) {                  \
+    after_previous();                                                                                                 \
     softmax(x, out, width);                                                                                           \
   }                                                                                                                   \
   extern "C" __global__ void __launch_bounds__(1024)                                                                  \
   softmax_backward_##NAME(const T* d_y, const T* y, T* d_x, int width) {                                              \
+    after_previous();                                                                                                 \
     softmax_backward(d_y, y, d_x, width);                                                                             \
   }                                                                                                                   \
   extern "C" __global__ void __launch_bounds__(512, 3)                                                                \
   cross_entropy_##NAME(T* logits, const int* targets, float* losses, int width, float scale, int staged) {            \
+    after_previous();                                                                                                 \
     cross_entropy(logits, targets, losses, width, scale, staged);                                                     \
   }
 ROWS(f32, float)

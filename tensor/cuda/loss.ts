@@ -16,6 +16,7 @@ const CROSS_ENTROPY: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "f3
 /** The kernels of loss.cu. */
 export const lossModule: ModuleSource = {
   name: "loss",
+  overlaps: true,
   source,
   kernels: Object.fromEntries(
     ["f32", "bf16"].flatMap((dtype): [string, readonly ParameterType[]][] => [

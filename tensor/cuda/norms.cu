@@ -95,24 +95,30 @@ DEVICE void rms_norm_general(const T* x, const T* y, const T* gain, T* sum, T* o
 
 #define RMS_NORM(T, DTYPE)                                                                                                            \
   extern "C" __global__ void rms_norm_warp_##DTYPE(const T* x, const T* gain, T* out, float* inv_rms, i64 N, int D, float eps) {      \
+    after_previous();                                                                                                                 \
     rms_norm_packed<T, false, true>(x, x, gain, out, out, inv_rms, N, D, eps);                                                        \
   }                                                                                                                                   \
   extern "C" __global__ void rms_norm_block_##DTYPE(const T* x, const T* gain, T* out, float* inv_rms, i64 N, int D, float eps) {     \
+    after_previous();                                                                                                                 \
     rms_norm_packed<T, false, false>(x, x, gain, out, out, inv_rms, N, D, eps);                                                       \
   }                                                                                                                                   \
   extern "C" __global__ void rms_norm_general_##DTYPE(const T* x, const T* gain, T* out, float* inv_rms, i64 N, int D, float eps) {   \
+    after_previous();                                                                                                                 \
     rms_norm_general<T, false>(x, x, gain, out, out, inv_rms, D, eps);                                                                \
   }                                                                                                                                   \
   extern "C" __global__ void add_rms_norm_warp_##DTYPE(const T* x, const T* y, const T* gain, T* sum, T* out, float* inv_rms, i64 N,  \
                                                        int D, float eps) {                                                           \
+    after_previous();                                                                                                                \
     rms_norm_packed<T, true, true>(x, y, gain, sum, out, inv_rms, N, D, eps);                                                         \
   }                                                                                                                                   \
   extern "C" __global__ void add_rms_norm_block_##DTYPE(const T* x, const T* y, const T* gain, T* sum, T* out, float* inv_rms, i64 N, \
                                                         int D, float eps) {                                                          \
+    after_previous();                                                                                                                \
     rms_norm_packed<T, true, false>(x, y, gain, sum, out, inv_rms, N, D, eps);                                                        \
   }                                                                                                                                   \
   extern "C" __global__ void add_rms_norm_general_##DTYPE(const T* x, const T* y, const T* gain, T* sum, T* out, float* inv_rms,      \
                                                           i64 N, int D, float eps) {                                                 \
+    after_previous();                                                                                                                \
     rms_norm_general<T, true>(x, y, gain, sum, out, inv_rms, D, eps);                                                                 \
   }
 RMS_NORM(float, f32)
@@ -223,14 +229,17 @@ DEVICE void rms_norm_backward_general(const T* d_out, const T* x, const T* gain,
 #define RMS_NORM_BACKWARD(T, DTYPE)                                                                                                      \
   extern "C" __global__ void __launch_bounds__(256, 2) rms_norm_backward_warp_##DTYPE(                                                   \
       const T* d_out, const T* x, const T* gain, const float* inv_rms, const T* residual, T* dx, float* partial, i64 N, int D) {         \
+    after_previous();                                                                                                                    \
     rms_norm_backward_packed<T, true>(d_out, x, gain, inv_rms, residual, dx, partial, N, D);                                             \
   }                                                                                                                                      \
   extern "C" __global__ void __launch_bounds__(512, 1) rms_norm_backward_block_##DTYPE(                                                  \
       const T* d_out, const T* x, const T* gain, const float* inv_rms, const T* residual, T* dx, float* partial, i64 N, int D) {         \
+    after_previous();                                                                                                                    \
     rms_norm_backward_packed<T, false>(d_out, x, gain, inv_rms, residual, dx, partial, N, D);                                            \
   }                                                                                                                                      \
   extern "C" __global__ void rms_norm_backward_general_##DTYPE(                                                                          \
       const T* d_out, const T* x, const T* gain, const float* inv_rms, const T* residual, T* dx, float* partial, i64 N, int D) {         \
+    after_previous();                                                                                                                    \
     rms_norm_backward_general<T>(d_out, x, gain, inv_rms, residual, dx, partial, N, D);                                                  \
   }
 RMS_NORM_BACKWARD(float, f32)
@@ -259,8 +268,8 @@ DEVICE void add_columns(const float* partial, T* d_gain, int rows, int D) {
   for (int i = 0; i < 32; i++) all += sums[i][lane];
   d_gain[column] = from_f32<T>(to_f32(d_gain[column]) + all);
 }
-extern "C" __global__ void add_columns_f32(const float* partial, float* d_gain, int rows, int D) { add_columns(partial, d_gain, rows, D); }
-extern "C" __global__ void add_columns_bf16(const float* partial, bf16* d_gain, int rows, int D) { add_columns(partial, d_gain, rows, D); }
+extern "C" __global__ void add_columns_f32(const float* partial, float* d_gain, int rows, int D) { after_previous(); add_columns(partial, d_gain, rows, D); }
+extern "C" __global__ void add_columns_bf16(const float* partial, bf16* d_gain, int rows, int D) { after_previous(); add_columns(partial, d_gain, rows, D); }
 
 struct alignas(8) Angle {
   float cosine, sine;
@@ -308,6 +317,7 @@ DEVICE void rotate(T* fused, T* q, T* k, T* v, const int* positions, const doubl
 #define ROTATE(NAME, T, E, SPLIT)                                                                                                   \
   extern "C" __global__ void NAME(T* fused, T* q, T* k, T* v, const int* positions, const double* turns, i64 N, int H, int G, int C, \
                                   int rows, float direction) {                                                                      \
+    after_previous();                                                                                                               \
     rotate<T, E, SPLIT>(fused, q, k, v, positions, turns, N, H, G, C, rows, direction);                                             \
   }
 ROTATE(split_packed_f32, float, 4, true)

@@ -21,6 +21,7 @@ const ROTATE: readonly ParameterType[] = ["ptr", "ptr", "ptr", "ptr", "ptr", "pt
 /** The kernels of norms.cu. */
 export const normsModule: ModuleSource = {
   name: "norms",
+  overlaps: true,
   source,
   kernels: Object.fromEntries(
     ["f32", "bf16"].flatMap((dtype): [string, readonly ParameterType[]][] => [

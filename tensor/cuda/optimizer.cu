@@ -88,6 +88,7 @@ DEVICE double thread_sum(const T* x, i64 begin, i64 end, F f) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 square_partials(const Summand* table, int entries, int chunk, double* partials) {
+  after_previous();
   __shared__ double scratch[THREADS];
   Summand x = table[find_entry(table, entries, blockIdx.x)];
   auto square = [](double a) { return a * a; };
@@ -100,6 +101,7 @@ square_partials(const Summand* table, int entries, int chunk, double* partials) 
 #define SUM_PARTIALS(NAME, T)                                                                             \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                   \
   sum_partials_##NAME(const T* x, i64 size, int chunk, double* partials) {                                \
+    after_previous();                                                                                     \
     __shared__ double scratch[THREADS];                                                                   \
     i64 begin = (i64)blockIdx.x * chunk, end = begin + chunk < size ? begin + chunk : size;               \
     double sum = block_sum_f64(thread_sum(x, begin, end, [](double a) { return a; }), scratch);           \
@@ -110,6 +112,7 @@ SUM_PARTIALS(bf16, bf16)
 
 // out[0] += Σ partials; one block of 1024 threads.
 extern "C" __global__ void __launch_bounds__(1024) add_partials(const double* partials, int count, double* out) {
+  after_previous();
   __shared__ double scratch[1024];
   double sum = 0;
 #pragma unroll 8
@@ -120,6 +123,7 @@ extern "C" __global__ void __launch_bounds__(1024) add_partials(const double* pa
 
 // One thread. NaN if the sum of squares is not finite, whatever the limit.
 extern "C" __global__ void clip_scale(const double* squares, double limit, float* out) {
+  after_previous();
   double norm = sqrt(squares[0]);
   double factor = limit > 0 && norm > limit ? limit / norm : 1;
   out[0] = norm * 0 == 0 ? (float)factor : (float)(norm * 0);
@@ -211,6 +215,7 @@ DEVICE void adamw_range(const Parameter& p, i64 begin, i64 end, const AdamW& a, 
 extern "C" __global__ void __launch_bounds__(THREADS)
 adamw(const Parameter* table, int entries, int chunk, const float* scale, int zero, float lr, float beta1, float beta2, float rest1,
       float rest2, float eps, float correction1, float correction2) {
+  after_previous();
   Parameter p = table[find_entry(table, entries, blockIdx.x)];
   AdamW a = {lr, beta1, beta2, rest1, rest2, eps, correction1, correction2, scale[0]};
   bool update = a.scale * 0.0f == 0.0f;

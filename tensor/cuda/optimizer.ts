@@ -11,6 +11,7 @@ type Optimizer = Pick<Kernels, "sum" | "sumSquares" | "clipScale" | "adamW">;
 /** The kernels of optimizer.cu. */
 export const optimizerModule: ModuleSource = {
   name: "optimizer",
+  overlaps: true,
   source,
   kernels: {
     square_partials: ["ptr", "i32", "i32", "ptr"],

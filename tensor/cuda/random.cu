@@ -25,6 +25,7 @@ DEVICE void fill_normal(T* out, i64 size, u32 a, u32 b, float std) {
 
 #define NORMAL(T, name) \
   extern "C" __global__ void name(T* out, i64 size, int a, int b, float std) { \
+    after_previous();                                                          \
     fill_normal<T>(out, size, (u32)a, (u32)b, std); \
   }
 NORMAL(float, normal_f32)

@@ -9,6 +9,7 @@ const PARAMETERS: readonly ParameterType[] = ["ptr", "i64", "i32", "i32", "f32"]
 /** The kernels of random.cu. */
 export const randomModule: ModuleSource = {
   name: "random",
+  overlaps: true,
   source,
   kernels: { normal_f32: PARAMETERS, normal_bf16: PARAMETERS },
 };

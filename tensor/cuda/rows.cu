@@ -96,6 +96,7 @@ DEVICE void gather_rows(const U* x, const int* rows, U* out, i64 count, i64 unit
 #define GATHER(NAME, U)                                                                                           \
   extern "C" __global__ void __launch_bounds__(256, 6)                                                            \
       NAME(const U* x, const int* rows, U* out, i64 count, i64 units, int shift, int streams) {                   \
+    after_previous();                                                                                             \
     gather_rows<U>(x, rows, out, count, units, shift, streams != 0);                                              \
   }
 GATHER(gather_rows_16, uint4)
@@ -175,15 +176,18 @@ DEVICE void scatter_rest(const int* keys, O* out, const float* parts, int n, int
 }
 extern "C" __global__ void scatter_rest_f32(const int* keys, float* out, const float* parts, int n, int last,
                                             int width) {
+  after_previous();
   scatter_rest<float>(keys, out, parts, n, last, width);
 }
 extern "C" __global__ void scatter_rest_bf16(const int* keys, bf16* out, const float* parts, int n, int last,
                                              int width) {
+  after_previous();
   scatter_rest<bf16>(keys, out, parts, n, last, width);
 }
 #define SCATTER(NAME, T, O, N)                                                                                   \
   extern "C" __global__ void NAME(const T* x, const int* keys, const int* order, O* out, float* parts, int n,   \
                                   int last, int width) {                                                         \
+    after_previous();                                                                                            \
     scatter_add<T, O, N>(x, keys, order, out, parts, n, last, width);                                            \
   }
 SCATTER(scatter_add_f32_f32_wide, float, float, 4)
@@ -244,6 +248,7 @@ DEVICE void combine(const T* y, const int* slots, const void* weights, int kind,
   extern "C" __global__ void __launch_bounds__(256, 4)                                                                 \
       NAME(const T* y, const int* slots, const void* weights, int kind, const T* residual, T* out, i64 tokens,        \
            int choices, i64 width, int shift) {                                                                        \
+    after_previous();                                                                                                  \
     combine<T, N, C, U>(y, slots, weights, kind, residual, out, tokens, choices, width, shift);                        \
   }
 #define COMBINES(SUFFIX, T, N)                 \
@@ -318,6 +323,7 @@ DEVICE void combine_backward(const T* d_out, const T* y, const int* slots, const
   extern "C" __global__ void __launch_bounds__(256, 3)                                                              \
       NAME(const T* d_out, const T* y, const int* slots, const void* weights, int kind, T* d_y, void* d_weights,   \
            i64 tokens, int choices, i64 width) {                                                                    \
+    after_previous();                                                                                               \
     combine_backward<T, N, C, U>(d_out, y, slots, weights, kind, d_y, d_weights, tokens, choices, width);           \
   }
 #define COMBINES_BACKWARD(SUFFIX, T, N)                          \
@@ -330,6 +336,7 @@ COMBINES_BACKWARD(bf16, bf16, 8)
 
 // scales[slots[i]] = weights[i]: the weights of choices as one number per row.
 extern "C" __global__ void scatter_weights(const float* weights, const int* slots, float* scales, i64 count) {
+  after_previous();
   i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= count) return;
   int slot = slots[i];
@@ -337,6 +344,7 @@ extern "C" __global__ void scatter_weights(const float* weights, const int* slot
 }
 // The way back; 0 where there is no row.
 extern "C" __global__ void gather_weights(const float* scales, const int* slots, float* weights, i64 count) {
+  after_previous();
   i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= count) return;
   int slot = slots[i];

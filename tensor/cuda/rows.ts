@@ -39,6 +39,7 @@ const PIECE = 128;
 /** The kernels of rows.cu. */
 export const rowsModule: ModuleSource = {
   name: "rows",
+  overlaps: true,
   source,
   kernels: Object.fromEntries([
     ...UNITS.map((unit) => [`gather_rows_${unit}`, GATHER] as const),
