@@ -2,8 +2,8 @@
 // back through the second layer leaves as the gradient before the activation. The same persistent kernel as in grouped_hopper.cu, with more
 // work per result: a finished tile waits as bf16 pairs in registers, and the steps of the next tile treat a part of it each (a phase) while the
 // tensor cores multiply. activations.cuh, grouped_walk.cuh and grouped_hopper.cuh come before this file.
-// Rows of the product's first operand may be taken by index, and the activation's rows times a scale (a router's weight); backward the scales'
-// gradients are sums over a row, made tile by tile and added up by a kernel of their own, always in the same order.
+// The activation's rows may be scaled (by a router's weights); backward the scales' gradients are sums over a row, made tile by tile and added up
+// by a kernel of their own, always in the same order.
 // There is no gradient of SwiGLU: with two matrices to fetch and two to write it was no faster than two kernels.
 //
 // Letters: F hidden width, `up` the matrix before the activation, [R, F], or [R, 2F] with the gates first for SwiGLU. A chunk is 64 of a
@@ -13,14 +13,18 @@ constexpr int RELU = 0, GELU = 1, SWIGLU = 2;
 constexpr int STAGES = 4;
 constexpr int BLOCKS = 2;  // blocks in shared memory that a consumer has for results
 
-// Shape of a kernel: backward or forward, of which activation, rows by index or not, with scales or not.
-template <bool BACK, int OF, bool GATHER, bool SCALE>
+// Shape of a kernel: backward or forward, of which activation, with scales or not.
+template <bool BACK, int OF, bool SCALE>
 struct Fused {
-  static constexpr bool BACKWARD = BACK, GATHERED = GATHER, SCALED = SCALE;
+  static constexpr bool BACKWARD = BACK, SCALED = SCALE;
   static constexpr int KIND = OF;
   // Columns of the hidden width in a tile. SwiGLU forward: 128 gates beside the 128 columns that they gate.
   static constexpr int COLUMNS = !BACK && OF == SWIGLU ? 128 : 256;
-  static constexpr int PHASES = BACK ? 11 : OF == SWIGLU ? 8 : 12;
+  // A chunk's activation or gradient is made in so many phases. A quarter of it takes less than the multiplication of a step, half of it more.
+  static constexpr int PARTS = SCALE ? 4 : 2;
+  // Forward: phases of a chunk before its first part. With four parts, the first has the product's way out before it.
+  static constexpr int BEFORE = OF == SWIGLU ? 2 : PARTS == 2;
+  static constexpr int PHASES = !BACK ? (OF == SWIGLU ? 2 : 4) * (BEFORE + PARTS) : PARTS == 2 ? 11 : 16;
 };
 
 struct FusedProblem {
@@ -30,9 +34,6 @@ struct FusedProblem {
   int groups;
   bf16 *up, *out;  // forward: up and the activation; backward: none and the gradient
   int f_size, k_size;
-  // Row r of the product's first operand is x[rows[r]].
-  const bf16* x;
-  const int* rows;
   // Of each row, or null for 1; backward also partial sums of its gradient [tiles in F, R], or null.
   const float* scales;
   float* d_scales;
@@ -149,14 +150,14 @@ struct Later {
   static DEVICE float value(float x, float y) {
     return S::KIND == SWIGLU ? Swiglu::value(x, y) : S::KIND == GELU ? Gelu::value(x) : Relu::value(x);
   }
-  template <int FROM, int HALF>
+  template <int FROM, int PART>
   DEVICE void activated(int f) {
     if (f >= problem->f_size) return;
     float scales[2];
     get_scales(scales);
-    if (HALF == 0) take();
+    if (PART == 0) take();
 #pragma unroll
-    for (int j = 4 * HALF; j < 4 * HALF + 4; j += 2) {
+    for (int j = 8 / S::PARTS * PART; j < 8 / S::PARTS * (PART + 1); j += 2) {
       u32 piece[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -168,26 +169,17 @@ struct Later {
       }
       put_piece(place(block(turn), j), piece);
     }
-    if (HALF == 0) return;
+    if (PART < S::PARTS - 1) return;
     ready();
     leave(block(turn), problem->out_map, problem->out, f, f, problem->f_size);
   }
   template <int PHASE>
   DEVICE void forward() {
-    if (S::KIND == SWIGLU) {
-      constexpr int CHUNK = PHASE / 4 % 2, PART = PHASE % 4, FROM = 16 * CHUNK;
-      int f = column + 64 * CHUNK, F = problem->f_size;
-      if (PART == 0) raw<FROM>(f, f, 2 * F);
-      if (PART == 1) raw<FROM + 32>(f, F + f, 2 * F);
-      if (PART == 2) activated<FROM, 0>(f);
-      if (PART == 3) activated<FROM, 1>(f);
-    } else {
-      constexpr int CHUNK = PHASE / 3 % 4, PART = PHASE % 3, FROM = 16 * CHUNK;
-      int f = column + 64 * CHUNK;
-      if (PART == 0) raw<FROM>(f, f, problem->f_size);
-      if (PART == 1) activated<FROM, 0>(f);
-      if (PART == 2) activated<FROM, 1>(f);
-    }
+    constexpr int PER_CHUNK = S::BEFORE + S::PARTS, CHUNK = PHASE / PER_CHUNK % (S::COLUMNS / 64), PART = PHASE % PER_CHUNK, FROM = 16 * CHUNK;
+    int f = column + 64 * CHUNK, F = problem->f_size;
+    if (PART == 0) raw<FROM>(f, f, S::KIND == SWIGLU ? 2 * F : F);
+    if (S::KIND == SWIGLU && PART == 1) raw<FROM + 32>(f, F + f, 2 * F);
+    if (PART >= S::BEFORE) activated<FROM, PART - S::BEFORE>(f);
   }
 
   // --- Backward: a chunk of `up` comes into a block, becomes the gradient there and leaves. Chunks take the two blocks in turn.
@@ -217,15 +209,15 @@ struct Later {
       if (threadIdx.x % 4 == 0 && r < row_end) problem->d_scales[(i64)(column / S::COLUMNS) * problem->r_size + r] = sum;
     }
   }
-  template <int CHUNK, int HALF>
+  template <int CHUNK, int PART>
   DEVICE void treat() {
     u32 at = block(CHUNK % 2);
     asm volatile("" : "+r"(at));  // addresses are computed here, not kept in registers
     float scales[2];
     get_scales(scales);
-    if (HALF == 0) barrier_wait(loaded + CHUNK % 2, CHUNK / 2);
+    if (PART == 0) barrier_wait(loaded + CHUNK % 2, CHUNK / 2);
 #pragma unroll
-    for (int j = 4 * HALF; j < 4 * HALF + 4; j += 2) {
+    for (int j = 8 / S::PARTS * PART; j < 8 / S::PARTS * (PART + 1); j += 2) {
       u32 x[4];
       get_piece(x, place(at, j));
 #pragma unroll
@@ -237,7 +229,7 @@ struct Later {
       }
       put_piece(place(at, j), x);
     }
-    if (HALF == 0) return;
+    if (PART < S::PARTS - 1) return;
     if (S::SCALED && CHUNK == 3) put_sums();
     int f = column + 64 * CHUNK;
     ready();
@@ -245,6 +237,15 @@ struct Later {
   }
   template <int PHASE>
   DEVICE void backward() {
+    if (S::PARTS == 4) {
+      // A block is filled anew two phases after its chunk has left, and three before it is needed.
+      if (PHASE == 1) fetch<1>(row, column);
+      if (PHASE == 5) fetch<2>(row, column);
+      if (PHASE == 9) fetch<3>(row, column);
+      if (PHASE == 13 && coming_row >= 0) fetch<0>(coming_row, coming_column);
+      treat<PHASE / 4 % 4, PHASE % 4>();
+      return;
+    }
     if (PHASE == 0) treat<0, 0>();
     if (PHASE == 1) treat<0, 1>();
     if (PHASE == 2) fetch<2>(row, column), treat<1, 0>();
@@ -278,18 +279,24 @@ struct Later {
       case 8: run<8>(); break;
       case 9: run<9>(); break;
       case 10: run<10>(); break;
-      default: run<11>();
+      default:
+        if (S::PHASES <= 12) run<11>();
+        else advance_late();
     }
     next++;
+  }
+  DEVICE void advance_late() {
+    switch (next) {
+      case 11: run<11>(); break;
+      case 12: run<12>(); break;
+      case 13: run<13>(); break;
+      case 14: run<14>(); break;
+      default: run<15>();
+    }
   }
 };
 
 // --- The kernel.
-// The last block leaves the counter as it was found.
-DEVICE void leave_counter(u32* counter) {
-  if (atomicAdd(counter + 1, 1u) == gridDim.x - 1) counter[0] = 0, counter[1] = 0;
-}
-
 // One thread: loads the stages of tile after tile, and draws the tiles.
 template <typename S>
 DEVICE void produce_fused(const FusedProblem& p, FusedShared& shared, u32 ring) {
@@ -323,55 +330,8 @@ DEVICE void produce_fused(const FusedProblem& p, FusedShared& shared, u32 ring) 
       if (++stage == STAGES) stage = 0, phase ^= 1;
     }
   }
-  leave_counter(p.counter);
-}
-
-// 128 threads: the same with rows by index, which they copy. The first of them draws the tiles for all and loads the weights.
-template <typename S>
-DEVICE void produce_gathered(const FusedProblem& p, FusedShared& shared, u32 ring) {
-  Walk<S::BACKWARD, TILE_M, S::COLUMNS> walk(p.offsets, nullptr, p.groups, 0, p.f_size);
-  const TensorMap* b_map = nullptr;
-  int unit = blockIdx.x, stage = 0, phase = 0, draw = 0, draw_phase = 0;
-  while (true) {
-    if (threadIdx.x == 0) {
-      Tile tile;
-      bool found = walk.find(unit, tile);
-      barrier_wait(&shared.drawn_empty[draw], draw_phase ^ 1);
-      shared.drawn[draw] = {found ? tile.first_row + tile.m * TILE_M : -1, tile.first_row + tile.rows, tile.n * S::COLUMNS};
-      barrier_arrive(&shared.drawn_full[draw]);
-      if (found) {
-        unit = gridDim.x + (int)atomicAdd(p.counter, 1u);
-        if (b_map != p.b_maps + tile.group) b_map = p.b_maps + tile.group, acquire_map(b_map);
-      }
-    }
-    __syncwarp();
-    barrier_wait(&shared.drawn_full[draw], draw_phase);
-    Drawn tile = shared.drawn[draw];
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.drawn_empty[draw]);
-    if (++draw == DRAWS) draw = 0, draw_phase ^= 1;
-    if (tile.row < 0) break;
-    int index = gather_index(p.rows, tile.row, tile.row_end);
-    for (int k = 0; k < p.k_size; k += DEPTH) {
-      u64* full = &shared.full[stage];
-      barrier_wait(&shared.empty[stage], phase ^ 1);
-      u32 a = ring + stage * STAGE_BYTES, b = a + A_BLOCKS * BLOCK_BYTES;
-      if (threadIdx.x == 0) {
-        barrier_arrive_bytes(full, B_BLOCKS * BLOCK_BYTES);
-        if (S::BACKWARD) {
-#pragma unroll
-          for (int i = 0; i < B_BLOCKS; i++) load_box(b + i * BLOCK_BYTES, b_map, tile.column + 64 * i, k, full);
-        } else {
-          load_box(b, b_map, k, tile.column, full);
-          load_box(b + 2 * BLOCK_BYTES, b_map, k, (S::KIND == SWIGLU ? p.f_size : 128) + tile.column, full);
-        }
-      }
-      gather_rows(a, p.x, p.k_size, k, index);
-      gather_arrive(full);
-      if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
-  }
-  if (threadIdx.x == 0) leave_counter(p.counter);
+  // The last block leaves the counter as it was found.
+  if (atomicAdd(p.counter + 1, 1u) == gridDim.x - 1) p.counter[0] = 0, p.counter[1] = 0;
 }
 
 // 128 threads: multiplies 64 rows of each tile, also where a group has ended before them (see grouped_hopper.cu).
@@ -381,7 +341,10 @@ DEVICE void consume_fused(const FusedProblem& p, FusedShared& shared, u32 ring, 
   Later<S> later;
   later.problem = &p, later.consumer = consumer, later.loaded = shared.loaded[consumer], later.turn = 0;
   later.blocks = ring + STAGES * STAGE_BYTES + consumer * BLOCKS * BLOCK_BYTES;
-  later.next = S::BACKWARD ? 10 : S::PHASES;  // the first tile's `up` is fetched, nothing else is to do
+  // Nothing is to do, but that the first tile's `up` is fetched.
+  constexpr bool EARLY = S::BACKWARD && S::PARTS == 4;
+  later.next = S::BACKWARD && !EARLY ? 10 : S::PHASES;
+  bool first = EARLY;
   int thread = threadIdx.x % 128, stage = 0, phase = 0, draw = 0, draw_phase = 0;
   later.first_place = (thread / 32 * 16 + thread % 16) * 128 + (((thread / 16 % 2) ^ (thread % 8)) << 4);
   int steps = (p.k_size + DEPTH - 1) / DEPTH, phases_per_step = (S::PHASES + steps - 1) / steps;
@@ -393,11 +356,11 @@ DEVICE void consume_fused(const FusedProblem& p, FusedShared& shared, u32 ring, 
     if (++draw == DRAWS) draw = 0, draw_phase ^= 1;
     if (tile.row < 0) break;
     later.coming_row = tile.row + 64 * consumer, later.coming_column = tile.column;
+    if (EARLY && first) later.template fetch<0>(later.coming_row, later.coming_column), first = false;
     int previous = 0;
     float sums[128];
     for (int step = 0; step < steps; step++) {
       barrier_wait(&shared.full[stage], phase);
-      if (S::GATHERED) publish();
       u32 a = ring + stage * STAGE_BYTES + consumer * BLOCK_BYTES, b = ring + stage * STAGE_BYTES + A_BLOCKS * BLOCK_BYTES;
       multiply_begin();
 #pragma unroll
@@ -420,19 +383,20 @@ DEVICE void consume_fused(const FusedProblem& p, FusedShared& shared, u32 ring, 
     later.put(sums, tile.row_end);
   }
   // No tile is coming.
-  while (later.next < (S::BACKWARD ? 10 : S::PHASES)) later.advance();
+  if (EARLY) later.coming_row = -1;
+  while (later.next < (S::BACKWARD && !EARLY ? 10 : S::PHASES)) later.advance();
   if (thread == 0) store_box_wait<0>();
 }
 
-template <bool BACKWARD, int KIND, bool GATHERED, bool SCALED>
+template <bool BACKWARD, int KIND, bool SCALED>
 DEVICE void grouped_fused(const FusedProblem& p) {
-  typedef Fused<BACKWARD, KIND, GATHERED, SCALED> S;
+  typedef Fused<BACKWARD, KIND, SCALED> S;
   extern __shared__ __align__(1024) u8 memory[];
   __shared__ FusedShared shared;
   u32 ring = (shared_address(memory) + 1023) & ~1023u;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++) barrier_init(&shared.full[s], GATHERED ? GATHER_ARRIVALS : 1), barrier_init(&shared.empty[s], 2);
-    for (int s = 0; s < DRAWS; s++) barrier_init(&shared.drawn_full[s], 1), barrier_init(&shared.drawn_empty[s], GATHERED ? 12 : 8);
+    for (int s = 0; s < STAGES; s++) barrier_init(&shared.full[s], 1), barrier_init(&shared.empty[s], 2);
+    for (int s = 0; s < DRAWS; s++) barrier_init(&shared.drawn_full[s], 1), barrier_init(&shared.drawn_empty[s], 8);
     for (int s = 0; s < 4; s++) barrier_init(&shared.loaded[s / 2][s % 2], 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     publish();
@@ -440,13 +404,12 @@ DEVICE void grouped_fused(const FusedProblem& p) {
   __syncthreads();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (GATHERED) produce_gathered<S>(p, shared, ring);
-    else if (threadIdx.x == 0) produce_fused<S>(p, shared, ring);
+    if (threadIdx.x == 0) produce_fused<S>(p, shared, ring);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     int group = threadIdx.x / 128;
     // Known to be the same in a warp, it takes no registers of these kernels, which have none to spare.
-    if (GATHERED || SCALED) group = __shfl_sync(0xffffffffu, group, 0);
+    if (SCALED) group = __shfl_sync(0xffffffffu, group, 0);
     consume_fused<S>(p, shared, ring, group - 1);
   }
 }
@@ -454,7 +417,6 @@ DEVICE void grouped_fused(const FusedProblem& p) {
 // The scales' gradients from those of the tiles, [tiles, rows], in a fixed order; 0 outside the groups.
 extern "C" __global__ void grouped_scale_gradients(const float* parts, float* d_scales, const int* offsets, int groups,
                                                    int tiles, int rows) {
-  after_previous();
   int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= rows) return;
   float sum = 0;
@@ -470,9 +432,8 @@ extern "C" __global__ void grouped_scale_gradients(const float* parts, float* d_
       NAME(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap up_map,                               \
            const __grid_constant__ TensorMap out_map, const TensorMap* maps, u32* counter, const int* offsets, int groups,  \
            bf16* up, bf16* out, int f_size, int k_size) {                                                                   \
-    after_previous();                                                                                                       \
     FusedProblem p = {&a_map, maps, &up_map, &out_map, counter, offsets, groups, up, out, f_size, k_size};                  \
-    grouped_fused<BACKWARD, KIND, false, false>(p);                                                                         \
+    grouped_fused<BACKWARD, KIND, false>(p);                                                                         \
   }
 FUSED(grouped_relu, false, RELU)
 FUSED(grouped_gelu, false, GELU)
@@ -480,21 +441,18 @@ FUSED(grouped_swiglu, false, SWIGLU)
 FUSED(grouped_relu_back, true, RELU)
 FUSED(grouped_gelu_back, true, GELU)
 
-// Rows by index: row r of the product's first operand, a matrix of k_size columns, is x[rows[r]].
-#define FUSED_ROWS(NAME, BACKWARD, KIND, SCALED)                                                                            \
+// The same with scales.
+#define FUSED_SCALED(NAME, BACKWARD, KIND)                                                                                  \
   extern "C" __global__ void __launch_bounds__(384, 1)                                                                      \
-      NAME(const bf16* x, const int* rows, const __grid_constant__ TensorMap up_map,                                        \
+      NAME(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap up_map,                               \
            const __grid_constant__ TensorMap out_map, const TensorMap* maps, u32* counter, const int* offsets, int groups,  \
            bf16* up, bf16* out, int f_size, int k_size, const float* scales, float* d_scales, int r_size) {                 \
-    after_previous();                                                                                                       \
-    FusedProblem p = {nullptr, maps, &up_map, &out_map, counter, offsets, groups, up, out, f_size, k_size, x, rows,         \
-                      scales, d_scales, r_size};                                                                            \
-    grouped_fused<BACKWARD, KIND, true, SCALED>(p);                                                                         \
+    FusedProblem p = {&a_map, maps, &up_map, &out_map, counter, offsets, groups, up, out, f_size, k_size, scales, d_scales, \
+                      r_size};                                                                                              \
+    grouped_fused<BACKWARD, KIND, true>(p);                                                                                 \
   }
-FUSED_ROWS(grouped_relu_rows, false, RELU, true)
-FUSED_ROWS(grouped_gelu_rows, false, GELU, true)
-FUSED_ROWS(grouped_swiglu_rows, false, SWIGLU, true)
-FUSED_ROWS(grouped_relu_back_rows, true, RELU, false)
-FUSED_ROWS(grouped_gelu_back_rows, true, GELU, false)
-FUSED_ROWS(grouped_relu_back_rows_scaled, true, RELU, true)
-FUSED_ROWS(grouped_gelu_back_rows_scaled, true, GELU, true)
+FUSED_SCALED(grouped_relu_scaled, false, RELU)
+FUSED_SCALED(grouped_gelu_scaled, false, GELU)
+FUSED_SCALED(grouped_swiglu_scaled, false, SWIGLU)
+FUSED_SCALED(grouped_relu_back_scaled, true, RELU)
+FUSED_SCALED(grouped_gelu_back_scaled, true, GELU)

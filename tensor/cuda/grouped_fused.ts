@@ -1,7 +1,7 @@
 // The experts' grouped products with their activation on a GPU: one kernel of grouped_fused.cu where that is faster, else the product's and the
 // activation's in turn.
 
-import type { GroupedActivationBackwardOptions, RowGroups } from "../device.ts";
+import type { ActivationBackwardOptions, RowGroups } from "../device.ts";
 import {
   type GroupedActivation,
   groupedActivation,
@@ -18,10 +18,13 @@ import walk from "./grouped_walk.cuh" with { type: "text" };
 const MAP: ParameterType = { bytes: MAP_BYTES };
 // deno-fmt-ignore
 const PARAMETERS: readonly ParameterType[] = [MAP, MAP, MAP, "ptr", "ptr", "ptr", "i32", "ptr", "ptr", "i32", "i32"];
-// deno-fmt-ignore
-const ROWS_PARAMETERS: readonly ParameterType[] = ["ptr", "ptr", MAP, MAP, "ptr", "ptr", "ptr", "i32", "ptr", "ptr", "i32", "i32", "ptr", "ptr", "i32"];
+/** With scales: them, where sums of their gradients go, and rows. */
+const SCALED_PARAMETERS: readonly ParameterType[] = [...PARAMETERS, "ptr", "ptr", "i32"];
 
-/** A kernel of grouped_fused.cu: columns of the hidden width in a tile, and in how many phases its results are treated. */
+/**
+ * A kernel of grouped_fused.cu: columns of the hidden width in a tile, and in how many phases its results are treated. With scales there are more
+ * phases, each of less work: two of them in a step are as one of these.
+ */
 interface Shape {
   readonly columns: number;
   readonly phases: number;
@@ -35,11 +38,6 @@ const SHAPES: Readonly<Record<string, Shape>> = {
   relu_back: { columns: 256, phases: 11 },
   gelu_back: { columns: 256, phases: 11 },
 };
-/** Those that take rows by index, and scales where they have them; the gradients without and with scales. */
-// deno-fmt-ignore
-const WITH_ROWS: readonly string[] = [
-  "relu_rows", "gelu_rows", "swiglu_rows", "relu_back_rows", "gelu_back_rows", "relu_back_rows_scaled", "gelu_back_rows_scaled",
-];
 const TILE_M = 128, DEPTH = 64, THREADS = 384;
 /** Threads of a block that adds up the scales' gradients. */
 const ADD_THREADS = 64;
@@ -60,7 +58,9 @@ export const fusedModule: ModuleSource = {
   ].join("\n"),
   kernels: {
     ...Object.fromEntries(Object.keys(SHAPES).map((name) => [`grouped_${name}`, PARAMETERS])),
-    ...Object.fromEntries(WITH_ROWS.map((name) => [`grouped_${name}`, ROWS_PARAMETERS])),
+    ...Object.fromEntries(
+      Object.keys(SHAPES).map((name) => [`grouped_${name}_scaled`, SCALED_PARAMETERS]),
+    ),
     grouped_scale_gradients: ["ptr", "ptr", "ptr", "i32", "i32", "i32"],
   },
   from: 90,
@@ -76,8 +76,6 @@ const SQUARE: Box = { columns: 64, rows: 64 };
  *
  * A fused kernel treats a tile's results in `phases` while the next tile is multiplied in K / 64 steps, one phase a step. So it is taken where
  * there are as many steps as phases: with fewer, results hold up the tensor cores, which costs about what the other kernel's memory traffic does.
- * Scales without rows by index are left to the two kernels: a layer has both, or neither.
- *
  * @param context The GPU.
  * @param parts Its other kernels.
  * @param force Takes the fused kernels wherever they can serve, or never; for tests and measurements. @default {undefined}
@@ -91,12 +89,11 @@ export function groupedActivationKernels(
   const separate = groupedActivation(parts);
   if (force === "separate" || !context.has(fusedModule)) return separate;
   const tables = new GroupTables(context), { multiprocessors } = context.properties;
-  const kernels = new Map<string, CudaKernel>(
-    [...Object.keys(SHAPES), ...WITH_ROWS].map((name) => [
-      name,
-      context.kernel(fusedModule, `grouped_${name}`),
-    ]),
-  );
+  const plain = new Map<string, CudaKernel>(), scaled = new Map<string, CudaKernel>();
+  for (const name of Object.keys(SHAPES)) {
+    plain.set(name, context.kernel(fusedModule, `grouped_${name}`));
+    scaled.set(name, context.kernel(fusedModule, `grouped_${name}_scaled`));
+  }
   const addUp = context.kernel(fusedModule, "grouped_scale_gradients");
   // Tiles drawn and blocks finished; every launch leaves zeros.
   const counter = context.allocate(8);
@@ -111,7 +108,7 @@ export function groupedActivationKernels(
     up: Tensor,
     out: Tensor,
     box: Box,
-    { rows, scales, dScales }: GroupedActivationBackwardOptions,
+    { scales, dScales }: ActivationBackwardOptions,
   ): boolean {
     const { columns, phases } = SHAPES[name];
     const [R, F] = out.shape, K = x.shape[1], G = weights.length;
@@ -119,8 +116,6 @@ export function groupedActivationKernels(
     if (K % 8 !== 0 || F % (name === "swiglu" ? 64 : 8) !== 0) return false;
     if (x.address % 16 !== 0 || up.address % 16 !== 0 || out.address % 16 !== 0) return false;
     if (force !== "fused" && Math.ceil(K / DEPTH) < phases) return false;
-    const scaled = scales !== undefined || dScales !== undefined;
-    if (scaled && rows === undefined) return false;
     const table = tables.table(weights, box);
     if (!table.aligned) return false;
     const tiles = Math.ceil(F / columns),
@@ -128,16 +123,16 @@ export function groupedActivationKernels(
     const upMap = tables.map(up, SQUARE),
       outMap = tables.map(out, SQUARE),
       offsets = groups.offsets.address;
-    if (rows === undefined) {
+    if (scales === undefined && dScales === undefined) {
       // deno-fmt-ignore
-      kernels.get(name)!.launch(blocks, 1, 1, THREADS, SHARED, tables.map(x, ROWS), upMap, outMap, table.maps, counter, offsets, G,
+      plain.get(name)!.launch(blocks, 1, 1, THREADS, SHARED, tables.map(x, ROWS), upMap, outMap, table.maps, counter, offsets, G,
         up.address, out.address, F, K);
       return true;
     }
     const parts = dScales === undefined ? 0 : context.allocate(4 * tiles * R);
     // deno-fmt-ignore
-    kernels.get(`${name}_rows${scaled && name.endsWith("_back") ? "_scaled" : ""}`)!.launch(blocks, 1, 1, THREADS, SHARED, x.address,
-      rows.address, upMap, outMap, table.maps, counter, offsets, G, up.address, out.address, F, K, scales?.address ?? 0, parts, R);
+    scaled.get(name)!.launch(blocks, 1, 1, THREADS, SHARED, tables.map(x, ROWS), upMap, outMap, table.maps, counter, offsets, G,
+      up.address, out.address, F, K, scales?.address ?? 0, parts, R);
     if (dScales !== undefined) {
       // deno-fmt-ignore
       addUp.launch(Math.ceil(R / ADD_THREADS), 1, 1, ADD_THREADS, 0, parts, dScales.address, offsets, G, tiles, R);

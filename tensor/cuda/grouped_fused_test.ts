@@ -1,6 +1,6 @@
 // Grouped products with an activation on the GPU (or its emulator, which has only the two kernels in turn) against the CPU: every kind, both
-// directions, uneven and empty groups, groups that end inside a tile, rows outside the groups, rows by index, scales and their gradients, sizes
-// and addresses for which the fused kernels are not.
+// directions, uneven and empty groups, groups that end inside a tile, rows outside the groups, scales and their gradients, sizes and addresses
+// for which the fused kernels are not.
 
 import assert from "node:assert/strict";
 import { emulated, smallSizes, testDevice } from "../../tests/emulator/device.ts";
@@ -45,15 +45,12 @@ function inside(pair: Pair, starts: readonly number[]): Pair {
   return { cpu: pair.cpu.rows(first, end), gpu: pair.gpu.rows(first, end) };
 }
 
-/** What a call is given besides: nothing, rows by index, or scales and their gradient, too. */
-type Given = "" | "rows" | "rows and scales" | "scales";
-
-/** A case of one kind, dtype and choice of kernels. */
-function products(kind: Activation, dtype: Dtype, force: "fused" | undefined, given: Given): void {
+/** Cases of one kind, dtype and choice of kernels, with scales and their gradients or without. */
+function products(kind: Activation, dtype: Dtype, force?: "fused", scaled = false): void {
   for (const [starts, R, D, F, shift] of SIZES) {
     Deno.test({
       name: `grouped products with ${kind} of ${starts.length - 1} groups, ${R} rows, ` +
-        `${D} to ${F}, ${dtype}, ${force ?? "best"}${given && ", " + given}${
+        `${D} to ${F}, ${dtype}, ${force ?? "best"}${scaled ? ", scales" : ""}${
           shift ? ", not aligned" : ""
         }`,
       ignore: !device,
@@ -63,15 +60,14 @@ function products(kind: Activation, dtype: Dtype, force: "fused" | undefined, gi
         const parts = { ...groupedKernels(context), ...elementwiseKernels(context) };
         const kernels = groupedActivationKernels(context, parts, force);
         const G = starts.length - 1, offsets = Int32Array.from(starts);
-        const H = kind === "swiglu" ? 2 * F : F, N = given.includes("rows") ? (R >> 1) + 1 : R;
+        const H = kind === "swiglu" ? 2 * F : F;
         const offsetsPair = test.integers(offsets);
-        const x = test.random(N, D), dY = test.random(N, D);
+        const x = test.random(R, D), dY = test.random(R, D);
         const w1 = test.random(G * H, D), w2 = test.random(G * D, F);
         const up = test.random(R, H), active = test.result(R, F), dUp = test.result(R, H);
         // The gradient takes a matrix of its own: signs of relu must not hang on a rounding.
         const before = test.random(R, H);
-        // Some rows are named several times, some scales are 0 or negative.
-        const rows = test.integers(Int32Array.from({ length: R }, (_, r) => r * 7 % N));
+        // Some scales are 0 or negative.
         const scales = test.pair(
           [R],
           Float32Array.from({ length: R }, (_, r) => (r * 5 % 9 - 3) / 4),
@@ -80,11 +76,8 @@ function products(kind: Activation, dtype: Dtype, force: "fused" | undefined, gi
         const dScales = test.resultF32(R);
         for (const [on, k] of [["cpu", cpu], ["gpu", kernels]] as const) {
           const groups = { offsets: offsetsPair[on], host: on === "cpu" ? offsets : null };
-          const options = {
-            ...given.includes("rows") ? { rows: rows[on] } : {},
-            ...given.includes("scales") ? { scales: scales[on] } : {},
-          };
-          const also = given.includes("scales") ? { dScales: dScales[on] } : {};
+          const options = scaled ? { scales: scales[on] } : {};
+          const also = scaled ? { dScales: dScales[on] } : {};
           k.groupedGemmActivation(
             x[on],
             each(w1[on], G),
@@ -108,26 +101,23 @@ function products(kind: Activation, dtype: Dtype, force: "fused" | undefined, gi
         await test.same("up", up, bound);
         await test.same("active", inside(active, starts), bound);
         await test.same("dUp", inside(dUp, starts), bound);
-        if (given.includes("scales")) {
-          await test.same("dScales", inside(dScales, starts), bound);
-        }
+        if (scaled) await test.same("dScales", inside(dScales, starts), bound);
       },
     });
   }
 }
 
 for (const kind of ["relu", "gelu", "swiglu"] as readonly Activation[]) {
-  for (const given of ["", "rows", "rows and scales"] as readonly Given[]) {
-    products(kind, "f32", undefined, given);
-    products(kind, "bf16", undefined, given);
+  for (const scaled of [false, true]) {
+    products(kind, "f32", undefined, scaled);
+    products(kind, "bf16", undefined, scaled);
     // The emulator has no fused kernels.
-    if (!emulated) products(kind, "bf16", "fused", given);
+    if (!emulated) products(kind, "bf16", "fused", scaled);
   }
-  products(kind, "bf16", undefined, "scales");
 }
 
 Deno.test({
-  name: "the fused kernels write nothing outside the groups, nor read its indices and scales",
+  name: "the fused kernels write nothing outside the groups, nor read scales there",
   ignore: !device || emulated,
   async fn() {
     using test = new Case(device!, "bf16");
@@ -139,15 +129,12 @@ Deno.test({
     const groups = { offsets: test.integers(starts).gpu, host: null };
     const x = test.random(R, D).gpu, before = test.random(R, F).gpu;
     const w1 = each(test.random(2 * 2 * F, D).gpu, 2), w2 = each(test.random(2 * D, F).gpu, 2);
-    const rows = test.integers(
-      Int32Array.from({ length: R }, (_, r) => inGroups(r) ? R - 1 - r : 0x7fffffff),
-    ).gpu;
     const scales = test.pair(
       [R],
       Float32Array.from({ length: R }, (_, r) => inGroups(r) ? 0.5 : NaN),
       "f32",
     ).gpu;
-    for (const options of [{}, { rows }, { rows, scales }]) {
+    for (const options of [{}, { scales }]) {
       const up = test.result(R, 2 * F).gpu, active = test.result(R, F).gpu;
       const dUp = test.result(R, F).gpu, dScales = test.resultF32(R).gpu;
       kernels.groupedGemmActivation(x, w1, groups, "swiglu", up, active, options);
@@ -187,11 +174,9 @@ Deno.test({
     };
     const dY = test.random(R, D).gpu, up = test.random(R, F).gpu, dUp = test.result(R, F).gpu;
     const weights = each(test.random(2 * D, F).gpu, 2);
-    const rows = test.integers(Int32Array.from({ length: R }, (_, r) => r)).gpu;
     const runs = await Promise.all(Array.from({ length: 3 }, () => {
       const dScales = test.resultF32(R).gpu;
       kernels.groupedGemmActivationBackward(dY, weights, groups, "gelu", up, dUp, {
-        rows,
         dScales,
       });
       return dScales.toArray();
