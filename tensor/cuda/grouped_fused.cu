@@ -417,6 +417,7 @@ DEVICE void grouped_fused(const FusedProblem& p) {
 // The scales' gradients from those of the tiles, [tiles, rows], in a fixed order; 0 outside the groups.
 extern "C" __global__ void grouped_scale_gradients(const float* parts, float* d_scales, const int* offsets, int groups,
                                                    int tiles, int rows) {
+  after_previous();
   int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= rows) return;
   float sum = 0;
@@ -432,6 +433,7 @@ extern "C" __global__ void grouped_scale_gradients(const float* parts, float* d_
       NAME(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap up_map,                               \
            const __grid_constant__ TensorMap out_map, const TensorMap* maps, u32* counter, const int* offsets, int groups,  \
            bf16* up, bf16* out, int f_size, int k_size) {                                                                   \
+    after_previous();                                                                                                       \
     FusedProblem p = {&a_map, maps, &up_map, &out_map, counter, offsets, groups, up, out, f_size, k_size};                  \
     grouped_fused<BACKWARD, KIND, false>(p);                                                                         \
   }
@@ -447,6 +449,7 @@ FUSED(grouped_gelu_back, true, GELU)
       NAME(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap up_map,                               \
            const __grid_constant__ TensorMap out_map, const TensorMap* maps, u32* counter, const int* offsets, int groups,  \
            bf16* up, bf16* out, int f_size, int k_size, const float* scales, float* d_scales, int r_size) {                 \
+    after_previous();                                                                                                       \
     FusedProblem p = {&a_map, maps, &up_map, &out_map, counter, offsets, groups, up, out, f_size, k_size, scales, d_scales, \
                       r_size};                                                                                              \
     grouped_fused<BACKWARD, KIND, true>(p);                                                                                 \
