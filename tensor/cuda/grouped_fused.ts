@@ -48,7 +48,6 @@ const SHARED = 4 * (128 + 256) * DEPTH * 2 + 4 * 8192 + 1024;
 export const fusedModule: ModuleSource = {
   name: "grouped_fused",
   overlaps: true,
-  overlaps: true,
   source: [
     activations,
     walk,
