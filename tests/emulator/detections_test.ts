@@ -4,7 +4,8 @@
 import assert from "node:assert/strict";
 import { addressOf } from "../../ffi/address.ts";
 import { CudaError } from "../../ffi/cuda_library.ts";
-import { cudart } from "../../ffi/cudart.ts";
+import { cudart, type CudaStreamHandle } from "../../ffi/cudart.ts";
+import type { ModuleSource } from "../../tensor/cuda/context.ts";
 import { compile, DeviceArray, type Kernels, type Value } from "./_kernels.ts";
 import { emulated, loadCuda, testDevice } from "./device.ts";
 
@@ -392,4 +393,29 @@ test("work of a stream comes as late as it may", async () => {
     reset();
   }
   context.free(x);
+});
+
+test("a kernel that overlaps the one before it, and does not wait for it", async () => {
+  const { compileModule } = await import("../../tensor/cuda/compile.ts");
+  const { Modules } = await import("../../tensor/cuda/launch.ts");
+  const write = (name: string, first: string) =>
+    `extern "C" __global__ void ${name}(float* x) { ${first} x[threadIdx.x] = 3.0f; }`;
+  const module: ModuleSource = {
+    name: "overlapping",
+    source: write("waits", "after_previous();") + write("hurries", ""),
+    kernels: { waits: ["ptr"], hurries: ["ptr"] },
+    overlaps: true,
+  };
+  const { code } = await compileModule(module, 80);
+  const stream = 0n as CudaStreamHandle, x = f32(2);
+  for (const [name, capability] of [["waits", 90], ["hurries", 80], ["hurries", 90]] as const) {
+    const modules = new Modules([{ module, code }], stream, capability);
+    modules.kernel(module, name).launch(1, 1, 1, 2, 0, Number(x.address));
+    if (name === "waits" || capability === 80) {
+      assert.deepEqual(x.read(), Float32Array.of(3, 3));
+    } else {
+      assert.throws(() => x.read(), /LaunchFailed|719|LaunchFailure/);
+      reset();
+    }
+  }
 });
