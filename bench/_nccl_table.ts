@@ -36,6 +36,8 @@ export interface Row {
   readonly busbw_gbs: number;
   readonly launches: number;
   readonly turns: number;
+  /** Medians of the launches' times. */
+  readonly time_by_launch_us: readonly number[];
   /** On rows of the first side. */
   readonly time_ratio?: Ratio;
   readonly host_ratio?: Ratio;
@@ -135,6 +137,7 @@ export function rowsOf(cells: readonly Cell[], sides: readonly string[], ranks: 
         busbw_gbs: bytes / time_us / 1000 * share(op, ranks),
         launches: launches.length,
         turns: times.flat().length,
+        time_by_launch_us: times.map(median),
         ...(i === 0 && sides.length > 1 && {
           time_ratio: ratioOf(times, samplesOf(1, 0)),
           host_ratio: ratioOf(hosts, samplesOf(1, 1)),

@@ -35,15 +35,16 @@ const OPERATIONS = [
 const PLAN = [
   { most: MIB / 16, iterations: 40, turns: 4 },
   { most: MIB / 4, iterations: 20, turns: 4 },
-  { most: MIB, iterations: 8, turns: 8 },
-  { most: 16 * MIB, iterations: 2, turns: 8 },
+  { most: MIB, iterations: 8, turns: 16 },
+  { most: 16 * MIB, iterations: 2, turns: 12 },
   { most: Infinity, iterations: 1, turns: 4 },
 ];
 /** Unrecorded turns at the smallest size for every operation: V8 compiles what has run often. */
 const WARM_TURNS = 4;
 /** How long ranks may take to leave before they are ended, in ms. */
 const LEAVE_MS = 10_000;
-const FIRST_PORT = 29500;
+/** The first side's rendezvous, and how far apart the sides' are: ours takes the port after the one that it is told, as under torchrun. */
+const FIRST_PORT = 29500, PORTS = 10;
 
 const { values: options } = parseArgs({
   options: {
@@ -171,7 +172,7 @@ async function start(): Promise<Side[]> {
   const folder = await Deno.makeTempDir({ prefix: "lina-bench-" });
   const path = `${folder}/socket`;
   using listener = Deno.listen({ transport: "unix", path });
-  const started = alive = sides.map((name, i) => new Side(name, FIRST_PORT + i, path));
+  const started = alive = sides.map((name, i) => new Side(name, FIRST_PORT + PORTS * i, path));
   try {
     for (let left = ranks * sides.length; left > 0; left--) {
       const failed = started.map((side) => side.failed);
