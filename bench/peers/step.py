@@ -2,7 +2,8 @@
 
 The model is that of moe/transformer.ts: RMS norms, rotary positions, causal attention by SDPA's flash kernel, top-k routing in f32,
 SwiGLU experts by torch._grouped_mm, untied head, cross-entropy, the norm clipped at 1, fused AdamW. With --weights DIR (a checkpoint of ours) and --tokens FILE (i32 [steps,
-batch, sequence + 1]) it trains on given data and prints the losses, so that both sides can be compared step by step.
+batch, sequence + 1]) it trains on given data and prints the losses, so that both sides can be compared step by step. --dtype f32 computes in f32, the
+experts one after another.
 """
 
 import argparse
@@ -15,7 +16,15 @@ import time
 import torch
 import torch.nn.functional as F
 
-BF16 = torch.bfloat16
+DTYPE = torch.bfloat16  # of what is computed; main() sets it
+
+
+def grouped(x, weights, ends):
+    """The product of each group of rows with its expert's matrix, [E, in, out]."""
+    if DTYPE == torch.bfloat16:
+        return torch._grouped_mm(x, weights, offs=ends)
+    starts = [0] + ends.tolist()
+    return torch.cat([x[a:b] @ w for a, b, w in zip(starts, starts[1:], weights)])
 
 
 class Attention(torch.nn.Module):
@@ -27,11 +36,11 @@ class Attention(torch.nn.Module):
 
     def forward(self, x, cos, sin):
         b, s, d = x.shape
-        q, k, v = F.linear(x, self.qkv.to(BF16)).view(b, s, 3, self.heads, self.size).unbind(2)
+        q, k, v = F.linear(x, self.qkv.to(DTYPE)).view(b, s, 3, self.heads, self.size).unbind(2)
         turn = lambda t: t * cos + torch.cat((-t[..., self.size // 2:], t[..., : self.size // 2]), -1) * sin
-        q, k = turn(q.float()).to(BF16), turn(k.float()).to(BF16)
+        q, k = turn(q.float()).to(DTYPE), turn(k.float()).to(DTYPE)
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
-        return F.linear(y.transpose(1, 2).reshape(b, s, d), self.out.to(BF16))
+        return F.linear(y.transpose(1, 2).reshape(b, s, d), self.out.to(DTYPE))
 
 
 class Mixture(torch.nn.Module):
@@ -52,10 +61,10 @@ class Mixture(torch.nn.Module):
         counts = torch.bincount(flat, minlength=self.experts)
         ends = counts.cumsum(0).to(torch.int32)
         source = order // self.choices
-        h = torch._grouped_mm(x[source], self.up.to(BF16).transpose(-2, -1), offs=ends)
+        h = grouped(x[source], self.up.to(DTYPE).transpose(-2, -1), ends)
         h = F.silu(h[:, : self.hidden]) * h[:, self.hidden:]
-        y = torch._grouped_mm(h, self.down.to(BF16).transpose(-2, -1), offs=ends)
-        y = y * weights.flatten()[order].unsqueeze(-1).to(BF16)
+        y = grouped(h, self.down.to(DTYPE).transpose(-2, -1), ends)
+        y = y * weights.flatten()[order].unsqueeze(-1).to(DTYPE)
         out = torch.zeros_like(x).index_add_(0, source, y)
         share = counts.float() / flat.shape[0]
         return out, self.aux * self.experts * (share * scores.mean(0)).sum()
@@ -70,8 +79,8 @@ class Block(torch.nn.Module):
 
     def forward(self, x, cos, sin):
         d = x.shape[-1]
-        x = x + self.attention(F.rms_norm(x, (d,), self.norm1.to(BF16), 1e-5), cos, sin)
-        y, aux = self.mixture(F.rms_norm(x, (d,), self.norm2.to(BF16), 1e-5).view(-1, d))
+        x = x + self.attention(F.rms_norm(x, (d,), self.norm1.to(DTYPE), 1e-5), cos, sin)
+        y, aux = self.mixture(F.rms_norm(x, (d,), self.norm2.to(DTYPE), 1e-5).view(-1, d))
         return x + y.view_as(x), aux
 
 
@@ -88,13 +97,13 @@ class Model(torch.nn.Module):
         self.register_buffer("sin", torch.cat((angle, angle), -1).sin()[None, :, None, :], persistent=False)
 
     def forward(self, tokens, targets):
-        x = F.embedding(tokens, self.embedding).to(BF16)
+        x = F.embedding(tokens, self.embedding).to(DTYPE)
         auxiliary = 0.0
         for block in self.blocks:
             x, aux = block(x, self.cos, self.sin)
             auxiliary = auxiliary + aux
-        x = F.rms_norm(x, (x.shape[-1],), self.norm.to(BF16), 1e-5)
-        logits = F.linear(x, self.head.to(BF16)).float()
+        x = F.rms_norm(x, (x.shape[-1],), self.norm.to(DTYPE), 1e-5)
+        logits = F.linear(x, self.head.to(DTYPE)).float()
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1)), auxiliary
 
 
@@ -136,9 +145,12 @@ def main():
     parser.add_argument("--warmup", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--mode", choices=("eager", "compiled"), default="compiled")
+    parser.add_argument("--dtype", choices=("bf16", "f32"), default="bf16")
     parser.add_argument("--weights")
     parser.add_argument("--tokens")
     c = parser.parse_args()
+    global DTYPE
+    DTYPE = torch.bfloat16 if c.dtype == "bf16" else torch.float32
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
     with torch.device("cuda"):
