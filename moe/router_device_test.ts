@@ -169,7 +169,7 @@ for (const dtype of ["bf16", "f32"] as const) {
       [5, 40, 3, 20],
       [17, 33, 6, 2],
       [0, 16, 4, 2],
-      ...smallSizes ? [] : [[16_400, 1024, 16, 2], [8200, 2048, 64, 8]] as const,
+      ...smallSizes ? [] : [[1100, 1024, 16, 2], [530, 2048, 64, 8]] as const,
     ];
     for (const [N, D, E, K] of shapes) {
       const next = random(N, "slots");
@@ -187,9 +187,8 @@ for (const dtype of ["bf16", "f32"] as const) {
       for (const beta of [undefined, 1] as const) {
         using out = fromArray(device!, bits ? old.bits : Float32Array.from(old.values), [N, D]);
         routing.combineRowsGate(y_SD, slots_NK, dLogits_NE, gate_ED, out, beta && { beta });
-        const got = await read(out), rows = N > 1000 ? [0, 1, 4097, N - 1] : Array.from(got).keys();
+        const got = await read(out), rows = N > 400 ? [0, 1, 257, N - 1] : Array(N).keys();
         for (const n of rows) {
-          if (n >= N) break;
           for (let d = 0; d < D; d++) {
             let want = beta ? old.values[n * D + d] : 0, size = Math.abs(want);
             for (let k = 0; k < K; k++) {

@@ -5,7 +5,6 @@ import type { RoutingKernels } from "../routing_kernels.ts";
 import type { Tensor } from "../tensor.ts";
 import type { CudaContext, ModuleSource, ParameterType } from "./context.ts";
 import combineSource from "./gate_combine.cu" with { type: "text" };
-import combineHopperSource from "./gate_combine_hopper.cu" with { type: "text" };
 import gateSource from "./gate.cu" with { type: "text" };
 import hopperSource from "./gate_hopper.cu" with { type: "text" };
 import termsSource from "./gate_terms.cuh" with { type: "text" };
@@ -104,36 +103,8 @@ export const gateHopperModule: ModuleSource = {
   from: 90,
   exact: true,
 };
-/** Ways of gate_combine_hopper.cu: steps of 16 experts, tokens of which a warp loads up to 8 rows at once; the best first. */
-const HOPPER_COMBINE_WAYS: readonly (readonly [number, number])[] = [
-  [1, 4],
-  [1, 2],
-  [1, 1],
-  [4, 4],
-  [4, 2],
-  [4, 1],
-];
-/** Tokens of a chunk, threads and shared memory there. */
-const HOPPER_COMBINE = { chunk: 64, threads: 512, bytes: 96 * 1024 + 64 * COMBINE_ROW * 4 + 1024 };
-
-/** The kernels of gate_combine_hopper.cu. */
-export const gateCombineHopperModule: ModuleSource = {
-  name: "gate_combine_hopper",
-  overlaps: true,
-  source: walkHeader + hopperHeader + termsSource + combineHopperSource,
-  kernels: Object.fromEntries(
-    HOPPER_COMBINE_WAYS.map(([steps, tokens]) =>
-      [`gate_combine_hopper_${steps}_${tokens}`, COMBINE] as const
-    ),
-  ),
-  from: 90,
-  exact: true,
-};
-/** Experts from which it is faster. */
-const HOPPER_COMBINE_EXPERTS = Infinity; // TODO: what is measured
-
-/** Experts from which Hopper's kernels are faster: with fewer, both wait for memory. */
-const HOPPER_EXPERTS = Infinity; // TODO: 17 once they have run
+/** Experts from which Hopper's kernels are faster: with fewer, memory takes longer than arithmetic. */
+const HOPPER_EXPERTS = 33;
 /** Experts, tokens and threads of a block there, and the shared memory of stages and of room to begin at a multiple of 1024. */
 const HOPPER_BLOCK = { experts: 64, tokens: 128, threads: 384 };
 const HOPPER_GATE_BYTES = 5 * 5 * 8192 + 1024, HOPPER_GRADIENT_BYTES = 4 * 7 * 8192 + 1024;
@@ -178,12 +149,6 @@ export function gateKernels(context: CudaContext): Pick<RoutingKernels, GateKern
       dw: context.kernel(gateHopperModule, "gate_dw_hopper"),
       tables: new GroupTables(context),
     }
-    : null;
-
-  const hopperCombines = context.has(gateCombineHopperModule)
-    ? HOPPER_COMBINE_WAYS.map(([steps, tokens]) =>
-      context.kernel(gateCombineHopperModule, `gate_combine_hopper_${steps}_${tokens}`)
-    )
     : null;
 
   function plainOf(op: string, x: Tensor): typeof f32 {
@@ -324,19 +289,6 @@ export function gateKernels(context: CudaContext): Pick<RoutingKernels, GateKern
       const kernels = plainOf("combine rows", out), [N, K] = slots.shape, [E, D] = gate.shape;
       if (out.size === 0) return;
       const adds = options?.beta === 1 ? 1 : 0;
-      if (hopperCombines && E >= HOPPER_COMBINE_EXPERTS && K <= 8 && fits(out, y, gate)) {
-        const found = HOPPER_COMBINE_WAYS.findIndex(([steps, tokens], i) =>
-          i === HOPPER_COMBINE_WAYS.length - 1 || (steps * 16 >= E && tokens * K <= 8) ||
-          (steps === 4 && tokens * K <= 8)
-        );
-        const { chunk, threads, bytes } = HOPPER_COMBINE, columns = Math.ceil(D / COMBINE_COLUMNS);
-        const perBlock = tokensOf(N, columns, 1, chunk);
-        // deno-fmt-ignore
-        hopperCombines[found].launch(columns, Math.ceil(N / perBlock), 1, threads, bytes, y.address, slots.address, dLogits.address,
-          gate.address, out.address, N, K, E, D, perBlock, adds);
-        wideInputGrad(dLogits, gate, out, HOPPER_COMBINE_WAYS[found][0] * 16, true);
-        return;
-      }
       const way = COMBINE_WAYS.findIndex(([steps, , tokens], i) =>
         i === COMBINE_WAYS.length - 1 || (steps * 16 >= E && (tokens === 1 || tokens * K <= 8))
       );

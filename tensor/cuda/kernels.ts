@@ -11,13 +11,7 @@ import {
 } from "./attention.ts";
 import type { CudaContext, ModuleSource } from "./context.ts";
 import { elementwiseKernels, elementwiseModule } from "./elementwise.ts";
-import {
-  gateCombineHopperModule,
-  gateCombineModule,
-  gateHopperModule,
-  gateKernels,
-  gateModule,
-} from "./gate.ts";
+import { gateCombineModule, gateHopperModule, gateKernels, gateModule } from "./gate.ts";
 import { gemmKernels } from "./gemm.ts";
 import { lossKernels, lossModule } from "./loss.ts";
 import { groupedKernels, groupedModule } from "./grouped.ts";
@@ -41,7 +35,6 @@ export const CUDA_MODULES: readonly ModuleSource[] = [
   attentionHopperModule,
   gateModule,
   gateCombineModule,
-  gateCombineHopperModule,
   gateHopperModule,
   groupedModule,
   hopperModule,

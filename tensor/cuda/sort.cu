@@ -11,7 +11,7 @@ DEVICE int digit_of(int key, int shift, int mask, int last) {
   return (key >> shift) & mask;
 }
 
-// Tiles are multiples of 1024 items: blocks of 256 threads take 4 at a time per thread, whose loads do not wait for each other.
+// Tiles are multiples of 256 items. So many are taken at a time per thread, where a tile has as many: their loads do not wait for each other.
 #define AT_ONCE 4
 
 // counts[tile][bins] of items [n] in tiles of `tile`. One block of 256 threads per tile; shared: bins ints.
@@ -102,7 +102,7 @@ DEVICE int prepare_places(const int* keys, i64 n, int tile, int shift, int mask,
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
       i64 i = start + step + j * 32;
-      digits[j] = i < n ? digit_of(keys[i], shift, mask, last) : -1;
+      digits[j] = step + j * 32 < stretch && i < n ? digit_of(keys[i], shift, mask, last) : -1;
     }
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
@@ -160,11 +160,13 @@ extern "C" __global__ void sort_place_choices(const int* experts, i64 n, int til
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
       i64 i = start + step + j * 32 + lane;
-      held[j] = i < n ? experts[i] : -1;
-      weight[j] = i < n && scales ? weights[i] : 0.0f;
+      bool inside = step + j * 32 < stretch && i < n;
+      held[j] = inside ? experts[i] : -1;
+      weight[j] = inside && scales ? weights[i] : 0.0f;
     }
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
+      if (step + j * 32 >= stretch) break;
       i64 i = start + step + j * 32 + lane;
       int expert = held[j] < bins ? held[j] : -1;
       bool placed = expert >= 0;
@@ -201,11 +203,13 @@ extern "C" __global__ void sort_place_items(const int* keys, const int* values, 
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
       i64 i = start + step + j * 32 + lane;
-      held[j] = i < n ? keys[i] : 0;
-      with[j] = i < n && values ? values[i] : (int)i;
+      bool inside = step + j * 32 < stretch && i < n;
+      held[j] = inside ? keys[i] : 0;
+      with[j] = inside && values ? values[i] : (int)i;
     }
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
+      if (step + j * 32 >= stretch) break;
       bool placed = start + step + j * 32 + lane < n;
       int key = held[j] < 0 ? last : held[j], digit = (key >> shift) & mask;
       u32 alike = lanes_alike(placed ? digit : 1 << bits, bits + 1);

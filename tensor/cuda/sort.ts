@@ -20,7 +20,7 @@ export const sortModule: ModuleSource = {
 /** Threads of a block: 8 warps, as sort.cu has it. */
 const THREADS = 256;
 /** Items of a tile are a multiple of this, and tiles about as many as a GPU has multiprocessors at most. */
-const TILE = 1024, MOST_TILES = 128;
+const TILE = 256, MOST_TILES = 128;
 /** Most bits of a digit: its counters of 8 warps fit into shared memory. */
 const MOST_BITS = 9;
 
