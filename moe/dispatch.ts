@@ -35,8 +35,6 @@ export interface PlacedPlan extends Disposable {
   readonly toExpertMajor: Tensor | null;
   /** The inverse. */
   readonly toRankMajor: Tensor | null;
-  /** Whether the weights meet the hidden rows instead of the outputs: in a world of one on a GPU. */
-  readonly weighsHidden: boolean;
 }
 
 /**
@@ -58,7 +56,6 @@ export function placePlan(device: Device, plan: RoutingPlan): PlacedPlan {
     tokens_S: fromArray(device, plan.tokens_S),
     toExpertMajor: plan.toExpertMajor && fromArray(device, plan.toExpertMajor),
     toRankMajor: plan.toRankMajor && fromArray(device, plan.toRankMajor),
-    weighsHidden: alone && device.routing !== null,
   });
   return scope.keep(placed);
 }
@@ -68,17 +65,25 @@ export function placePlan(device: Device, plan: RoutingPlan): PlacedPlan {
  *
  * @param experts_NK Chosen experts, i32 [N, K], all of them chosen.
  * @param experts E.
+ * @param weights_NK Weights of the choices, f32 [N, K].
+ * @param scales_S Becomes the weights of the rows, f32 [S].
  * @returns The plan with its index arrays; dispose of it.
  */
-export function placeAlone(experts_NK: Tensor, experts: number): PlacedPlan {
+export function placeAlone(
+  experts_NK: Tensor,
+  experts: number,
+  weights_NK: Tensor,
+  scales_S: Tensor,
+): PlacedPlan {
   const { device, shape, size } = experts_NK;
   using scope = new TensorScope();
   const slots_NK = empty(device, shape, "i32"), tokens_S = empty(device, [size], "i32");
   const offsets = empty(device, [experts + 1], "i32");
-  routing.placeRows(experts_NK, { experts, starts: null }, {
+  routing.placeRows(experts_NK, { experts, starts: null, weights: weights_NK }, {
     slots: slots_NK,
     tokens: tokens_S,
     offsets,
+    scales: scales_S,
   });
   const placed = owned({
     sendCounts: null,
@@ -89,7 +94,6 @@ export function placeAlone(experts_NK: Tensor, experts: number): PlacedPlan {
     tokens_S,
     toExpertMajor: null,
     toRankMajor: null,
-    weighsHidden: true,
   });
   return scope.keep(placed);
 }
@@ -141,7 +145,6 @@ export function placeOutline(
     tokens_S,
     toExpertMajor,
     toRankMajor,
-    weighsHidden: false,
   }, all);
   return scope.keep(placed);
 }
@@ -171,20 +174,6 @@ export function permute(x_ND: Tensor, placed: PlacedPlan): Tensor {
     else ops.gatherRows(x_ND, placed.tokens_S, send_SD);
   }
   return scope.keep(send_SD);
-}
-
-/**
- * Weights of the choices as factors of rows in the send order, for a device that routes.
- *
- * @param weights_NK Weights.
- * @param placed The plan.
- * @returns A new tensor, f32 [S].
- */
-export function weightsOfRows(weights_NK: Tensor, placed: PlacedPlan): Tensor {
-  using scope = new TensorScope();
-  const scales_S = empty(weights_NK.device, [placed.tokens_S.size]);
-  routing.scatterWeights(weights_NK, placed.slots_NK, scales_S);
-  return scope.keep(scales_S);
 }
 
 /**

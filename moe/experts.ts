@@ -36,11 +36,11 @@ export function listsOf(experts: readonly ExpertMatrices[]): ExpertLists {
   return { up: experts.map(({ up }) => up), down: experts.map(({ down }) => down) };
 }
 
-/** What the backward pass of experts needs; owned. */
+/** What the backward pass of experts needs; owned but for the factors. */
 export interface ExpertsSaved {
   /** The rows. */
   readonly x_MD: Tensor;
-  /** Factors of the outputs [M], or null. */
+  /** Factors of the outputs [M], or null; not owned. */
   readonly scales_M: Tensor | null;
   /** Before the activation. */
   readonly up_MH: Tensor;
@@ -66,7 +66,7 @@ export interface ExpertGroups {
  *
  * @param x_MD Rows, grouped by expert; what is saved takes them over.
  * @param groups Which experts meet which rows.
- * @param scales_M Factors of the outputs, f32 [M]; what is saved takes them over. Null for ones.
+ * @param scales_M Factors of the outputs, f32 [M]; they must live until the backward pass. Null for ones.
  * @returns The experts' outputs [M, D], and what the backward pass needs.
  */
 export function expertsForward(
@@ -153,7 +153,6 @@ export function expertsBackward(
  */
 export function releaseExperts(saved: ExpertsSaved): void {
   saved.x_MD[Symbol.dispose]();
-  saved.scales_M?.[Symbol.dispose]();
   saved.up_MH[Symbol.dispose]();
   saved.active_MF?.[Symbol.dispose]();
 }

@@ -15,9 +15,8 @@
 
 import type { Work } from "../collectives/types.ts";
 import * as ops from "../tensor/ops.ts";
-import * as routing from "../tensor/ops/routing.ts";
 import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
-import { fromExperts, permute, type PlacedPlan, toExperts, weightsOfRows } from "./dispatch.ts";
+import { fromExperts, permute, type PlacedPlan, toExperts } from "./dispatch.ts";
 import { type ExpertGroups, expertsBackward, expertsForward, releaseExperts } from "./experts.ts";
 import { ExpertStore } from "./expert_store.ts";
 import { FeedForward } from "./feed_forward.ts";
@@ -148,11 +147,10 @@ export class MoeLayer implements Disposable {
     this.#checkInput(x_ND);
     using undo = new DisposableStack();
     const routed = await this.#route(x_ND, step);
-    const { placed, weights_NK, shown } = routed;
+    const { placed, weights_NK, scales_S, shown } = routed;
     undo.defer(() => dropShown([shown]));
     undo.defer(() => routed.release());
 
-    const scales_S = placed.weighsHidden ? undo.use(weightsOfRows(weights_NK, placed)) : null;
     const arriving = toExperts(
       permute(x_ND, placed),
       placed,
@@ -203,9 +201,9 @@ export class MoeLayer implements Disposable {
     const { placed, weights_NK } = routed;
     step.combineBackwardStarts(this.layer);
     using undo = new DisposableStack();
-    using dWeights_NK = empty(device, weights_NK.shape, weights_NK.dtype);
+    using dWeights_NK = y_SD && empty(device, weights_NK.shape, weights_NK.dtype);
     let dY_SD: Tensor;
-    if (y_SD) {
+    if (y_SD && dWeights_NK) {
       dY_SD = undo.use(empty(device, y_SD.shape, y_SD.dtype));
       ops.combineRowsBackward(dOut_ND, y_SD, placed.slots_NK, weights_NK, dY_SD, dWeights_NK);
       y_SD[Symbol.dispose]();
@@ -216,7 +214,7 @@ export class MoeLayer implements Disposable {
     const later = { firstPass: step.firstPass, gradientReady: () => {} }; // behind the all-to-alls
     const dShared_ND = saved.shared && this.#shared!.backward(dOut_ND, saved.shared, later);
     if (dShared_ND) undo.use(dShared_ND);
-    using early_NE = y_SD && await routed.backward(dWeights_NK, this.auxScale);
+    using early_NE = dWeights_NK && await routed.backward(dWeights_NK, this.auxScale);
     using dY_MD = await arriving;
     const { gradients, parameters } = this.store;
     const { dX_MD, dScales_M } = expertsBackward(dY_MD, saved.experts, this.#groups(placed), {
@@ -225,11 +223,8 @@ export class MoeLayer implements Disposable {
     });
     undo.use(dX_MD);
     for (const { name } of parameters) step.gradientReady(name);
-    if (dScales_M) {
-      using dScales_S = dScales_M;
-      routing.gatherWeights(dScales_S, placed.slots_NK, dWeights_NK);
-    }
-    using late_NE = early_NE ? null : await routed.backward(dWeights_NK, this.auxScale);
+    using dScales_S = dScales_M;
+    using late_NE = dScales_S && await routed.backward(dScales_S, this.auxScale);
     using dX_SD = await fromExperts(
       dX_MD,
       placed,

@@ -72,14 +72,15 @@ export async function routeOnDevice(
   const logits_NE = undo.use(empty(device, [N, E])), lse_N = undo.use(empty(device, [N]));
   const experts_NK = undo.use(empty(device, [N, K], "i32"));
   const weights_NK = undo.use(empty(device, [N, K]));
+  const scales_S = comm.size === 1 ? undo.use(empty(device, [N * K])) : null;
   const all = undo.use(empty(device, [comm.size, length], "f64"));
   const out = { experts: experts_NK, weights: weights_NK, lse: lse_N };
   routing.gate(x_ND, gate.value, logits_NE);
   let placed: PlacedPlan, shown: Shown;
   const records = new Shared(all);
-  if (comm.size === 1) {
+  if (scales_S) {
     routing.route(logits_NE, bias_E, options, { ...out, record: all.reshape(length) });
-    placed = undo.use(placeAlone(experts_NK, E));
+    placed = undo.use(placeAlone(experts_NK, E, weights_NK, scales_S));
     // What is shown may be read before or after the backward pass, which needs the record, too.
     const release = records.own();
     shown = {
@@ -111,17 +112,19 @@ export async function routeOnDevice(
     const chosen = await experts_NK.toArray() as Int32Array;
     tap.record(layer, { choices: K, experts_NK: chosen });
   }
-  const saved = { logits: logits_NE, lse: lse_N, experts: experts_NK, records: all };
+  const slots = scales_S ? placed.slots_NK : undefined;
+  const saved = { logits: logits_NE, lse: lse_N, experts: experts_NK, records: all, slots };
   const releaseRecords = records.own();
   undo.move();
   return {
     placed,
     weights_NK,
+    scales_S,
     shown,
-    backward(dWeights_NK, scale) {
+    backward(dWeights, scale) {
       using undo = new DisposableStack();
       const dLogits_NE = undo.use(empty(device, [N, E]));
-      routing.routeBackward(dWeights_NK, saved, {
+      routing.routeBackward(dWeights, saved, {
         ...options,
         auxLoss: router.auxLoss * scale,
         zLoss: router.zLoss * scale,
@@ -137,7 +140,9 @@ export async function routeOnDevice(
     },
     release() {
       placed[Symbol.dispose]();
-      for (const tensor of [logits_NE, lse_N, experts_NK, weights_NK]) tensor[Symbol.dispose]();
+      for (const tensor of [logits_NE, lse_N, experts_NK, weights_NK, scales_S]) {
+        tensor?.[Symbol.dispose]();
+      }
       releaseRecords();
     },
   };

@@ -46,12 +46,18 @@ export interface Routed {
   readonly placed: PlacedPlan;
   /** Weights of the choices [N, K]; owned. */
   readonly weights_NK: Tensor;
+  /**
+   * The weights as factors of rows in the send order [S], where they meet the experts' hidden rows instead of their outputs: in a world of one on a
+   * GPU; else null. Owned.
+   */
+  readonly scales_S: Tensor | null;
   /** Losses and load. */
   readonly shown: Shown;
   /**
-   * Gradient of the logits [N, E], a new tensor, from the weights' [N, K]; `scale` is the factor of the losses. Adds to the gate's gradient.
+   * Gradient of the logits [N, E], a new tensor, from the weights' [N, K], or from that of `scales_S` [S] where there are any; `scale` is the factor of
+   * the losses. Adds to the gate's gradient.
    */
-  backward(dWeights_NK: Tensor, scale: number): Promise<Tensor>;
+  backward(dWeights: Tensor, scale: number): Promise<Tensor>;
   /**
    * The gradient of the tokens, from that of their rows in the send order and through the gate:
    * `dX[n] = Σ_k dRows[slots[n,k]] + dLogits[n] gate + beta · dX[n]`.
@@ -103,23 +109,29 @@ export async function routeOnHost(
   });
   using undo = new DisposableStack();
   const placed = undo.use(placePlan(device, plan));
-  const { weights_NK: weights } = routing;
-  const weights_NK = toDevice(
-    x_ND,
-    weights,
-    [plan.tokens, plan.choices],
-    wideDtype(x_ND.dtype),
-  );
+  const { weights_NK: weights } = routing, wide = wideDtype(x_ND.dtype);
+  const weights_NK = undo.use(toDevice(x_ND, weights, [plan.tokens, plan.choices], wide));
+  let scales_S: Tensor | null = null;
+  if (device.routing && comm.size === 1) {
+    const ofRows = new Float64Array(plan.tokens_S.length);
+    plan.slots_NK.forEach((slot, i) => slot >= 0 && (ofRows[slot] = weights[i]));
+    scales_S = undo.use(toDevice(x_ND, ofRows, [ofRows.length], wide));
+  }
   undo.move();
   return {
     placed,
     weights_NK,
+    scales_S,
     shown: {
       auxLoss: global.losses.aux + global.losses.z,
       stats: statsOf(global.chosen_E, global.dropped, plan.rowsPerRank),
     },
-    async backward(dWeights_NK, scale) {
-      const dLogits = routeBackward(router, routing, await hostNumbers(dWeights_NK), {
+    async backward(dWeights, scale) {
+      const given = await hostNumbers(dWeights);
+      const dWeights_NK = scales_S
+        ? Float64Array.from(plan.slots_NK, (slot) => slot < 0 ? 0 : given[slot])
+        : given;
+      const dLogits = routeBackward(router, routing, dWeights_NK, {
         sums: global.sums,
         scale,
       });
@@ -140,6 +152,7 @@ export async function routeOnHost(
     release() {
       placed[Symbol.dispose]();
       weights_NK[Symbol.dispose]();
+      scales_S?.[Symbol.dispose]();
     },
   };
 }
