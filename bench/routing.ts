@@ -1,5 +1,6 @@
 // Times the kernels that route tokens and move rows on a GPU, at the shapes of three MoE layers, against the bytes that each must move. L2-cold:
-// a gigabyte is written before each timed run, behind which the host has enqueued the whole run before it starts.
+// before each timed run, behind which the host has enqueued the whole run before it starts, half a gigabyte is read. (Written, it would leave
+// a cache whose lines must go to memory first: 8 µs more for whatever reads as much as the cache holds.)
 //
 //   deno run -A bench/routing.ts
 
@@ -9,12 +10,13 @@ import * as ops from "../tensor/ops.ts";
 import * as routing from "../tensor/ops/routing.ts";
 import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
 
-const FLUSH_BYTES = 2 ** 30, REPEATS = 15;
+const FLUSH_BYTES = 2 ** 29, REPEATS = 15;
 /** What a copy reaches on an H200, counting both ways. */
 const COPY_GBS = 4300;
 
 const device = await cudaDevice();
-const flush = device.allocate(FLUSH_BYTES);
+const flush = empty(device, [FLUSH_BYTES / 4]), flushed = empty(device, [1], "f64");
+ops.fill(flush, 1);
 
 let seed = 1;
 function uniform(): number {
@@ -26,7 +28,7 @@ function uniform(): number {
 async function time(work: () => void): Promise<number> {
   const times: number[] = [];
   for (let i = 0; i < REPEATS + 2; i++) {
-    device.context.clear(flush, FLUSH_BYTES);
+    device.kernels.sumSquares([flush], flushed);
     const start = device.stream.recordTimed();
     work();
     const end = device.stream.recordTimed();
@@ -72,6 +74,9 @@ for (const [N, D, E, K] of shapes) {
     2 * N * wide,
     () => routing.gateBackward(dLogits, x, gate, dX, dGate, { beta: 0 }),
   );
+  await row("gateWeightGrad", N * wide + 4 * N * E, () => {
+    routing.gateWeightGrad(dLogits, x, dGate);
+  });
   for (const scores of ["softmax", "sigmoid"] as const) {
     const groups = scores === "sigmoid" && E >= 64 ? 8 : 1;
     const options: RouteOptions = {
@@ -122,6 +127,11 @@ for (const [N, D, E, K] of shapes) {
       "combineRows, no weights",
       (N + S) * wide,
       () => ops.combineRows(y, slots, null, out),
+    );
+    await row(
+      "combineRowsGate",
+      (N + S) * wide,
+      () => routing.combineRowsGate(y, slots, dLogits, gate, out),
     );
     await row(
       "combineRowsBackward",
