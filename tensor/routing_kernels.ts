@@ -103,8 +103,8 @@ export interface RoutingKernels {
   /**
    * A stable counting sort of the choices: the n-th choice of expert e (in order of token, then place) takes row `starts[e] + n`; with
    * `starts` null, experts lie in ascending order. Writes slots i32 [N, K] and tokens i32 [S], the inverse; S = N K rows. With `offsets` i32 [E + 1], also writes the first row of each
-   * expert and, last, S (ascending order only). A choice of −1 gets slot −1. With weights f32 [N, K] and scales f32 [S], also what
-   * {@linkcode RoutingKernels.scatterWeights} writes.
+   * expert and, last, S (ascending order only). A choice of −1 gets slot −1. With weights f32 [N, K] and scales f32 [S], also
+   * `scales[slots[n,k]] = weights[n,k]`.
    *
    * Replicas: `starts` may be i32 [P, 3], a list of pieces (expert, first choice, first row) sorted by expert, then first choice: choices of the
    * expert from `first choice` on take rows from `first row` on, until its next piece.
@@ -121,10 +121,6 @@ export interface RoutingKernels {
   ): void;
   /** `out[slots[n,k]] = x[n]`: a token's row to each of its choices; slots i32 [N, K], a negative one gets none; x [N, D], out [S, D]. */
   spreadRows(x: Tensor, slots: Tensor, out: Tensor): void;
-  /** `scales[slots[n,k]] = weights[n,k]`: weights f32 [N, K] as one per row; slots i32 [N, K], a negative one has no row; scales f32 [S]. */
-  scatterWeights(weights: Tensor, slots: Tensor, scales: Tensor): void;
-  /** The way back: `dWeights[n,k] = dScales[slots[n,k]]`, 0 for a negative slot. */
-  gatherWeights(dScales: Tensor, slots: Tensor, dWeights: Tensor): void;
   /**
    * Index arrays between rank-major and expert-major rows, from counts i32 [R, L] of rows per (source rank, seat): expert-major row i is
    * rank-major row `toExpertMajor[i]`, rank-major row i is expert-major row `toRankMajor[i]`; both i32 [M].

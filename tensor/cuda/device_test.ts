@@ -81,8 +81,6 @@ test("every kernel of the contract is there", (cuda) => {
     placeRows: true,
     spreadRows: true,
     majorOrders: true,
-    scatterWeights: true,
-    gatherWeights: true,
   };
   for (const name of Object.keys(routing)) assert.ok(Object.hasOwn(cuda.routing, name), name);
 });

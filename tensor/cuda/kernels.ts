@@ -21,7 +21,7 @@ import { normsKernels, normsModule } from "./norms.ts";
 import { optimizerKernels, optimizerModule } from "./optimizer.ts";
 import { randomKernels, randomModule } from "./random.ts";
 import { routingKernels, routingModule } from "./routing.ts";
-import { rowsKernels, rowsModule, rowWeightKernels } from "./rows.ts";
+import { rowsKernels, rowsModule } from "./rows.ts";
 import { sortModule } from "./sort.ts";
 
 /** Every `.cu` module of the library. */
@@ -61,7 +61,6 @@ const ROOMS: readonly ((context: CudaContext) => Partial<Kernels>)[] = [
 const ROUTING_ROOMS: readonly ((context: CudaContext) => Partial<RoutingKernels>)[] = [
   gateKernels,
   routingKernels,
-  rowWeightKernels,
 ];
 
 /** Joins what the rooms have. */

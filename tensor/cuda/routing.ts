@@ -49,7 +49,7 @@ const ROUTE_BLOCKS = 256;
  */
 export function routingKernels(
   context: CudaContext,
-): Omit<RoutingKernels, GateKernel | "scatterWeights" | "gatherWeights"> {
+): Omit<RoutingKernels, GateKernel> {
   const ofRouting = (name: string) => context.kernel(routingModule, name);
   const routes = PER_LANE.map((n) => ofRouting(`route_${n}`));
   const backwards = PER_LANE.map((n) => ofRouting(`route_backward_${n}`));

@@ -1,4 +1,4 @@
-// Rows that move: gather, scatter-add, the weighted sum of a token's expert rows with its gradient, weights of rows. All is bound by memory: a group
+// Rows that move: gather, scatter-add, the weighted sum of a token's expert rows with its gradient. All of it is bound by memory: a group
 // of threads owns a row, every access is of 16 bytes where addresses allow it, and several are in flight per thread.
 
 // Loads N elements as floats, by accesses of up to 16 bytes.
@@ -333,20 +333,3 @@ DEVICE void combine_backward(const T* d_out, const T* y, const int* slots, const
   COMBINE_BACKWARD(combine_backward_##SUFFIX##_wide4, T, N, 4, 1)
 COMBINES_BACKWARD(f32, float, 4)
 COMBINES_BACKWARD(bf16, bf16, 8)
-
-// scales[slots[i]] = weights[i]: the weights of choices as one number per row.
-extern "C" __global__ void scatter_weights(const float* weights, const int* slots, float* scales, i64 count) {
-  after_previous();
-  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= count) return;
-  int slot = slots[i];
-  if (slot >= 0) scales[slot] = weights[i];
-}
-// The way back; 0 where there is no row.
-extern "C" __global__ void gather_weights(const float* scales, const int* slots, float* weights, i64 count) {
-  after_previous();
-  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= count) return;
-  int slot = slots[i];
-  weights[i] = slot < 0 ? 0.0f : scales[slot];
-}

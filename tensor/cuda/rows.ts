@@ -1,9 +1,8 @@
-// Launches of rows.cu: gather, scatter-add, the weighted sum of a token's expert rows with its gradient, and weights of rows. How wide the accesses are, and
+// Launches of rows.cu: gather, scatter-add, and the weighted sum of a token's expert rows with its gradient. How wide the accesses are, and
 // how many threads share a row, is decided here.
 
 import type { Kernels } from "../device.ts";
 import { bytesOf } from "../dtype.ts";
-import type { RoutingKernels } from "../routing_kernels.ts";
 import type { Tensor } from "../tensor.ts";
 import type { CudaContext, CudaKernel, ModuleSource, ParameterType } from "./context.ts";
 import source from "./rows.cu" with { type: "text" };
@@ -14,8 +13,6 @@ type Rows = Pick<
   "gatherRows" | "scatterAddRows" | "combineRows" | "combineRowsBackward"
 >;
 
-type RowWeights = Pick<RoutingKernels, "scatterWeights" | "gatherWeights">;
-
 const GATHER: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i64", "i64", "i32", "i32"];
 // deno-fmt-ignore
 const SCATTER: readonly ParameterType[] = ["ptr", "ptr", "ptr", "ptr", "ptr", "i32", "i32", "i32"];
@@ -24,8 +21,6 @@ const SCATTER_REST: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32
 const COMBINE: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "ptr", "ptr", "i64", "i32", "i64", "i32"];
 // deno-fmt-ignore
 const BACKWARD: readonly ParameterType[] = ["ptr", "ptr", "ptr", "ptr", "i32", "ptr", "ptr", "i64", "i32", "i64"];
-
-const WEIGHTS: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i64"];
 
 /** Choices that are in flight at once in the wide kernels, and units of 16 bytes of each. */
 const FORWARD_WAYS = [[1, 4], [2, 2], [4, 1], [8, 1]], BACKWARD_WAYS = [1, 2, 4];
@@ -54,8 +49,6 @@ export const rowsModule: ModuleSource = {
       [`combine_backward_${dtype}`, BACKWARD] as const,
       ...BACKWARD_WAYS.map((way) => [`combine_backward_${dtype}_wide${way}`, BACKWARD] as const),
     ]),
-    ["scatter_weights", WEIGHTS],
-    ["gather_weights", WEIGHTS],
   ]),
 };
 
@@ -168,25 +161,6 @@ export function rowsKernels(context: CudaContext): Rows {
       kernel.launch(Math.ceil(tokens / 8), 1, 1, THREADS, 0, dOut.address, y.address, slots.address, weights.address,
         weightKind(weights), dY.address, dWeights.address, tokens, choices, width);
     },
-  };
-}
-
-/**
- * The kernels that bring choices' weights to rows, and back.
- *
- * @param context The GPU.
- * @returns The kernels.
- */
-export function rowWeightKernels(context: CudaContext): RowWeights {
-  const scatter = context.kernel(rowsModule, "scatter_weights");
-  const gather = context.kernel(rowsModule, "gather_weights");
-  const run = (kernel: CudaKernel, from: Tensor, { address, size }: Tensor, to: Tensor) => {
-    const grid = Math.ceil(size / THREADS);
-    kernel.launch(grid, 1, 1, THREADS, 0, from.address, address, to.address, size);
-  };
-  return {
-    scatterWeights: (weights, slots, scales) => run(scatter, weights, slots, scales),
-    gatherWeights: (dScales, slots, dWeights) => run(gather, dScales, slots, dWeights),
   };
 }
 

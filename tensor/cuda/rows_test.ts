@@ -7,7 +7,7 @@ import { cpuDevice } from "../cpu/device.ts";
 import type { TypedArray } from "../dtype.ts";
 import { empty, fromArray } from "../tensor.ts";
 import { Case, type Dtype } from "./_compare.ts";
-import { rowsKernels, rowsModule, rowWeightKernels } from "./rows.ts";
+import { rowsKernels, rowsModule } from "./rows.ts";
 import { sortModule } from "./sort.ts";
 
 const device = await testDevice([rowsModule, sortModule]), cpu = cpuDevice().kernels;
@@ -133,28 +133,6 @@ for (const dtype of DTYPES) {
     });
   }
 }
-
-Deno.test({
-  name: "weights of choices go to their rows, and back",
-  ignore: !kernels,
-  async fn() {
-    const { scatterWeights, gatherWeights } = rowWeightKernels(device!.context);
-    for (const [N, K, dropped] of [[0, 2, 0], [1, 1, 0], [1, 3, 3], [129, 2, 40], [700, 8, 1]]) {
-      const all = N * K, order = shuffled(all), slots = new Int32Array(all).fill(-1);
-      // The choices that `order` begins with are kept.
-      for (let row = 0; row < all - dropped; row++) slots[order[row]] = row;
-      const weights = Float32Array.from({ length: all }, (_, i) => i + 0.5);
-      using w = fromArray(device!, weights, [N, K]), s = fromArray(device!, slots, [N, K]);
-      using scales = fromArray(device!, new Float32Array(all - dropped).fill(NaN));
-      using back = fromArray(device!, new Float32Array(all).fill(NaN), [N, K]);
-      scatterWeights(w, s, scales);
-      gatherWeights(scales, s, back);
-      const expected = Float32Array.from(order.subarray(0, all - dropped), (i) => weights[i]);
-      assert.deepEqual(await scales.toArray(), expected);
-      assert.deepEqual(await back.toArray(), weights.map((v, i) => slots[i] < 0 ? 0 : v));
-    }
-  },
-});
 
 Deno.test({
   name: "rows of every dtype are gathered",

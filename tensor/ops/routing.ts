@@ -299,49 +299,6 @@ export function spreadRows(x: Tensor, slots: Tensor, out: Tensor): void {
   ran("spreadRows", "compute", start);
 }
 
-/** Checks weights [N, K], their slots, and what there is of one per row. */
-function checkWeights(op: string, weights: Tensor, slots: Tensor, scales: Tensor): void {
-  const { device, shape } = weights;
-  isMatrix(op, "weights", weights);
-  shaped(op, "weights", weights, device, "f32", shape);
-  shaped(op, "slots", slots, device, "i32", shape);
-  shaped(op, "scales", scales, device, "f32", [scales.size]);
-}
-
-/**
- * `scales[slots[n,k]] = weights[n,k]`: the weights of choices as factors of rows.
- *
- * @param weights f32 [N, K].
- * @param slots i32 [N, K], each below S; a negative one has no row. Every row is in one place.
- * @param scales f32 [S].
- * @throws {RangeError} If shapes or devices do not fit.
- * @throws {TypeError} If dtypes do not fit.
- */
-export function scatterWeights(weights: Tensor, slots: Tensor, scales: Tensor): void {
-  const op = "scatter weights", kernels = kernelsOf(op, weights);
-  checkWeights(op, weights, slots, scales);
-  const start = now();
-  kernels.scatterWeights(weights, slots, scales);
-  ran("scatterWeights", "compute", start);
-}
-
-/**
- * `dWeights[n,k] = dScales[slots[n,k]]`, 0 for a negative slot: the gradient of {@linkcode scatterWeights}.
- *
- * @param dScales f32 [S].
- * @param slots i32 [N, K], each below S.
- * @param dWeights f32 [N, K].
- * @throws {RangeError} If shapes or devices do not fit.
- * @throws {TypeError} If dtypes do not fit.
- */
-export function gatherWeights(dScales: Tensor, slots: Tensor, dWeights: Tensor): void {
-  const op = "gather the weights' gradients", kernels = kernelsOf(op, dScales);
-  checkWeights(op, dWeights, slots, dScales);
-  const start = now();
-  kernels.gatherWeights(dScales, slots, dWeights);
-  ran("gatherWeights", "compute", start);
-}
-
 /**
  * Index arrays between rank-major and expert-major rows.
  *
