@@ -8,7 +8,6 @@ import { dropShown, readShown } from "../moe/shown.ts";
 import { plainStep } from "../moe/step.ts";
 import type { CudaDevice } from "../tensor/cuda/device.ts";
 import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
-import type { GpuTimer } from "./_gpu.ts";
 
 /** Sizes of a layer. */
 export interface Shape {
@@ -121,6 +120,20 @@ export const PRODUCTS = [
 /** One of the {@linkcode PRODUCTS}. */
 export type Product = (typeof PRODUCTS)[number];
 
+/** What of the layer is which products, in its order. */
+const ROWS_OF_PRODUCTS: Readonly<
+  Record<GradientDType, Readonly<Record<Half, readonly Product[]>>>
+> = {
+  f32: {
+    fwd: ["up", "down"],
+    fwd_bwd: ["up", "down", "d_down f32", "d_hidden", "d_up f32", "d_rows"],
+  },
+  bf16: {
+    fwd: ["up", "down"],
+    fwd_bwd: ["up", "down", "d_down", "d_hidden", "d_up", "d_rows"],
+  },
+};
+
 /** The experts' products alone, on rows that are sorted already, through our kernels. */
 export class Products implements Disposable {
   readonly #runs: Readonly<Record<Product, () => void>>;
@@ -168,9 +181,14 @@ export class Products implements Disposable {
     };
   }
 
-  /** Times of a product on the GPU in ms. */
-  async times(timer: GpuTimer, product: Product, repeats: number, warm: number): Promise<number[]> {
-    return (await timer.times(this.#runs[product], repeats, warm)).gpu_ms;
+  /** Enqueues a product. */
+  run(product: Product): void {
+    this.#runs[product]();
+  }
+
+  /** Enqueues the products of a forward pass, or of both passes, one behind the other. */
+  runAll(what: Half, gradientDtype: GradientDType): void {
+    for (const product of ROWS_OF_PRODUCTS[gradientDtype][what]) this.#runs[product]();
   }
 
   /** Frees the operands. */

@@ -1,13 +1,16 @@
 // A Mixture-of-Experts layer on one GPU, forward and backward, beside PyTorch's dropless layer: same sizes, same inputs, same gate, so the same
-// routing; one run, medians. Both sides enqueue their runs ahead of the GPU, with the L2 cache flushed before each, and have four turns each,
-// every time at another place in the round, so that neither has the cooler GPU.
+// routing; one run, medians. Both sides enqueue their runs ahead of the GPU, with the L2 cache flushed before each. They have four turns each,
+// every time at another place in the round, and a turn begins with 60 ms of the same work that are not timed, as a GPU that has idled has a
+// higher clock.
 //
 //   deno task bench:layer [--shapes E16,E8,E64] [--routing balanced,zipf] [--repeats N] [--json FILE]
 //
 // Sides: `lina` writes f32 gradients of the weights (the default), `lina-bf16-gradients` bf16 ones, as PyTorch's layer does: the sides of PyTorch,
 // eager and compiled, compare with the latter like with like, and with `lina` although it writes twice the bytes. The bounds are the experts' six
 // products alone, each by the fastest way of either side (our kernels, torch._grouped_mm, a loop of cuBLAS): `gemm-only` writes bf16 gradients
-// and is the bound of `lina-bf16-gradients`, `gemm-only-f32-gradients` writes f32 ones and is that of `lina`.
+// and is the bound of `lina-bf16-gradients`, `gemm-only-f32-gradients` writes f32 ones and is that of `lina`. Their sum is of times taken one by one,
+// with a cold cache each; `products-in-a-row` and `products-in-a-row-bf16-gradients` are our kernels for all six as one piece of work, as they are
+// in a layer.
 //
 // FLOPs = 2 · (2 · R · D · F) forward for R = tokens · choices rows, three times that forward and backward; the gate is not counted. Experts
 // are D → F → D with tanh-GELU. Zipf: the gate is offset so that expert e wants a share of 1 / (e + 1), as far as a token meets an
@@ -35,11 +38,12 @@ const SHAPES: Readonly<Record<string, Shape>> = {
 };
 const HALVES: readonly Half[] = ["fwd", "fwd_bwd"];
 const OURS = { f32: "lina", bf16: "lina-bf16-gradients" } as const;
+const ROWS = { f32: "products-in-a-row", bf16: "products-in-a-row-bf16-gradients" } as const;
 const BOUNDS = { f32: "gemm-only-f32-gradients", bf16: "gemm-only" } as const;
 /** Ways of a product: our kernels, and PyTorch's. */
 const WAYS = ["lina", "grouped_mm", "cublas_loop"] as const;
-/** Turns of a side, and runs at the begin of each that are not timed. */
-const TURNS = 4, WARM = 2;
+/** Turns of a layer, turns of a product, and time of the runs at the begin of each that are not measured. */
+const TURNS = 4, PRODUCT_TURNS = 2, WARM_MS = 60;
 const STD = 0.02;
 
 interface Row {
@@ -130,15 +134,16 @@ async function inputOf({ tokens, width }: Shape): Promise<[Tensor, Uint16Array]>
   return [x, host];
 }
 
-/** A part of a list that begins elsewhere each time. */
-function turned<T>(list: readonly T[], by: number): T[] {
-  return list.map((_, i) => list[(i + by) % list.length]);
+/** A list that begins elsewhere in each turn, every other time backwards. */
+function turned<T>(list: readonly T[], turn: number): T[] {
+  const round = list.map((_, i) => list[(i + turn) % list.length]);
+  return turn % 2 === 0 ? round : round.reverse();
 }
 
 /** Times of the other side; none of what it could not do once. */
 async function ask(side: string, what: string, runs: number): Promise<number[]> {
   if (impossible.has(`${side} ${what}`)) return [];
-  const answer = await peer?.ask({ do: "time", side, what, repeats: runs, warm: WARM });
+  const answer = await peer?.ask({ do: "time", side, what, repeats: runs, warm_ms: WARM_MS });
   if (!answer) impossible.add(`${side} ${what}`);
   return answer?.times as number[] | undefined ?? [];
 }
@@ -154,12 +159,24 @@ async function ourSide(layer: Layer, gradient_dtype: GradientDType): Promise<Sid
     host_ms,
     async run(what, runs) {
       const before = device.hostWaits;
-      const times = await timer.times(() => layer.run(what), runs, WARM);
-      const waits = device.hostWaits - before - 2; // the timer's own
+      const times = await timer.times(() => layer.run(what), runs, WARM_MS);
+      const waits = device.hostWaits - before - 3; // the timer's own
       if (waits > 0) console.error(`the host waited ${waits} times for the GPU`);
       if (what === "fwd_bwd") host_ms.push(...times.host_ms);
       return times.gpu_ms;
     },
+  };
+}
+
+/** Our six products in a row. */
+function productsSide(products: Products, gradient_dtype: GradientDType): Side {
+  return {
+    side: ROWS[gradient_dtype],
+    gradient_dtype,
+    peak_bytes: 0,
+    times: { fwd: [], fwd_bwd: [] },
+    run: async (what, runs) =>
+      (await timer.times(() => products.runAll(what, gradient_dtype), runs, WARM_MS)).gpu_ms,
   };
 }
 
@@ -196,18 +213,22 @@ async function measure(name: string, routing: string, x: Tensor, gate: Float32Ar
     for (const side of other.sides as string[]) sides.push(await theirSide(side));
   }
   using products = new Products(device, shape, counts);
+  sides.push(productsSide(products, "f32"), productsSide(products, "bf16"));
   const ways = new Map(PRODUCTS.map((product) => {
     return [product, WAYS.map((): number[] => [])] as const;
   }));
-  const runs = Math.ceil(repeats / TURNS);
   for (let turn = 0; turn < TURNS; turn++) {
     for (const side of turned(sides, turn)) {
-      for (const what of HALVES) side.times[what].push(await side.run(what, runs));
+      for (const what of HALVES) {
+        side.times[what].push(await side.run(what, Math.ceil(repeats / TURNS)));
+      }
     }
+    if (turn >= PRODUCT_TURNS) continue;
+    const runs = Math.ceil(repeats / PRODUCT_TURNS);
     for (const product of PRODUCTS) {
       for (const way of turned(WAYS.slice(0, other ? 3 : 1), turn)) {
         const times = way === "lina"
-          ? await products.times(timer, product, runs, WARM)
+          ? (await timer.times(() => products.run(product), runs, WARM_MS)).gpu_ms
           : await ask(way, product, runs);
         ways.get(product)![WAYS.indexOf(way)].push(...times);
       }
@@ -225,7 +246,7 @@ function add(row: Omit<Row, "dtype" | "tflops" | "tflops_fwd">): void {
   rows.push({ ...row, dtype: "bf16", tflops_fwd, tflops });
   const ms = (x: number) => x.toFixed(3).padStart(9);
   console.log(
-    `  ${row.routing.padEnd(9)}${side.padEnd(24)}${ms(fwd_ms)} ms ${
+    `  ${row.routing.padEnd(9)}${side.padEnd(33)}${ms(fwd_ms)} ms ${
       tflops_fwd.toFixed(0).padStart(4)
     } TFLOP/s forward ${ms(fwd_bwd_ms)} ms ${
       tflops.toFixed(0).padStart(4)
@@ -290,7 +311,9 @@ function report(
     console.log(
       `  ${shape} ${routing}, ${gradient_dtype} gradients, forward+backward:${
         torch < Infinity ? ` ${(torch / own).toFixed(2)}x of PyTorch's best (bf16 gradients),` : ""
-      } ${(at(bound) / own).toFixed(2)} of the products alone (${gradient_dtype} gradients)`,
+      } ${(at(bound) / own).toFixed(2)} of the products alone (${gradient_dtype} gradients), ${
+        (at(ROWS[gradient_dtype]) / own).toFixed(2)
+      } of ours in a row`,
     );
   }
 }

@@ -6,7 +6,7 @@ every shape is compiled once. Requests:
   {"do": "prepare", "shape": NAME, sizes}                 makes the layer, eager and compiled, and compiles it
   {"do": "inputs", "shape": NAME, "x": FILE, "gate": FILE}  takes the inputs that bench/layer.ts has written, so that both sides route alike
   {"do": "memory", "side": SIDE}                          peak bytes of forward and backward
-  {"do": "time", "side": SIDE, "what": WHAT, "repeats": N, "warm": N}  ms of each run
+  {"do": "time", "side": SIDE, "what": WHAT, "repeats": N, "warm_ms": MS}  ms of each run
   {"do": "release", "shape": NAME}
 
 Sides of the layer, for "fwd" and "fwd_bwd": torch-eager, torch-compiled, and tutel and deepspeed where they are installed. Ways of a product (up, down,
@@ -14,6 +14,7 @@ d_hidden, d_rows, d_up, d_down; "d_up f32" and "d_down f32" write f32 gradients,
 """
 
 import json
+import math
 import sys
 import time
 
@@ -182,11 +183,15 @@ class Shape:
         return torch.cuda.max_memory_allocated() - base + own
 
 
-def times(function, repeats, warm, flush):
-    """ms of each run on the GPU, with the L2 cache flushed before it."""
-    for _ in range(warm):
-        function()
+def times(function, repeats, warm_ms, flush):
+    """ms of each run on the GPU, with the L2 cache flushed before it, behind so much of the same work that the clock is that of a long run."""
+    function()
     torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    for _ in range(math.ceil(warm_ms / 1e3 / (time.perf_counter() - began))):
+        function()
     # All runs are enqueued one after another, as in a training loop: the GPU does not wait for the host between them.
     runs = []
     for _ in range(repeats):
@@ -221,7 +226,7 @@ def main():
                 answer = {"peak_bytes": current.peak_bytes(request["side"])}
             elif do == "time":
                 work = current.work(request["side"], request["what"])
-                answer = {"times": times(work, request["repeats"], request["warm"], flush)}
+                answer = {"times": times(work, request["repeats"], request["warm_ms"], flush)}
             else:
                 current = None
                 del shapes[name]
