@@ -87,7 +87,7 @@ function flopsOf(name: string, args: readonly unknown[]): number {
     return 2 * a.size * out.shape[1];
   }
   if (name === "groupedGemm") {
-    const [x, , , out] = args as Tensor[]; // rows of x may be taken by index: out has as many as are multiplied
+    const [x, , , out] = args as Tensor[];
     return 2 * x.shape[1] * out.size;
   }
   if (name === "groupedGemmActivation") {
@@ -99,8 +99,8 @@ function flopsOf(name: string, args: readonly unknown[]): number {
     return 2 * up.shape[0] * dY.shape[1] * weights[0].shape[1];
   }
   if (name === "groupedGemmWeightGrad") {
-    const [dy, x] = args as Tensor[], { xRows } = (args[4] ?? {}) as { readonly xRows?: Tensor };
-    return 2 * (xRows?.size ?? x.shape[0]) * dy.shape[1] * x.shape[1];
+    const [dy, x] = args as Tensor[];
+    return 2 * dy.size * x.shape[1];
   }
   return 0;
 }

@@ -82,9 +82,8 @@ export function expertsForward(
   const up_MH = empty(device, [M, activation === "swiglu" ? 2 * hidden : hidden], dtype);
   const active_MF = empty(device, [M, hidden], dtype);
   if (M > 0) {
-    ops.groupedGemmActivation(x_MD, weights.up, rows, activation, up_MH, active_MF, {
-      scales: scales_M ?? undefined,
-    });
+    const scales = scales_M ?? undefined;
+    ops.groupedGemmActivation(x_MD, weights.up, rows, activation, up_MH, active_MF, scales);
   }
   const y_MD = empty(device, [M, width], dtype);
   if (M > 0) ops.groupedGemm(active_MF, weights.down, rows, y_MD);

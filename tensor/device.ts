@@ -108,46 +108,12 @@ export interface RowGroups {
   readonly host: Int32Array | null;
 }
 
-/** Options of {@linkcode Kernels.groupedGemm}. */
-export interface GroupedGemmOptions {
-  /** Takes `x_g w_g`, the input's gradient, instead of `x_g w_gᵀ`. @default {false} */
-  readonly transposeWeight?: boolean;
-  /** Factor of the old contents of `out`; 0 never reads them. @default {0} */
-  readonly beta?: number;
-  /** Rows by index, i32 [R]: row r of the product is `x[rows[r]]`, of x [*, in]. @default {row r of x} */
-  readonly rows?: Tensor;
-}
-
-/** Options of {@linkcode Kernels.groupedGemmWeightGrad}. */
-export interface GroupedWeightGradOptions {
-  /** Factor of the old gradients. @default {1} */
-  readonly beta?: number;
-  /** Rows of dy by index, i32 [R]. @default {row r of dy} */
-  readonly dyRows?: Tensor;
-  /** Rows of x by index, i32 [R]. @default {row r of x} */
-  readonly xRows?: Tensor;
-}
-
-/** Options of {@linkcode Kernels.groupedGemmActivation}. */
-export interface GroupedActivationOptions {
-  /** Rows by index, i32 [R]: row r of the product is `x[rows[r]]` (of dY in the gradient). @default {row r} */
-  readonly rows?: Tensor;
-  /** Factor of each row of what comes out of the activation, f32 [R] (f64 for f64). @default {ones} */
-  readonly scales?: Tensor;
-}
-
-/** Options of {@linkcode Kernels.activationBackward}. */
+/** Options of {@linkcode Kernels.activationBackward} and {@linkcode Kernels.groupedGemmActivationBackward}. */
 export interface ActivationBackwardOptions {
   /** As the activation had them, f32 [R] (f64 for f64). @default {ones} */
   readonly scales?: Tensor;
   /** Where the gradient of the scales goes, f32 [R] (f64 for f64); it is made only if this is given. */
   readonly dScales?: Tensor;
-}
-
-/** Options of {@linkcode Kernels.groupedGemmActivationBackward}. */
-export interface GroupedActivationBackwardOptions extends ActivationBackwardOptions {
-  /** Rows of dY by index, i32 [R]. @default {row r of dY} */
-  readonly rows?: Tensor;
 }
 
 /** What one parameter brings to an AdamW update. All have the same number of elements. */
@@ -215,16 +181,13 @@ export interface Kernels {
    * One GEMM per group over uneven row groups: the rows of group g meet weights[g].
    * `out_g = x_g w_gᵀ` (weight [out, in]); with `transposeWeight`, `out_g = x_g w_g` (the input's gradient).
    * Empty groups are allowed. The same array object of weights means the same weights: a device may keep what it derives from it.
-   *
-   * Here and below, rows may be taken by index from a tensor that has fewer or more of them; several indices may name the same row, and each must
-   * name one.
    */
   groupedGemm(
     x: Tensor,
     weights: readonly Tensor[],
     groups: RowGroups,
     out: Tensor,
-    options?: GroupedGemmOptions,
+    options?: { readonly transposeWeight?: boolean; readonly beta?: number },
   ): void;
   /**
    * `grads[g] = dy_gᵀ x_g + beta · grads[g]` per group: the weights' gradients, in the dtype of dy or f32. With beta 0, the default being 1, those
@@ -235,11 +198,12 @@ export interface Kernels {
     x: Tensor,
     groups: RowGroups,
     grads: readonly Tensor[],
-    options?: GroupedWeightGradOptions,
+    options?: { readonly beta?: number },
   ): void;
   /**
    * The experts' first product and activation: `up_g = x_g w_gᵀ`, `active[r] = scales[r] · activation(kind, up[r])`. x [R, D], weights [F, D]
-   * ([2F, D] for swiglu), up [R, F] ([R, 2F]), active [R, F]. Rows of `active` outside the groups are unspecified.
+   * ([2F, D] for swiglu), up [R, F] ([R, 2F]), active [R, F], scales as in {@linkcode Kernels.activation}. Rows of `active` outside the groups are
+   * unspecified.
    */
   groupedGemmActivation(
     x: Tensor,
@@ -248,7 +212,7 @@ export interface Kernels {
     kind: Activation,
     up: Tensor,
     active: Tensor,
-    options?: GroupedActivationOptions,
+    scales?: Tensor,
   ): void;
   /**
    * The gradient before the activation from that behind the second product: with `d = dY_g w_g`, rounded to the dtype,
@@ -262,7 +226,7 @@ export interface Kernels {
     kind: Activation,
     up: Tensor,
     dUp: Tensor,
-    options?: GroupedActivationBackwardOptions,
+    options?: ActivationBackwardOptions,
   ): void;
   /** `out[i] = x[rows[i]]` for rows i32; a negative index writes zeros. x [*, D], out [rows, D]. */
   gatherRows(x: Tensor, rows: Tensor, out: Tensor): void;

@@ -3,7 +3,7 @@
 import type { Kernels } from "./device.ts";
 import { empty } from "./tensor.ts";
 
-/** The kernels that are called in turn; the product takes rows by index, too. */
+/** The kernels that are called in turn. */
 export type GroupedActivationParts = Pick<
   Kernels,
   "groupedGemm" | "activation" | "activationBackward"
@@ -23,16 +23,15 @@ export type GroupedActivation = Pick<
  */
 export function groupedActivation(parts: GroupedActivationParts): GroupedActivation {
   return {
-    groupedGemmActivation(x, weights, groups, kind, up, active, options) {
-      parts.groupedGemm(x, weights, groups, up, { rows: options?.rows });
-      parts.activation(kind, up, active, options?.scales);
+    groupedGemmActivation(x, weights, groups, kind, up, active, scales) {
+      parts.groupedGemm(x, weights, groups, up);
+      parts.activation(kind, up, active, scales);
     },
     groupedGemmActivationBackward(dY, weights, groups, kind, up, dUp, options) {
       const [R, H] = up.shape, F = kind === "swiglu" ? H / 2 : H;
       using dActive = empty(dY.device, [R, F], dY.dtype);
-      const { rows, scales, dScales } = options ?? {};
-      parts.groupedGemm(dY, weights, groups, dActive, { transposeWeight: true, rows });
-      parts.activationBackward(kind, dActive, up, dUp, { scales, dScales });
+      parts.groupedGemm(dY, weights, groups, dActive, { transposeWeight: true });
+      parts.activationBackward(kind, dActive, up, dUp, options);
     },
   };
 }

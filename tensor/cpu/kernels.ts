@@ -12,7 +12,6 @@ import type {
 import { empty, type Tensor } from "../tensor.ts";
 import { attention, attentionBackward } from "./attention.ts";
 import { groupedActivation } from "../grouped_activation.ts";
-import { copyingProducts } from "../grouped_rows.ts";
 import { gemm, groupedGemm, groupedGemmWeightGrad, matrixProduct } from "./gemm.ts";
 import * as reference from "./reference/elementwise.ts";
 import { turns } from "./turns.ts";
@@ -257,8 +256,6 @@ function adamW(updates: readonly AdamWUpdate[], options: AdamWOptions): void {
   }
 }
 
-const products = copyingProducts({ groupedGemm, groupedGemmWeightGrad }, { gatherRows });
-
 /** The kernels of the CPU. They compute in f32 and f64; fill, copy and gatherRows take every dtype. */
 export const cpuKernels: Kernels = {
   fill,
@@ -268,8 +265,9 @@ export const cpuKernels: Kernels = {
   axpy: (alpha, x, y) => realKernels(x.dtype).axpy(alpha, x.address, y.address, x.size),
   scale: (x, alpha) => realKernels(x.dtype).scale(x.address, alpha, x.size),
   gemm,
-  ...products,
-  ...groupedActivation({ ...products, activation, activationBackward }),
+  groupedGemm,
+  groupedGemmWeightGrad,
+  ...groupedActivation({ groupedGemm, activation, activationBackward }),
   gatherRows,
   scatterAddRows,
   combineRows,

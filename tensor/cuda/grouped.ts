@@ -1,17 +1,14 @@
 // The experts' matrix products over uneven row groups. Three ways, chosen by what the call allows and what was measured (bench/NOTES.md): Hopper's
 // kernel (grouped_hopper.ts) for bf16 in multiples of 16 bytes; the kernels of grouped.cu for every other GPU and size; one cuBLAS product
-// per group where the offsets are known to the host. The first two read the offsets on the device. Rows by index are read where they lie by Hopper's
-// kernel, and copied before the other ways.
+// per group where the offsets are known to the host. The first two read the offsets on the device.
 
 import type { Kernels } from "../device.ts";
-import { takeRows } from "../grouped_rows.ts";
 import type { Tensor } from "../tensor.ts";
 import type { CudaContext, CudaKernel, ModuleSource, ParameterType } from "./context.ts";
 import { gemmOf } from "./gemm.ts";
 import source from "./grouped.cu" with { type: "text" };
 import { type GroupedCall, hopperGrouped } from "./grouped_hopper.ts";
 import { GroupTables } from "./grouped_tables.ts";
-import { rowsKernels } from "./rows.ts";
 import walk from "./grouped_walk.cuh" with { type: "text" };
 
 /** Ways to compute a grouped product. */
@@ -58,7 +55,6 @@ export function groupedKernels(context: CudaContext, force?: GroupedWay): Groupe
     NAMES.map((name) => [name, context.kernel(groupedModule, name)]),
   );
   const { multiprocessors } = context.properties;
-  let rows: Pick<Kernels, "gatherRows"> | null = null;
 
   function portable(call: GroupedCall): void {
     const { mode, a, b, matrices, groups, out, m, n, k, beta } = call;
@@ -104,27 +100,10 @@ export function groupedKernels(context: CudaContext, force?: GroupedWay): Groupe
     }
   }
 
-  /** A product of rows by index with one operand's rows copied to where they lie together. */
-  function copied(call: GroupedCall): void {
-    rows ??= rowsKernels(context);
-    if (call.aRows !== null) {
-      using taken = takeRows(rows, call.a, call.aRows);
-      run({ ...call, a: taken.x, aRows: null });
-    } else {
-      using taken = takeRows(rows, call.b!, call.bRows!);
-      run({ ...call, b: taken.x, bRows: null });
-    }
-  }
-
   function run(call: GroupedCall): void {
     const { a, matrices, groups: { host }, m, n, k, mode, beta } = call;
     if (matrices.length === 0 || n === 0 || m === 0) return;
     if (mode === 2 && k === 0 && beta === 1) return;
-    if (call.aRows !== null || call.bRows !== null) {
-      const direct = hopper !== null && a.dtype === "bf16" && m > 0 && k > 0 && hopper(call);
-      if (!direct) copied(call);
-      return;
-    }
     const known = host !== null && k > 0;
     if (force === "loop" && known) return loop(call, host);
     if (force !== "portable") {
@@ -137,14 +116,14 @@ export function groupedKernels(context: CudaContext, force?: GroupedWay): Groupe
 
   return {
     groupedGemm(x, weights, groups, out, options = {}) {
-      const { transposeWeight = false, beta = 0, rows } = options;
+      const { transposeWeight = false, beta = 0 } = options;
       // deno-fmt-ignore
       check("multiply groups", x, weights, [x.dtype]);
       run({
         mode: transposeWeight ? 1 : 0,
         a: x,
         b: null,
-        aRows: rows ?? null,
+        aRows: null,
         bRows: null,
         matrices: weights,
         groups,
@@ -161,14 +140,14 @@ export function groupedKernels(context: CudaContext, force?: GroupedWay): Groupe
         mode: 2,
         a: dy,
         b: x,
-        aRows: options.dyRows ?? null,
-        bRows: options.xRows ?? null,
+        aRows: null,
+        bRows: null,
         matrices: grads,
         groups,
         out: null,
         m: dy.shape[1],
         n: x.shape[1],
-        k: options.xRows ? options.xRows.size : x.shape[0],
+        k: x.shape[0],
         beta: options.beta ?? 1,
       });
     },

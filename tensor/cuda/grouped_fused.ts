@@ -142,9 +142,9 @@ export function groupedActivationKernels(
   }
 
   return {
-    groupedGemmActivation(x, weights, groups, kind, up, active, options = {}) {
-      if (fused(kind, x, weights, groups, up, active, HALF, options)) return;
-      separate.groupedGemmActivation(x, weights, groups, kind, up, active, options);
+    groupedGemmActivation(x, weights, groups, kind, up, active, scales) {
+      if (fused(kind, x, weights, groups, up, active, HALF, { scales })) return;
+      separate.groupedGemmActivation(x, weights, groups, kind, up, active, scales);
     },
     groupedGemmActivationBackward(dY, weights, groups, kind, up, dUp, options = {}) {
       // SwiGLU's gradient is left to two kernels (bench/NOTES.md).

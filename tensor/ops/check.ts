@@ -61,13 +61,6 @@ export function indices(op: string, name: string, x: Tensor, like: Tensor, size:
   if (x.size !== size) fail(op, `${name} must have ${size} elements`, `[${x.shape}]`);
 }
 
-/** Rows that are taken by index, or as they lie: how many they are. */
-export function rowsTaken(op: string, name: string, rows: Tensor | undefined, x: Tensor): number {
-  if (!rows) return x.shape[0];
-  indices(op, name, rows, x, rows.size);
-  return rows.size;
-}
-
 /** Factors of rows, or their gradients, are as many as rows and in the dtype of statistics, where there are any. */
 export function rowScales(
   op: string,

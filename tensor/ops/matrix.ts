@@ -3,12 +3,9 @@
 import { now } from "../../trace/mod.ts";
 import type {
   Activation,
+  ActivationBackwardOptions,
   AttentionShape,
   GemmOptions,
-  GroupedActivationBackwardOptions,
-  GroupedActivationOptions,
-  GroupedGemmOptions,
-  GroupedWeightGradOptions,
   RowGroups,
 } from "../device.ts";
 import type { Tensor } from "../tensor.ts";
@@ -22,7 +19,6 @@ import {
   ran,
   rowGroups,
   rowScales,
-  rowsTaken,
   statistics,
   wideMatrix,
 } from "./check.ts";
@@ -58,11 +54,11 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options?: GemmOptions): 
  * One GEMM per group over uneven row groups: `out_g = x_g w_gᵀ`, or `x_g w_g` with `transposeWeight`. Rows outside the
  * groups are left as they are.
  *
- * @param x [R, in] ([R, out] with `transposeWeight`); of any number of rows where they are taken by index.
+ * @param x [R, in] ([R, out] with `transposeWeight`).
  * @param weights One [out, in] per group.
  * @param groups Where the rows of each group begin; groups may be empty.
  * @param out [R, out] ([R, in] with `transposeWeight`).
- * @param options Whether weights are taken transposed, the factor of the old contents of out, and which rows of x are taken.
+ * @param options Whether weights are taken transposed, and the factor of the old contents of out.
  * @throws {RangeError} If shapes, offsets or devices do not fit or out overlaps x.
  * @throws {TypeError} If dtypes differ.
  */
@@ -71,13 +67,13 @@ export function groupedGemm(
   weights: readonly Tensor[],
   groups: RowGroups,
   out: Tensor,
-  options?: GroupedGemmOptions,
+  options?: { readonly transposeWeight?: boolean; readonly beta?: number },
 ): void {
   const op = "multiply groups";
   lead(op, "x", x);
   isMatrix(op, "x", x);
   isMatrix(op, "out", out);
-  const R = rowsTaken(op, "rows", options?.rows, x), from = x.shape[1], to = out.shape[1];
+  const [R, from] = x.shape, to = out.shape[1];
   matrix(op, "out", out, x, R, to);
   for (let g = 0; g < weights.length; g++) {
     if (options?.transposeWeight) matrix(op, "a weight", weights[g], x, from, to);
@@ -90,18 +86,18 @@ export function groupedGemm(
   ran("groupedGemm", "gemm", start);
 }
 
-/** Checks what both grouped products with an activation have: rows, weights, scales and the matrix before the activation. Returns R and F. */
+/** Checks what both grouped products with an activation have: rows, weights, scales and the matrix before the activation. Returns F. */
 function checkGroupedActivation(
   op: string,
   tensors: { readonly x: Tensor; readonly up: Tensor; readonly weights: readonly Tensor[] },
   groups: RowGroups,
   kind: Activation,
   back: boolean,
-  options: GroupedActivationOptions | undefined,
-): readonly [rows: number, width: number] {
+  scales: Tensor | undefined,
+): number {
   const { x, up, weights } = tensors;
   isMatrix(op, "up", up);
-  const R = rowsTaken(op, "rows", options?.rows, x), D = x.shape[1], H = up.shape[1];
+  const [R, D] = x.shape, H = up.shape[1];
   matrix(op, "up", up, x, R, H);
   if (kind === "swiglu" && H % 2 !== 0) fail(op, "the columns of up must be gate and up", H);
   const F = kind === "swiglu" ? H / 2 : H;
@@ -110,21 +106,21 @@ function checkGroupedActivation(
     else matrix(op, "a weight", weight, x, H, D);
   }
   rowGroups(op, groups, x, weights.length, R);
-  rowScales(op, "scales", options?.scales, x, R);
-  return [R, F];
+  rowScales(op, "scales", scales, x, R);
+  return F;
 }
 
 /**
  * `up_g = x_g w_gᵀ` and `active[r] = scales[r] · activation(kind, up[r])`: the experts' first layer. Rows outside the groups are unspecified in
  * active.
  *
- * @param x [R, D]; of any number of rows where they are taken by index.
+ * @param x [R, D].
  * @param weights One [F, D] per group, [2F, D] for swiglu: the gate's rows first.
  * @param groups Where the rows of each group begin; groups may be empty.
  * @param kind Which activation.
  * @param up [R, F], [R, 2F] for swiglu.
  * @param active [R, F].
- * @param options Which rows of x are taken, and the factor of each row of active.
+ * @param scales f32 [R] (f64 for f64). @default {ones}
  * @throws {RangeError} If shapes, offsets or devices do not fit or tensors overlap.
  * @throws {TypeError} If dtypes differ.
  */
@@ -135,18 +131,18 @@ export function groupedGemmActivation(
   kind: Activation,
   up: Tensor,
   active: Tensor,
-  options?: GroupedActivationOptions,
+  scales?: Tensor,
 ): void {
   const op = "multiply groups and activate";
   lead(op, "x", x);
   isMatrix(op, "x", x);
-  const [R, F] = checkGroupedActivation(op, { x, up, weights }, groups, kind, false, options);
-  matrix(op, "active", active, x, R, F);
+  const F = checkGroupedActivation(op, { x, up, weights }, groups, kind, false, scales);
+  matrix(op, "active", active, x, x.shape[0], F);
   disjoint(op, "x", up, x);
   disjoint(op, "x", active, x);
   disjoint(op, "up", active, up);
   const start = now();
-  x.device.kernels.groupedGemmActivation(x, weights, groups, kind, up, active, options);
+  x.device.kernels.groupedGemmActivation(x, weights, groups, kind, up, active, scales);
   ran("groupedGemmActivation", "gemm", start);
 }
 
@@ -154,13 +150,13 @@ export function groupedGemmActivation(
  * With `d = dY_g w_g`: `dUp[r] = scales[r] · activationBackward(kind, d[r], up[r])`, from the gradient of the experts' outputs to that before their
  * activation; and `dScales[r] = d[r] · activation(kind, up[r])`. Rows outside the groups are unspecified in dUp and dScales.
  *
- * @param dY [R, D]; of any number of rows where they are taken by index.
+ * @param dY [R, D].
  * @param weights The second layer's, one [D, F] per group.
  * @param groups Where the rows of each group begin; groups may be empty.
  * @param kind Which activation.
  * @param up What {@linkcode groupedGemmActivation} wrote, [R, F], [R, 2F] for swiglu.
  * @param dUp Like up.
- * @param options Which rows of dY are taken, the scales of the forward pass, and where their gradient goes.
+ * @param options The scales of the forward pass, and where their gradient goes: f32 [R] (f64 for f64).
  * @throws {RangeError} If shapes, offsets or devices do not fit or dUp overlaps an input.
  * @throws {TypeError} If dtypes differ.
  */
@@ -171,13 +167,13 @@ export function groupedGemmActivationBackward(
   kind: Activation,
   up: Tensor,
   dUp: Tensor,
-  options?: GroupedActivationBackwardOptions,
+  options?: ActivationBackwardOptions,
 ): void {
   const op = "take the gradient before the activation";
   lead(op, "dY", dY);
   isMatrix(op, "dY", dY);
-  const [R] = checkGroupedActivation(op, { x: dY, up, weights }, groups, kind, true, options);
-  rowScales(op, "dScales", options?.dScales, dY, R);
+  checkGroupedActivation(op, { x: dY, up, weights }, groups, kind, true, options?.scales);
+  rowScales(op, "dScales", options?.dScales, dY, dY.shape[0]);
   matrix(op, "dUp", dUp, dY, up.shape[0], up.shape[1]);
   disjoint(op, "dY", dUp, dY);
   disjoint(op, "up", dUp, up);
@@ -189,11 +185,11 @@ export function groupedGemmActivationBackward(
 /**
  * `grads[g] = dy_gᵀ x_g + beta · grads[g]`: the weights' gradients of {@linkcode groupedGemm}.
  *
- * @param dy [R, out]; of any number of rows where they are taken by index.
- * @param x [R, in]; likewise.
+ * @param dy [R, out].
+ * @param x [R, in].
  * @param groups Where the rows of each group begin.
  * @param grads One [out, in] per group, in the dtype of x; in f32, too, if that has 16 bits.
- * @param options Factor of the old gradients, 1 by default; with 0, those of empty groups become 0. And which rows of dy and x are taken.
+ * @param options Factor of the old gradients; with 0, those of empty groups become 0. @default {{beta: 1}}
  * @throws {RangeError} If shapes, offsets or devices do not fit.
  * @throws {TypeError} If dtypes differ.
  */
@@ -202,17 +198,14 @@ export function groupedGemmWeightGrad(
   x: Tensor,
   groups: RowGroups,
   grads: readonly Tensor[],
-  options?: GroupedWeightGradOptions,
+  options?: { readonly beta?: number },
 ): void {
   const op = "take the weights' gradients";
   lead(op, "x", x);
   isMatrix(op, "x", x);
   isMatrix(op, "dy", dy);
-  const R = rowsTaken(op, "xRows", options?.xRows, x), from = x.shape[1], to = dy.shape[1];
-  matrix(op, "dy", dy, x, dy.shape[0], to);
-  if (rowsTaken(op, "dyRows", options?.dyRows, dy) !== R) {
-    fail(op, `dy must have ${R} rows`, options?.dyRows?.size ?? dy.shape[0]);
-  }
+  const [R, from] = x.shape, to = dy.shape[1];
+  matrix(op, "dy", dy, x, R, to);
   for (let g = 0; g < grads.length; g++) {
     wideMatrix(op, "a gradient", grads[g], x, to, from);
     disjoint(op, "x", grads[g], x);

@@ -1,15 +1,8 @@
 // Plain TypeScript of the matrix products and of attention: three nested loops and the textbook formulas.
 
-import type {
-  AttentionShape,
-  GemmOptions,
-  GroupedGemmOptions,
-  GroupedWeightGradOptions,
-  RowGroups,
-} from "../../device.ts";
-import { empty, type Tensor } from "../../tensor.ts";
+import type { AttentionShape, GemmOptions, RowGroups } from "../../device.ts";
+import type { Tensor } from "../../tensor.ts";
 import { floatView, indexView } from "../view.ts";
-import { gatherRows } from "./rows.ts";
 
 /** Reference of `Kernels.gemm`. */
 export function gemm(a: Tensor, b: Tensor, out: Tensor, options: GemmOptions = {}): void {
@@ -27,27 +20,18 @@ export function gemm(a: Tensor, b: Tensor, out: Tensor, options: GemmOptions = {
   }
 }
 
-/** Rows `start` to `end` of those by index as a matrix of their own, or of x itself as a view. */
-function taken(x: Tensor, rows: Tensor | undefined, start: number, end: number): Tensor {
-  if (!rows) return x.rows(start, end);
-  const out = empty(x.device, [end - start, x.shape[1]], x.dtype);
-  gatherRows(x, rows.rows(start, end), out);
-  return out;
-}
-
 /** Reference of `Kernels.groupedGemm`. */
 export function groupedGemm(
   x: Tensor,
   weights: readonly Tensor[],
   groups: RowGroups,
   out: Tensor,
-  options: GroupedGemmOptions = {},
+  options: { readonly transposeWeight?: boolean; readonly beta?: number } = {},
 ): void {
   const offsets = indexView(groups.offsets);
   weights.forEach((weight, g) => {
     const start = offsets[g], end = offsets[g + 1];
-    using rows = taken(x, options.rows, start, end);
-    gemm(rows, weight, out.rows(start, end), {
+    gemm(x.rows(start, end), weight, out.rows(start, end), {
       transposeB: !options.transposeWeight,
       beta: options.beta,
     });
@@ -60,14 +44,12 @@ export function groupedGemmWeightGrad(
   x: Tensor,
   groups: RowGroups,
   grads: readonly Tensor[],
-  options: GroupedWeightGradOptions = {},
+  options: { readonly beta?: number } = {},
 ): void {
   const offsets = indexView(groups.offsets), { beta = 1 } = options;
   grads.forEach((grad, g) => {
     const start = offsets[g], end = offsets[g + 1];
-    using left = taken(dy, options.dyRows, start, end);
-    using right = taken(x, options.xRows, start, end);
-    gemm(left, right, grad, { transposeA: true, beta });
+    gemm(dy.rows(start, end), x.rows(start, end), grad, { transposeA: true, beta });
   });
 }
 
