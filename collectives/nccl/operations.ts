@@ -1,5 +1,6 @@
 // From a checked request to NCCL's calls on a stream. What NCCL has is called by name; gather, scatter and everything with counts of
-// each rank's own are sends and receives in one group, with exactly the counts; a rank's own block is a copy on the same stream.
+// each rank's own are sends and receives in one group, with exactly the counts; a rank's own block is a copy on the same stream, or a
+// message, too.
 // Counts may pass 2³¹: they are size_t in NCCL. Nothing here waits, and nothing is known of events.
 
 import { checkNccl, type Nccl, NCCL_OPS, NCCL_TYPES, type NcclComm } from "../../ffi/nccl.ts";
@@ -9,6 +10,12 @@ import { bytesOf, type DType } from "../../tensor/dtype.ts";
 import type { CollectiveRequest } from "../transport.ts";
 import type { Counts } from "../types.ts";
 import { copy } from "./staging.ts";
+
+/**
+ * Up to so many bytes, a rank's own block of an all-to-all is a message of the group, as in NCCL's own: a copy before the group would be
+ * waited for (some 6 µs). A larger one is copied, which leaves NCCL's channels to the others.
+ */
+const OWN_MESSAGE_BYTES = 65_536;
 
 /** Where operations run. */
 export interface Place {
@@ -187,13 +194,15 @@ function exchange(
   const width = bytesOf(dtype);
   const [from, sends] = layout(send, sent, size, width);
   const [to, receives] = layout(recv, received, size, width);
-  copyOwn(place, from[rank], to[rank], sends[rank] * width);
+  const own = sends[rank] * width;
   let others = 0;
   for (let r = 0; r < size; r++) if (r !== rank) others += sends[r] + receives[r];
+  const copied = others === 0 || own > OWN_MESSAGE_BYTES;
+  if (copied) copyOwn(place, from[rank], to[rank], own);
   if (others === 0) return;
   grouped(place, () => {
     for (let r = 0; r < size; r++) {
-      if (r === rank) continue;
+      if (r === rank && copied) continue;
       if (sends[r] > 0) {
         const [type, count] = movable(dtype, sends[r]);
         sendTo(place, from[r], count, type, r);

@@ -71,6 +71,21 @@ Deno.test("counts and addresses beyond 2³¹ reach NCCL as they are", () => {
   ]);
 });
 
+Deno.test("a small own block is a message, too", () => {
+  const { place: here, calls } = place(1, 2);
+  const counts = { sendCounts: [1, 2], recvCounts: [3, 2] };
+  const parts = { send: region(3), recv: region(5), ...counts };
+  enqueue(here, request("allToAllV", parts), 1000n, 2000n);
+  assert.deepEqual(calls, [
+    ["ncclGroupStart"],
+    ["ncclSend", 1000n, 1n, 7, 0, COMM, STREAM],
+    ["ncclRecv", 2000n, 3n, 7, 0, COMM, STREAM],
+    ["ncclSend", 1004n, 2n, 7, 1, COMM, STREAM],
+    ["ncclRecv", 2012n, 2n, 7, 1, COMM, STREAM],
+    ["ncclGroupEnd"],
+  ]);
+});
+
 Deno.test("nothing is asked for where no rank has anything to give", () => {
   for (const operation of ["allReduce", "allGather", "broadcast", "reduce", "allToAll"] as const) {
     const { place: here, calls } = place(0, 2);
