@@ -1,6 +1,6 @@
 // NCCL collectives through Deno against PyTorch's: four ranks that share a GPU, a link each (bench/testbed). No operation lives here.
 //
-//   deno task bench:nccl [--json FILE] [--ranks 4] [--rates 10000,0] [--launches 3] [--turns 1] [--sizes 1024,…] [--ops allReduce,…]
+//   deno task bench:nccl [--json FILE] [--ranks 4] [--rates 10000,0] [--launches 4] [--turns 1] [--sizes 1024,…] [--ops allReduce,…]
 //                        [--sides ours,pytorch] [--budget-s N]
 //
 // The ranks of both sides live at once and take turns at every operation and size, A B B A …; who has no turn sleeps. A turn is one
@@ -33,12 +33,14 @@ const OPERATIONS = [
 ];
 /** Operations in a turn, and turns of each side in a launch, for sizes up to some bytes. Turns come in pairs, A B and B A. */
 const PLAN = [
-  { most: MIB / 16, iterations: 40, turns: 4 },
+  { most: MIB / 16, iterations: 40, turns: 2 },
   { most: MIB / 4, iterations: 20, turns: 4 },
-  { most: MIB, iterations: 8, turns: 16 },
-  { most: 16 * MIB, iterations: 2, turns: 12 },
-  { most: Infinity, iterations: 1, turns: 4 },
+  { most: MIB, iterations: 8, turns: 12 },
+  { most: 16 * MIB, iterations: 2, turns: 6 },
+  { most: Infinity, iterations: 1, turns: 2 },
 ];
+/** Times as many without a limit: then the processor is what limits, and times scatter more. */
+const MORE_UNLIMITED = 2;
 /** Unrecorded turns at the smallest size for every operation: V8 compiles what has run often. */
 const WARM_TURNS = 4;
 /** How long ranks may take to leave before they are ended, in ms. */
@@ -51,7 +53,7 @@ const { values: options } = parseArgs({
     json: { type: "string" },
     ranks: { type: "string", default: "4" },
     rates: { type: "string", default: "10000,0" },
-    launches: { type: "string", default: "3" },
+    launches: { type: "string", default: "4" },
     turns: { type: "string", default: "1" },
     sizes: { type: "string", default: SIZES.join() },
     ops: { type: "string", default: OPERATIONS.join() },
@@ -212,11 +214,12 @@ const isLate = () => performance.now() > end_ms;
 async function measureRate(mbit: number, running: readonly Side[], launch: number): Promise<void> {
   for (const bytes of sizes) {
     const { iterations, turns } = PLAN.find(({ most }) => bytes <= most)!;
+    const times = Number(options.turns) * (mbit === 0 ? MORE_UNLIMITED : 1);
     for (const operation of operations) {
       if (isLate()) return;
       const samples = running.map(({ name }) => ({ name, turns: [] as [number, number][] }));
       cellOf(mbit, operation, bytes).launches.push(samples);
-      for (let turn = 0; turn < turns * Number(options.turns); turn++) {
+      for (let turn = 0; turn < turns * times; turn++) {
         const order = turn % 2 === 0 ? [...running.keys()] : [...running.keys()].reverse();
         for (const i of order) {
           samples[i].turns.push(await running[i].turn(operation, bytes, iterations));
