@@ -157,12 +157,7 @@ struct Problem {
   const u64* outs;   // mode 2: of the groups
   int m_size, n_size, k_size;
   float beta;
-  const bf16* gathered;  // GATHER: the operand whose rows are named by `rows`, of the groups' rows
-  const int* rows;
 };
-
-// The operand that is gathered.
-constexpr int NONE = 0, OF_A = 1, OF_B = 2;
 
 struct Shared {
   u64 full[STAGES], empty[STAGES], drawn_full[DRAWS], drawn_empty[DRAWS];
@@ -211,60 +206,9 @@ DEVICE void produce(const Problem& p, Shared& shared, u32 ring) {
   if (atomicAdd(p.counter + 1, 1u) == gridDim.x - 1) p.counter[0] = 0, p.counter[1] = 0;
 }
 
-// 128 threads: the same with an operand that is gathered. One of them loads the other operand and draws the tiles for all.
-template <int MODE, int GATHER>
-DEVICE void produce_gathered(const Problem& p, Shared& shared, u32 ring) {
-  constexpr int BYTES = (GATHER == OF_A ? B_BLOCKS : A_BLOCKS) * BLOCK_BYTES;  // by the copy engine
-  Walk<MODE, TILE_M, TILE_N> walk = walk_of<MODE>(p, shared);
-  Tile tile;
-  bool leader = threadIdx.x == 0;
-  int unit = blockIdx.x, stage = 0, phase = 0, draw = 0, draw_phase = 0, acquired = -1;
-  while (walk.find(unit, tile)) {
-    const TensorMap* b_map = MODE == 2 ? p.b_maps : p.b_maps + tile.group;
-    if (MODE != 2 && acquired != tile.group && leader) acquire_map(b_map);
-    acquired = tile.group;
-    int m = tile.m * TILE_M, n = tile.n * TILE_N, reduced = MODE == 2 ? tile.rows : p.k_size, end = tile.first_row + tile.rows;
-    int index = MODE == 2 ? gather_reduced_index(p.rows, tile.first_row, end) : gather_index(p.rows, tile.first_row + m, end);
-    for (int k = 0; k < reduced; k += DEPTH) {
-      u64* full = &shared.full[stage];
-      int next = MODE == 2 ? gather_reduced_index(p.rows, tile.first_row + k + DEPTH, end) : index;
-      barrier_wait(&shared.empty[stage], phase ^ 1);
-      u32 a = ring + stage * STAGE_BYTES, b = a + A_BLOCKS * BLOCK_BYTES;
-      if (leader) {
-        barrier_arrive_bytes(full, BYTES);
-#pragma unroll
-        for (int i = 0; i < A_BLOCKS && GATHER == OF_B; i++)
-          load_box(a + i * BLOCK_BYTES, p.a_map, m + 64 * i, tile.first_row + k, full);
-        if (MODE == 0) load_box(b, b_map, k, n, full);
-#pragma unroll
-        for (int i = 0; i < B_BLOCKS && MODE != 0 && GATHER == OF_A; i++)
-          load_box(b + i * BLOCK_BYTES, b_map, n + 64 * i, MODE == 2 ? tile.first_row + k : k, full);
-      }
-      if (MODE != 2) gather_rows(a, p.gathered, p.k_size, k, index);
-      else if (GATHER == OF_A) gather_reduced<A_BLOCKS>(a, p.gathered, p.m_size, m, index);
-      else gather_reduced<B_BLOCKS>(b, p.gathered, p.n_size, n, index);
-      gather_arrive(full);
-      index = next;
-      if (++stage == STAGES) stage = 0, phase ^= 1;
-    }
-    if (leader) {
-      barrier_wait(&shared.drawn_empty[draw], draw_phase ^ 1);
-      shared.drawn[draw] = gridDim.x + (int)atomicAdd(p.counter, 1u);
-      barrier_arrive(&shared.drawn_full[draw]);
-    }
-    __syncwarp();
-    barrier_wait(&shared.drawn_full[draw], draw_phase);
-    unit = shared.drawn[draw];
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.drawn_empty[draw]);
-    if (++draw == DRAWS) draw = 0, draw_phase ^= 1;
-  }
-  if (leader && atomicAdd(p.counter + 1, 1u) == gridDim.x - 1) p.counter[0] = 0, p.counter[1] = 0;
-}
-
 // 128 threads: multiplies 64 rows of each tile, also where a group has ended before them: one thread frees the stages for all, which is safe
 // because wgmma holds the four warps together; a warp that fell two phases behind would wait for ever.
-template <int MODE, int GATHER, typename OUT>
+template <int MODE, typename OUT>
 DEVICE void consume(const Problem& p, Shared& shared, u32 ring, u8* ring_pointer, int consumer) {
   constexpr int A_MAJOR = MODE == 2, B_MAJOR = MODE != 0;
   Walk<MODE, TILE_M, TILE_N> walk = walk_of<MODE>(p, shared);
@@ -282,7 +226,6 @@ DEVICE void consume(const Problem& p, Shared& shared, u32 ring, u8* ring_pointer
     }
     for (int step = 0; step < steps; step++) {
       barrier_wait(&shared.full[stage], phase);
-      if (GATHER) publish();
       if (MODE == 2 && step == steps - 1 && reduced % DEPTH != 0) {
         // The next group's rows must not take part: zeros in both operands, lest an infinity of theirs meets a zero.
         int valid = reduced % DEPTH, pieces = (DEPTH - valid) * 8;
@@ -337,17 +280,15 @@ DEVICE void consume(const Problem& p, Shared& shared, u32 ring, u8* ring_pointer
   if (thread == 0) store_box_wait<0>();
 }
 
-template <int MODE, int GATHER, typename OUT>
+template <int MODE, typename OUT>
 DEVICE void grouped(const Problem& p) {
   extern __shared__ __align__(1024) u8 memory[];
   __shared__ Shared shared;
   u32 ring = (shared_address(memory) + 1023) & ~1023u;
   u8* ring_pointer = memory + (ring - shared_address(memory));
   if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++)
-      barrier_init(&shared.full[s], GATHER ? GATHER_ARRIVALS : 1), barrier_init(&shared.empty[s], 2);
-    for (int s = 0; s < DRAWS; s++)
-      barrier_init(&shared.drawn_full[s], 1), barrier_init(&shared.drawn_empty[s], GATHER ? 12 : 8);
+    for (int s = 0; s < STAGES; s++) barrier_init(&shared.full[s], 1), barrier_init(&shared.empty[s], 2);
+    for (int s = 0; s < DRAWS; s++) barrier_init(&shared.drawn_full[s], 1), barrier_init(&shared.drawn_empty[s], 8);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     publish();
   }
@@ -365,11 +306,10 @@ DEVICE void grouped(const Problem& p) {
   __syncthreads();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (GATHER) produce_gathered<MODE, GATHER>(p, shared, ring);
-    else if (threadIdx.x == 0) produce<MODE>(p, shared, ring);
+    if (threadIdx.x == 0) produce<MODE>(p, shared, ring);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    consume<MODE, GATHER, OUT>(p, shared, ring, ring_pointer, threadIdx.x / 128 - 1);
+    consume<MODE, OUT>(p, shared, ring, ring_pointer, threadIdx.x / 128 - 1);
   }
 }
 
@@ -379,28 +319,10 @@ DEVICE void grouped(const Problem& p) {
            const __grid_constant__ TensorMap out_map, const TensorMap* maps, u32* counter, const int* offsets, int groups, \
            void* out, const u64* outs, int m_size, int n_size, int k_size, float beta) {                                   \
     Problem p = {&a_map, MODE == 2 ? &b_map : maps, MODE == 2 ? maps : &out_map, counter, offsets, groups, out, outs,      \
-                 m_size, n_size, k_size, beta, nullptr, nullptr};                                                          \
-    grouped<MODE, NONE, OUT>(p);                                                                                                 \
+                 m_size, n_size, k_size, beta};                                                                            \
+    grouped<MODE, OUT>(p);                                                                                                 \
   }
 KERNEL(grouped_0, 0, bf16)
 KERNEL(grouped_1, 1, bf16)
 KERNEL(grouped_2, 2, bf16)
 KERNEL(grouped_2_f32, 2, float)
-
-// `gathered` is the operand whose rows are named by `rows`; its map is not used.
-#define GATHER_KERNEL(NAME, MODE, GATHER, OUT)                                                                             \
-  extern "C" __global__ void __launch_bounds__(384, 1)                                                                     \
-      NAME(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,                               \
-           const __grid_constant__ TensorMap out_map, const TensorMap* maps, u32* counter, const int* offsets, int groups, \
-           void* out, const u64* outs, int m_size, int n_size, int k_size, float beta, const bf16* gathered,               \
-           const int* rows) {                                                                                              \
-    Problem p = {&a_map, MODE == 2 ? &b_map : maps, MODE == 2 ? maps : &out_map, counter, offsets, groups, out, outs,      \
-                 m_size, n_size, k_size, beta, gathered, rows};                                                            \
-    grouped<MODE, GATHER, OUT>(p);                                                                                         \
-  }
-GATHER_KERNEL(grouped_0_gather, 0, OF_A, bf16)
-GATHER_KERNEL(grouped_1_gather, 1, OF_A, bf16)
-GATHER_KERNEL(grouped_2_gather_a, 2, OF_A, bf16)
-GATHER_KERNEL(grouped_2_gather_b, 2, OF_B, bf16)
-GATHER_KERNEL(grouped_2_gather_a_f32, 2, OF_A, float)
-GATHER_KERNEL(grouped_2_gather_b_f32, 2, OF_B, float)

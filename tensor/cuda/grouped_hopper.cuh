@@ -70,63 +70,6 @@ DEVICE void acquire_map(const TensorMap* map) {
   asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(map) : "memory");
 }
 
-// --- Rows by index. The copy engine of Hopper has no gather, so the 128 threads of the producer warpgroup copy an operand whose rows are not
-// neighbours, 16 bytes a copy, to where the copy engine would have put them: the 16-byte piece p of the row r of a block lies at
-// r * 128 + ((p ^ (r % 8)) << 4). What belongs to a kernel that does so:
-//   - all 128 threads follow the walk of tiles; one of them still loads the other operand, and announces its bytes only;
-//   - a stage's `full` barrier counts GATHER_ARRIVALS: that thread's, and one of each thread that the hardware makes when the thread's copies are
-//     in shared memory (gather_arrive). So no thread waits for its copies;
-//   - consumers say publish() between waiting for `full` and wgmma: these copies belong to the generic proxy, wgmma reads by the asynchronous one;
-//   - lanes keep the indices of their warp's rows, one a lane (gather_index, gather_reduced_index), -1 for zeros. They are loaded before
-//     `empty` is waited for, so that memory answers meanwhile.
-constexpr int GATHER_ARRIVALS = 128 + 1;
-
-DEVICE void gather_piece(u32 to, const bf16* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-// Once per stage and thread, behind its copies.
-DEVICE void gather_arrive(u64* full) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(full)) : "memory");
-}
-
-// An operand whose rows are those of the product, TILE_M of them, the reduction contiguous; the indices stay the same for a tile.
-// The index of a tile's row for this lane; the tile begins at `row`, its group ends at `row_end`.
-DEVICE int gather_index(const int* rows, int row, int row_end) {
-  row += threadIdx.x % 128;
-  return row < row_end ? rows[row] : -1;
-}
-// Columns from `k` on of a matrix of `width` columns. Every warp copies 32 rows.
-DEVICE void gather_rows(u32 to, const bf16* x, int width, int k, int index) {
-  int lane = threadIdx.x % 32, piece = lane % 8, column = k + 8 * piece;
-  to += threadIdx.x % 128 / 32 * 32 * 128 + lane / 8 * 128;
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    int row = __shfl_sync(0xffffffffu, index, 4 * i + lane / 8);
-    bool valid = row >= 0 && column < width;
-    gather_piece(to + i * 512 + ((piece ^ (4 * (i % 2) + lane / 8)) << 4), x + (valid ? (i64)row * width + column : 0), valid);
-  }
-}
-
-// An operand whose rows are those of the reduction, DEPTH of them; the indices are a stage's.
-// The index of one of the stage's rows for this lane; the stage begins at `row`, its group ends at `row_end`. Every warp copies 16 rows.
-DEVICE int gather_reduced_index(const int* rows, int row, int row_end) {
-  row += threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16;
-  return row < row_end ? rows[row] : -1;
-}
-// 64 BLOCKS columns from `first_column` on of a matrix of `width` columns.
-template <int BLOCKS>
-DEVICE void gather_reduced(u32 to, const bf16* x, int width, int first_column, int index) {
-  constexpr int PIECES = 8 * BLOCKS, ROWS = 32 / PIECES;  // of a row; rows at once
-  int lane = threadIdx.x % 32, piece = lane % PIECES, column = first_column + 8 * piece;
-  to += piece / 8 * BLOCK_BYTES + (threadIdx.x % 128 / 32 * 16 + lane / PIECES) * 128;
-#pragma unroll
-  for (int i = 0; i < 16 / ROWS; i++) {
-    int in_warp = i * ROWS + lane / PIECES, row = __shfl_sync(0xffffffffu, index, in_warp);
-    bool valid = row >= 0 && column < width;
-    gather_piece(to + i * ROWS * 128 + ((piece % 8 ^ in_warp % 8) << 4), x + (valid ? (i64)row * width + column : 0), valid);
-  }
-}
-
 // --- wgmma. A descriptor names an operand in shared memory; addresses and offsets count 16 bytes. With the reduction contiguous
 // (MAJOR 0), groups of 8 rows lie 1024 bytes apart. Else groups of 8 of the reduction do, and blocks of 64 rows lie a block apart.
 template <int MAJOR>

@@ -15,9 +15,6 @@ export interface GroupedCall {
   readonly a: Tensor;
   /** x of mode 2. */
   readonly b: Tensor | null;
-  /** Rows of `a` and of `b` by index, i32 [R]; null for the rows as they lie. */
-  readonly aRows: Tensor | null;
-  readonly bRows: Tensor | null;
   /** Weights of modes 0 and 1, gradients of mode 2. */
   readonly matrices: readonly Tensor[];
   readonly groups: RowGroups;
@@ -37,25 +34,18 @@ export type HopperGrouped = (call: GroupedCall) => boolean;
 const MAP: ParameterType = { bytes: MAP_BYTES };
 // deno-fmt-ignore
 const PARAMETERS: readonly ParameterType[] = [MAP, MAP, MAP, "ptr", "ptr", "ptr", "i32", "ptr", "ptr", "i32", "i32", "i32", "f32"];
-const GATHER_PARAMETERS: readonly ParameterType[] = [...PARAMETERS, "ptr", "ptr"];
-/** Kernels by which operand they gather. */
-const NAMES: readonly (readonly string[])[] = [
-  ["grouped_0", "grouped_0_gather", ""],
-  ["grouped_1", "grouped_1_gather", ""],
-  ["grouped_2", "grouped_2_gather_a", "grouped_2_gather_b"],
-  ["grouped_2_f32", "grouped_2_gather_a_f32", "grouped_2_gather_b_f32"],
-];
 
 /** The kernels of grouped_hopper.cu. */
 export const hopperModule: ModuleSource = {
   name: "grouped_hopper",
   source:
     `${walk}\n#line 1 "grouped_hopper.cuh"\n${shared}\n#line 1 "grouped_hopper.cu"\n${source}`,
-  kernels: Object.fromEntries(
-    NAMES.flat().filter((name) => name !== "").map((
-      name,
-    ) => [name, name.includes("gather") ? GATHER_PARAMETERS : PARAMETERS]),
-  ),
+  kernels: {
+    grouped_0: PARAMETERS,
+    grouped_1: PARAMETERS,
+    grouped_2: PARAMETERS,
+    grouped_2_f32: PARAMETERS,
+  },
   from: 90,
   exact: true,
 };
@@ -83,41 +73,31 @@ const NO_MAP = new Uint8Array(MAP_BYTES);
  */
 export function hopperGrouped(context: CudaContext, tables: GroupTables): HopperGrouped | null {
   if (!context.has(hopperModule)) return null;
-  const kernels = NAMES.map((row) =>
-    row.map((name) => name === "" ? null : context.kernel(hopperModule, name))
-  );
+  const kernels = [0, 1, 2].map((mode) => context.kernel(hopperModule, `grouped_${mode}`));
+  const wide = context.kernel(hopperModule, "grouped_2_f32");
   const { multiprocessors } = context.properties;
   // Tiles drawn and blocks finished; every launch leaves zeros.
   const counter = context.allocate(8);
   context.clear(counter, 8);
 
-  return ({ mode, a, b, aRows, bRows, matrices, groups, out, m, n, k, beta }) => {
+  return ({ mode, a, b, matrices, groups, out, m, n, k, beta }) => {
     const inner = mode === 2 ? m : k, f32 = mode === 2 && matrices[0].dtype === "f32";
     if (inner % 8 !== 0 || n % 8 !== 0 || a.address % 16 !== 0) return false;
     if ((b ?? out!).address % 16 !== 0) return false;
-    if (aRows !== null && bRows !== null) return false;
     const box = f32 ? SQUARE_F32 : mode === 0 ? WEIGHT : SQUARE;
     const table = tables.table(matrices, box);
     if (!table.aligned) return false;
-    const aMap = aRows !== null ? NO_MAP : tables.map(a, mode === 2 ? SQUARE : ROWS);
-    const bMap = mode !== 2 || bRows !== null ? NO_MAP : tables.map(b!, SQUARE);
+    const aMap = tables.map(a, mode === 2 ? SQUARE : ROWS);
+    const bMap = mode === 2 ? tables.map(b!, SQUARE) : NO_MAP;
     const outMap = mode === 2 ? NO_MAP : tables.map(out!, SQUARE);
     const tiles = Math.ceil(n / TILE_N) *
       (mode === 2
         ? matrices.length * Math.ceil(m / TILE_M)
         : matrices.length + Math.ceil(m / TILE_M));
-    const blocks = Math.min(multiprocessors, tiles), rows = aRows ?? bRows;
-    const kernel = kernels[f32 ? 3 : mode][aRows !== null ? 1 : bRows !== null ? 2 : 0]!;
-    if (rows === null) {
-      // deno-fmt-ignore
-      kernel.launch(blocks, 1, 1, THREADS, SHARED, aMap, bMap, outMap, table.maps, counter,
-        groups.offsets.address, matrices.length, out?.address ?? 0, table.addresses, m, n, k, beta);
-    } else {
-      const gathered = aRows !== null ? a : b!;
-      // deno-fmt-ignore
-      kernel.launch(blocks, 1, 1, THREADS, SHARED, aMap, bMap, outMap, table.maps, counter,
-        groups.offsets.address, matrices.length, out?.address ?? 0, table.addresses, m, n, k, beta, gathered.address, rows.address);
-    }
+    const blocks = Math.min(multiprocessors, tiles);
+    // deno-fmt-ignore
+    (f32 ? wide : kernels[mode]).launch(blocks, 1, 1, THREADS, SHARED, aMap, bMap, outMap, table.maps, counter,
+      groups.offsets.address, matrices.length, out?.address ?? 0, table.addresses, m, n, k, beta);
     return true;
   };
 }

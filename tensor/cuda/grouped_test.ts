@@ -1,5 +1,5 @@
 // Grouped products on the GPU (or its emulator) against the CPU: every way that serves a call, all three products, uneven and empty groups,
-// rows outside the groups, odd sizes, addresses that are not aligned, gradients in bf16 and f32, rows by index.
+// rows outside the groups, odd sizes, addresses that are not aligned, gradients in bf16 and f32.
 
 import { smallSizes, testDevice } from "../../tests/emulator/device.ts";
 import { cpuDevice } from "../cpu/device.ts";
@@ -7,11 +7,8 @@ import type { Tensor } from "../tensor.ts";
 import { Case, type Dtype, type Pair } from "./_compare.ts";
 import { groupedKernels, groupedModule, type GroupedWay } from "./grouped.ts";
 import { hopperModule } from "./grouped_hopper.ts";
-import { rowsModule } from "./rows.ts";
-import { sortModule } from "./sort.ts";
 
-const device = await testDevice([groupedModule, hopperModule, rowsModule, sortModule]),
-  cpu = cpuDevice().kernels;
+const device = await testDevice([groupedModule, hopperModule]), cpu = cpuDevice().kernels;
 
 /** First rows of the groups and the end, the batch's rows, width in and out, elements by which addresses are off. */
 const SIZES: readonly (readonly [readonly number[], number, number, number, number])[] = [
