@@ -42,7 +42,7 @@ const PLAN = [
 /** Times as many without a limit: then the processor is what limits, and times scatter more. */
 const MORE_UNLIMITED = 2;
 /** Unrecorded turns at the smallest size for every operation: V8 compiles what has run often. */
-const WARM_TURNS = 4;
+const WARM_TURNS = 12;
 /** How long ranks may take to leave before they are ended, in ms. */
 const LEAVE_MS = 10_000;
 /** The first side's rendezvous, and how far apart the sides' are: ours takes the port after the one that it is told, as under torchrun. */
