@@ -318,6 +318,7 @@ DEVICE void grouped(const Problem& p) {
       NAME(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,                               \
            const __grid_constant__ TensorMap out_map, const TensorMap* maps, u32* counter, const int* offsets, int groups, \
            void* out, const u64* outs, int m_size, int n_size, int k_size, float beta) {                                   \
+    after_previous();                                                                                                      \
     Problem p = {&a_map, MODE == 2 ? &b_map : maps, MODE == 2 ? maps : &out_map, counter, offsets, groups, out, outs,      \
                  m_size, n_size, k_size, beta};                                                                            \
     grouped<MODE, OUT>(p);                                                                                                 \

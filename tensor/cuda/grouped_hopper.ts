@@ -38,6 +38,7 @@ const PARAMETERS: readonly ParameterType[] = [MAP, MAP, MAP, "ptr", "ptr", "ptr"
 /** The kernels of grouped_hopper.cu. */
 export const hopperModule: ModuleSource = {
   name: "grouped_hopper",
+  overlaps: true,
   source:
     `${walk}\n#line 1 "grouped_hopper.cuh"\n${shared}\n#line 1 "grouped_hopper.cu"\n${source}`,
   kernels: {
