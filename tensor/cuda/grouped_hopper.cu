@@ -121,7 +121,7 @@ struct Waiting {
     for (int i = 0; i < 64; i++) pairs[i] = pack_bf16(c[2 * i], c[2 * i + 1]);
   }
   template <int CHUNK>
-  DEVICE void store(Buffers& buffers, int n_size) {
+  DEVICE void store(Buffers& buffers, int n_size, bool add) {
     if (column + 64 * CHUNK >= n_size) return;
     int lane = threadIdx.x % 32, in_row = threadIdx.x % 128 / 32 * 16 + lane % 16;
     u32 buffer = buffers.take();
@@ -133,15 +133,15 @@ struct Waiting {
                    "r"(from[2]), "r"(from[3])
                    : "memory");
     }
-    buffers.store(buffer, map, column + 64 * CHUNK, row, false);
+    buffers.store(buffer, map, column + 64 * CHUNK, row, add);
   }
   // Registers have no index at run time.
-  DEVICE void store_next(Buffers& buffers, int n_size) {
+  DEVICE void store_next(Buffers& buffers, int n_size, bool add) {
     switch (next) {
-      case 0: store<0>(buffers, n_size); break;
-      case 1: store<1>(buffers, n_size); break;
-      case 2: store<2>(buffers, n_size); break;
-      default: store<3>(buffers, n_size);
+      case 0: store<0>(buffers, n_size, add); break;
+      case 1: store<1>(buffers, n_size, add); break;
+      case 2: store<2>(buffers, n_size, add); break;
+      default: store<3>(buffers, n_size, add);
     }
     next++;
   }
@@ -214,6 +214,8 @@ DEVICE void consume(const Problem& p, Shared& shared, u32 ring, u8* ring_pointer
   Walk<MODE, TILE_M, TILE_N> walk = walk_of<MODE>(p, shared);
   Tile tile;
   Waiting waiting;
+  // bf16 gradients are added to by the copy engine, too: sums are rounded before they are added.
+  const bool adds = MODE == 2 && p.beta == 1;
   waiting.next = 4;
   Buffers buffers = {ring + STAGES * STAGE_BYTES + consumer * BUFFERS * BLOCK_BYTES, consumer, 0};
   int thread = threadIdx.x % 128, stage = 0, phase = 0, draw = 0, draw_phase = 0, acquired = -1, unit = blockIdx.x;
@@ -244,20 +246,20 @@ DEVICE void consume(const Problem& p, Shared& shared, u32 ring, u8* ring_pointer
       multiply_commit();
       multiply_wait<1>();
       if (step > 0 && thread == 0) barrier_arrive(&shared.empty[previous]);
-      if (waiting.next < 4) waiting.store_next(buffers, p.n_size);  // while this step is multiplied
+      if (waiting.next < 4) waiting.store_next(buffers, p.n_size, adds);  // while this step is multiplied
       previous = stage;
       if (++stage == STAGES) stage = 0, phase ^= 1;
     }
     multiply_wait<0>();
     if (steps > 0 && thread == 0) barrier_arrive(&shared.empty[previous]);
-    while (waiting.next < 4) waiting.store_next(buffers, p.n_size);
+    while (waiting.next < 4) waiting.store_next(buffers, p.n_size, adds);
     // The sums may be read from here on.
 #pragma unroll
     for (int i = 0; i < 128; i++) asm volatile("" : "+f"(sums[i])::"memory");
 
     int row = tile.m * TILE_M + 64 * consumer, row_end = MODE == 2 ? p.m_size : tile.rows, column = tile.n * TILE_N;
     int first = MODE == 2 ? 0 : tile.first_row;
-    bool boxes = sizeof(OUT) == 4 ? p.beta == 0 || p.beta == 1 : p.beta == 0 && (MODE == 2 || row + 64 <= row_end);
+    bool boxes = MODE == 2 ? p.beta == 0 || p.beta == 1 : p.beta == 0 && row + 64 <= row_end;
     if (row < row_end && (steps > 0 || p.beta != 1)) {
       if (boxes) {
         const TensorMap* map = MODE == 2 ? p.out_maps + tile.group : p.out_maps;
@@ -276,7 +278,7 @@ DEVICE void consume(const Problem& p, Shared& shared, u32 ring, u8* ring_pointer
     if (thread % 32 == 0) barrier_arrive(&shared.drawn_empty[draw]);
     if (++draw == DRAWS) draw = 0, draw_phase ^= 1;
   }
-  while (waiting.next < 4) waiting.store_next(buffers, p.n_size);
+  while (waiting.next < 4) waiting.store_next(buffers, p.n_size, adds);
   if (thread == 0) store_box_wait<0>();
 }
 

@@ -48,7 +48,7 @@ DEVICE void load_box(u32 to, const TensorMap* map, int x, int y, u64* barrier) {
       "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier))
       : "memory");
 }
-// Writes what of the box lies inside the matrix; with `add`, f32 is added to what is there.
+// Writes what of the box lies inside the matrix; with `add`, it is added to what is there.
 DEVICE void store_box(const TensorMap* map, int x, int y, u32 from, bool add) {
   if (add)
     asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
