@@ -65,25 +65,23 @@ export function placePlan(device: Device, plan: RoutingPlan): PlacedPlan {
  *
  * @param experts_NK Chosen experts, i32 [N, K], all of them chosen.
  * @param experts E.
- * @param weights_NK Weights of the choices, f32 [N, K].
- * @param scales_S Becomes the weights of the rows, f32 [S].
+ * @param factors Weights of the choices, f32 [N, K], and what becomes the weights of the rows, f32 [S]; or null.
  * @returns The plan with its index arrays; dispose of it.
  */
 export function placeAlone(
   experts_NK: Tensor,
   experts: number,
-  weights_NK: Tensor,
-  scales_S: Tensor,
+  factors: { readonly weights_NK: Tensor; readonly scales_S: Tensor } | null,
 ): PlacedPlan {
   const { device, shape, size } = experts_NK;
   using scope = new TensorScope();
   const slots_NK = empty(device, shape, "i32"), tokens_S = empty(device, [size], "i32");
   const offsets = empty(device, [experts + 1], "i32");
-  routing.placeRows(experts_NK, { experts, starts: null, weights: weights_NK }, {
+  routing.placeRows(experts_NK, { experts, starts: null, weights: factors?.weights_NK }, {
     slots: slots_NK,
     tokens: tokens_S,
     offsets,
-    scales: scales_S,
+    scales: factors?.scales_S,
   });
   const placed = owned({
     sendCounts: null,

@@ -275,6 +275,16 @@ export class MoeLayer implements Disposable {
     freeParameter(this.gate);
   }
 
+  /**
+   * Whether weights meet the hidden rows, and so no output of an expert is kept: on one GPU, where that is faster, as hidden rows are not (much) wider
+   * than the model's. Figures are in bench/NOTES.md, "Where weights meet rows".
+   */
+  get #hiddenWeights(): boolean {
+    const { device, comm, hidden, width, activation } = this.#options;
+    if (!device.routing || comm.size > 1) return false;
+    return hidden <= (activation === "swiglu" ? 4 : 1) * width;
+  }
+
   /** On the device where it can and the router is plain there; else on the host. Alike on all ranks. */
   #route(x_ND: Tensor, step: Step): Promise<Routed> {
     const { device, comm, seed } = this.#options;
@@ -287,6 +297,7 @@ export class MoeLayer implements Disposable {
       bias_E: this.bias,
       seed,
       tap,
+      hiddenWeights: this.#hiddenWeights,
       place: (counts, step) => this.#place(counts, step),
       count: (chosen_E) => {
         for (let e = 0; e < this.#counts.length; e++) this.#counts[e] += chosen_E[e];

@@ -72,15 +72,15 @@ export async function routeOnDevice(
   const logits_NE = undo.use(empty(device, [N, E])), lse_N = undo.use(empty(device, [N]));
   const experts_NK = undo.use(empty(device, [N, K], "i32"));
   const weights_NK = undo.use(empty(device, [N, K]));
-  const scales_S = comm.size === 1 ? undo.use(empty(device, [N * K])) : null;
+  const scales_S = context.hiddenWeights ? undo.use(empty(device, [N * K])) : null;
   const all = undo.use(empty(device, [comm.size, length], "f64"));
   const out = { experts: experts_NK, weights: weights_NK, lse: lse_N };
   routing.gate(x_ND, gate.value, logits_NE);
   let placed: PlacedPlan, shown: Shown;
   const records = new Shared(all);
-  if (scales_S) {
+  if (comm.size === 1) {
     routing.route(logits_NE, bias_E, options, { ...out, record: all.reshape(length) });
-    placed = undo.use(placeAlone(experts_NK, E, weights_NK, scales_S));
+    placed = undo.use(placeAlone(experts_NK, E, scales_S && { weights_NK, scales_S }));
     // What is shown may be read before or after the backward pass, which needs the record, too.
     const release = records.own();
     shown = {

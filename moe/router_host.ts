@@ -34,6 +34,8 @@ export interface RouterContext {
   readonly seed: number;
   /** Records or replays choices. */
   readonly tap: RoutingTap | null;
+  /** Whether the weights meet the experts' hidden rows instead of their outputs; never so among ranks. */
+  readonly hiddenWeights: boolean;
   /** The placement for rows per (rank, expert) [R, E]; experts sit so when it resolves. */
   place(counts_RE: Int32Array, step: Step): Promise<PlacementPlan>;
   /** Is told the choices per expert of every training pass, for the selection bias. */
@@ -47,8 +49,7 @@ export interface Routed {
   /** Weights of the choices [N, K]; owned. */
   readonly weights_NK: Tensor;
   /**
-   * The weights as factors of rows in the send order [S], where they meet the experts' hidden rows instead of their outputs: in a world of one on a
-   * GPU; else null. Owned.
+   * The weights as factors of rows in the send order [S], where they meet the experts' hidden rows instead of their outputs; else null. Owned.
    */
   readonly scales_S: Tensor | null;
   /** Losses and load. */
@@ -112,7 +113,7 @@ export async function routeOnHost(
   const { weights_NK: weights } = routing, wide = wideDtype(x_ND.dtype);
   const weights_NK = undo.use(toDevice(x_ND, weights, [plan.tokens, plan.choices], wide));
   let scales_S: Tensor | null = null;
-  if (device.routing && comm.size === 1) {
+  if (context.hiddenWeights) {
     const ofRows = new Float64Array(plan.tokens_S.length);
     plan.slots_NK.forEach((slot, i) => slot >= 0 && (ofRows[slot] = weights[i]));
     scales_S = undo.use(toDevice(x_ND, ofRows, [ofRows.length], wide));
