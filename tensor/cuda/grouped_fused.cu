@@ -20,11 +20,10 @@ struct Fused {
   static constexpr int KIND = OF;
   // Columns of the hidden width in a tile. SwiGLU forward: 128 gates beside the 128 columns that they gate.
   static constexpr int COLUMNS = !BACK && OF == SWIGLU ? 128 : 256;
-  // A chunk's activation or gradient is made in so many phases. A quarter of it takes less than the multiplication of a step, half of it more.
-  static constexpr int PARTS = SCALE ? 4 : 2;
-  // Forward: phases of a chunk before its first part. With four parts, the first has the product's way out before it.
-  static constexpr int BEFORE = OF == SWIGLU ? 2 : PARTS == 2;
-  static constexpr int PHASES = !BACK ? (OF == SWIGLU ? 2 : 4) * (BEFORE + PARTS) : PARTS == 2 ? 11 : 16;
+  // A chunk's activation or gradient is made in so many phases, measured: SwiGLU gains by more of them, GELU loses.
+  static constexpr int PARTS = SCALE && OF == SWIGLU ? 4 : 2;
+  static constexpr int BEFORE = OF == SWIGLU ? 2 : 1;  // forward: phases of a chunk in which the product leaves
+  static constexpr int PHASES = BACK ? 11 : COLUMNS / 64 * (BEFORE + PARTS);
 };
 
 struct FusedProblem {
@@ -237,15 +236,6 @@ struct Later {
   }
   template <int PHASE>
   DEVICE void backward() {
-    if (S::PARTS == 4) {
-      // A block is filled anew two phases after its chunk has left, and three before it is needed.
-      if (PHASE == 1) fetch<1>(row, column);
-      if (PHASE == 5) fetch<2>(row, column);
-      if (PHASE == 9) fetch<3>(row, column);
-      if (PHASE == 13 && coming_row >= 0) fetch<0>(coming_row, coming_column);
-      treat<PHASE / 4 % 4, PHASE % 4>();
-      return;
-    }
     if (PHASE == 0) treat<0, 0>();
     if (PHASE == 1) treat<0, 1>();
     if (PHASE == 2) fetch<2>(row, column), treat<1, 0>();
@@ -279,20 +269,9 @@ struct Later {
       case 8: run<8>(); break;
       case 9: run<9>(); break;
       case 10: run<10>(); break;
-      default:
-        if (S::PHASES <= 12) run<11>();
-        else advance_late();
+      default: run<11>();
     }
     next++;
-  }
-  DEVICE void advance_late() {
-    switch (next) {
-      case 11: run<11>(); break;
-      case 12: run<12>(); break;
-      case 13: run<13>(); break;
-      case 14: run<14>(); break;
-      default: run<15>();
-    }
   }
 };
 
@@ -341,10 +320,7 @@ DEVICE void consume_fused(const FusedProblem& p, FusedShared& shared, u32 ring, 
   Later<S> later;
   later.problem = &p, later.consumer = consumer, later.loaded = shared.loaded[consumer], later.turn = 0;
   later.blocks = ring + STAGES * STAGE_BYTES + consumer * BLOCKS * BLOCK_BYTES;
-  // Nothing is to do, but that the first tile's `up` is fetched.
-  constexpr bool EARLY = S::BACKWARD && S::PARTS == 4;
-  later.next = S::BACKWARD && !EARLY ? 10 : S::PHASES;
-  bool first = EARLY;
+  later.next = S::BACKWARD ? 10 : S::PHASES;  // the first tile's `up` is fetched, nothing else is to do
   int thread = threadIdx.x % 128, stage = 0, phase = 0, draw = 0, draw_phase = 0;
   later.first_place = (thread / 32 * 16 + thread % 16) * 128 + (((thread / 16 % 2) ^ (thread % 8)) << 4);
   int steps = (p.k_size + DEPTH - 1) / DEPTH, phases_per_step = (S::PHASES + steps - 1) / steps;
@@ -356,7 +332,6 @@ DEVICE void consume_fused(const FusedProblem& p, FusedShared& shared, u32 ring, 
     if (++draw == DRAWS) draw = 0, draw_phase ^= 1;
     if (tile.row < 0) break;
     later.coming_row = tile.row + 64 * consumer, later.coming_column = tile.column;
-    if (EARLY && first) later.template fetch<0>(later.coming_row, later.coming_column), first = false;
     int previous = 0;
     float sums[128];
     for (int step = 0; step < steps; step++) {
@@ -383,8 +358,7 @@ DEVICE void consume_fused(const FusedProblem& p, FusedShared& shared, u32 ring, 
     later.put(sums, tile.row_end);
   }
   // No tile is coming.
-  if (EARLY) later.coming_row = -1;
-  while (later.next < (S::BACKWARD && !EARLY ? 10 : S::PHASES)) later.advance();
+  while (later.next < (S::BACKWARD ? 10 : S::PHASES)) later.advance();
   if (thread == 0) store_box_wait<0>();
 }
 
@@ -435,7 +409,7 @@ extern "C" __global__ void grouped_scale_gradients(const float* parts, float* d_
            bf16* up, bf16* out, int f_size, int k_size) {                                                                   \
     after_previous();                                                                                                       \
     FusedProblem p = {&a_map, maps, &up_map, &out_map, counter, offsets, groups, up, out, f_size, k_size};                  \
-    grouped_fused<BACKWARD, KIND, false>(p);                                                                         \
+    grouped_fused<BACKWARD, KIND, false>(p);                                                                                \
   }
 FUSED(grouped_relu, false, RELU)
 FUSED(grouped_gelu, false, GELU)

@@ -22,8 +22,8 @@ const PARAMETERS: readonly ParameterType[] = [MAP, MAP, MAP, "ptr", "ptr", "ptr"
 const SCALED_PARAMETERS: readonly ParameterType[] = [...PARAMETERS, "ptr", "ptr", "i32"];
 
 /**
- * A kernel of grouped_fused.cu: columns of the hidden width in a tile, and in how many phases its results are treated. With scales there are more
- * phases, each of less work: two of them in a step are as one of these.
+ * A kernel of grouped_fused.cu: columns of the hidden width in a tile, and in how many phases its results are treated. SwiGLU's with scales has
+ * 12, of less work each: two of them in a step are about as one of these.
  */
 interface Shape {
   readonly columns: number;
