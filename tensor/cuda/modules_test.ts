@@ -72,7 +72,13 @@ Deno.test("modules have names of their own", () => {
 Deno.test("all kernels overlap the launch of the next one: they wait for the one before", () => {
   for (const { name, source, overlaps } of CUDA_MODULES) {
     assert.ok(overlaps, name);
-    const count = (text: string) => source.split(text).length - 1;
-    assert.equal(count("after_previous();"), count("__global__"), name);
+    const kernels = source.split("__global__").slice(1);
+    for (const kernel of kernels) {
+      // Nothing comes before, but barriers in shared memory where a room has them.
+      const body = kernel.slice(kernel.indexOf("{") + 1).replaceAll("\\\n", "");
+      const before = body.slice(0, body.indexOf("after_previous();")).trim();
+      if (name !== "gate_hopper") assert.equal(before, "", `${name}: ${kernel.slice(0, 200)}`);
+      else assert.match(before, /^[^]{1,900}ring\.init\(\);$/, name);
+    }
   }
 });

@@ -398,8 +398,15 @@ test("work of a stream comes as late as it may", async () => {
 test("a kernel that overlaps the one before it, and does not wait for it", async () => {
   const { compileModule } = await import("../../tensor/cuda/compile.ts");
   const { Modules } = await import("../../tensor/cuda/launch.ts");
-  const write = (name: string, first: string) =>
-    `extern "C" __global__ void ${name}(float* x) { ${first} x[threadIdx.x] = 3.0f; }`;
+  // Of every number of a launch something shows in x: blocks in three dimensions, threads, shared memory.
+  const write = (name: string, first: string) => `
+    extern "C" __global__ void ${name}(float* x) {
+      ${first}
+      extern __shared__ __align__(16) float held[];
+      int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+      held[threadIdx.x] = block * blockDim.x + threadIdx.x;
+      x[block * blockDim.x + threadIdx.x] = held[threadIdx.x];
+    }`;
   const module: ModuleSource = {
     name: "overlapping",
     source: write("waits", "after_previous();") + write("hurries", ""),
@@ -407,12 +414,13 @@ test("a kernel that overlaps the one before it, and does not wait for it", async
     overlaps: true,
   };
   const { code } = await compileModule(module, 80);
-  const stream = 0n as CudaStreamHandle, x = f32(2);
+  const stream = 0n as CudaStreamHandle, want = Float32Array.from({ length: 96 }, (_, i) => i);
   for (const [name, capability] of [["waits", 90], ["hurries", 80], ["hurries", 90]] as const) {
+    const x = f32(want.length);
     const modules = new Modules([{ module, code }], stream, capability);
-    modules.kernel(module, name).launch(1, 1, 1, 2, 0, Number(x.address));
+    modules.kernel(module, name).launch(2, 3, 4, 4, 16, Number(x.address));
     if (name === "waits" || capability === 80) {
-      assert.deepEqual(x.read(), Float32Array.of(3, 3));
+      assert.deepEqual(x.read(), want);
     } else {
       assert.throws(() => x.read(), /LaunchFailed|719|LaunchFailure/);
       reset();
