@@ -151,7 +151,7 @@ for (const mode of modes) {
 }
 const theirs = rows.filter(({ side }) => !side.startsWith("lina")).map(({ step_ms }) => step_ms);
 for (const { side, step_ms } of rows) {
-  if (theirs.length === 0 || !side.startsWith("lina")) continue;
+  if (theirs.length === 0 || side !== "lina") continue; // gradients in bf16 are on our side only
   console.log(`${side}: ${(Math.min(...theirs) / step_ms).toFixed(2)}x of PyTorch's best`);
 }
 if (values.json !== undefined) {

@@ -2,7 +2,7 @@
 //
 //   gate → router (with the ranks' sums) → routing plan → permute → all-to-all → experts → all-to-all → weigh and add → + shared experts
 //
-// In a world of one on a GPU the weights meet the experts' hidden rows, and the end of it is a plain sum.
+// In a world of one on a GPU, where hidden rows are narrow, the weights meet those, and the end of it is a plain sum.
 //
 // Backward is the mirror image. The router is router*.ts, the plan plan.ts, the movements dispatch.ts, the experts experts.ts and
 // expert_store.ts: this file puts them in order and owns nothing but the gate and the shared experts.

@@ -57,7 +57,7 @@ export interface ParameterOptions {
  *
  * Weights of 16 bits have a choice. In f32, the default, sums over passes and ranks lose nothing. In the weights' own type a gradient takes
  * half the memory, and half the bytes of writing, reducing and reading; products are still summed in f32 and rounded once per pass, but
- * a second pass is added to what was rounded, and so is another rank's part.
+ * a second pass is added to what was rounded, and so is another rank's part; each of these sums is rounded again.
  *
  * Gradients are those of the mean over the global batch from the start (`PassOptions.gradScale`), so no sum is divided afterwards, and in
  * bf16, whose range is that of f32, none can underflow sooner.

@@ -1,4 +1,4 @@
-// An f32 number as the sum of bf16 numbers, 8 bits of its 24 each, so that tensor cores can multiply it. Before gate.cu and gate_combine.cu.
+// An f32 number as the sum of bf16 numbers, 8 bits of its 24 each, so that tensor cores can multiply it. Before gate.cu, gate_combine.cu and gate_hopper.cu.
 
 // Two floats as three pairs of bf16, whose sums they are.
 DEVICE void split3(float low, float high, u32 out[3]) {
