@@ -411,13 +411,10 @@ extern "C" __global__ void grouped_scale_gradients(const float* parts, float* d_
     FusedProblem p = {&a_map, maps, &up_map, &out_map, counter, offsets, groups, up, out, f_size, k_size};                  \
     grouped_fused<BACKWARD, KIND, false>(p);                                                                                \
   }
-FUSED(grouped_relu, false, RELU)
-FUSED(grouped_gelu, false, GELU)
-FUSED(grouped_swiglu, false, SWIGLU)
 FUSED(grouped_relu_back, true, RELU)
 FUSED(grouped_gelu_back, true, GELU)
 
-// The same with scales.
+// With scales, or a null pointer: forward that is faster than without, too, as registers are unpacked later.
 #define FUSED_SCALED(NAME, BACKWARD, KIND)                                                                                  \
   extern "C" __global__ void __launch_bounds__(384, 1)                                                                      \
       NAME(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap up_map,                               \
@@ -428,8 +425,8 @@ FUSED(grouped_gelu_back, true, GELU)
                       r_size};                                                                                              \
     grouped_fused<BACKWARD, KIND, true>(p);                                                                                 \
   }
-FUSED_SCALED(grouped_relu_scaled, false, RELU)
-FUSED_SCALED(grouped_gelu_scaled, false, GELU)
-FUSED_SCALED(grouped_swiglu_scaled, false, SWIGLU)
+FUSED_SCALED(grouped_relu, false, RELU)
+FUSED_SCALED(grouped_gelu, false, GELU)
+FUSED_SCALED(grouped_swiglu, false, SWIGLU)
 FUSED_SCALED(grouped_relu_back_scaled, true, RELU)
 FUSED_SCALED(grouped_gelu_back_scaled, true, GELU)

@@ -57,10 +57,13 @@ export const fusedModule: ModuleSource = {
     source,
   ].join("\n"),
   kernels: {
-    ...Object.fromEntries(Object.keys(SHAPES).map((name) => [`grouped_${name}`, PARAMETERS])),
-    ...Object.fromEntries(
-      Object.keys(SHAPES).map((name) => [`grouped_${name}_scaled`, SCALED_PARAMETERS]),
-    ),
+    grouped_relu: SCALED_PARAMETERS,
+    grouped_gelu: SCALED_PARAMETERS,
+    grouped_swiglu: SCALED_PARAMETERS,
+    grouped_relu_back: PARAMETERS,
+    grouped_gelu_back: PARAMETERS,
+    grouped_relu_back_scaled: SCALED_PARAMETERS,
+    grouped_gelu_back_scaled: SCALED_PARAMETERS,
     grouped_scale_gradients: ["ptr", "ptr", "ptr", "i32", "i32", "i32"],
   },
   from: 90,
@@ -91,8 +94,9 @@ export function groupedActivationKernels(
   const tables = new GroupTables(context), { multiprocessors } = context.properties;
   const plain = new Map<string, CudaKernel>(), scaled = new Map<string, CudaKernel>();
   for (const name of Object.keys(SHAPES)) {
-    plain.set(name, context.kernel(fusedModule, `grouped_${name}`));
-    scaled.set(name, context.kernel(fusedModule, `grouped_${name}_scaled`));
+    const kernel = context.kernel(fusedModule, `grouped_${name}`), back = name.endsWith("_back");
+    if (back) plain.set(name, kernel);
+    scaled.set(name, back ? context.kernel(fusedModule, `grouped_${name}_scaled`) : kernel);
   }
   const addUp = context.kernel(fusedModule, "grouped_scale_gradients");
   // Tiles drawn and blocks finished; every launch leaves zeros.
@@ -123,9 +127,10 @@ export function groupedActivationKernels(
     const upMap = tables.map(up, SQUARE),
       outMap = tables.map(out, SQUARE),
       offsets = groups.offsets.address;
-    if (scales === undefined && dScales === undefined) {
+    const simple = scales === undefined && dScales === undefined ? plain.get(name) : undefined;
+    if (simple) {
       // deno-fmt-ignore
-      plain.get(name)!.launch(blocks, 1, 1, THREADS, SHARED, tables.map(x, ROWS), upMap, outMap, table.maps, counter, offsets, G,
+      simple.launch(blocks, 1, 1, THREADS, SHARED, tables.map(x, ROWS), upMap, outMap, table.maps, counter, offsets, G,
         up.address, out.address, F, K);
       return true;
     }
