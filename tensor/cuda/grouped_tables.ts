@@ -1,6 +1,7 @@
 // Tables in device memory that tell a grouped product where the groups' matrices are, and the tensor maps of rows. Both are kept by
 // what they say, not by who asks: a table is made once per list of addresses, and the same list later costs a comparison. A
-// step's tensors come back at the addresses of the step before, so in steady state nothing is uploaded.
+// step's tensors come back at the addresses of the step before, so in steady state nothing is uploaded. Only where the number of rows
+// changes, as it does among ranks, are their maps made again, in the memory of older ones.
 
 import { bytesOf } from "../dtype.ts";
 import type { Tensor } from "../tensor.ts";
@@ -8,8 +9,10 @@ import type { CudaContext } from "./context.ts";
 
 /** Bytes of a tensor map. */
 export const MAP_BYTES = 128;
-/** Tables and maps that are kept; the oldest go first. */
+/** Tables that are kept; the oldest go first. */
 const KEPT = 1024;
+/** Maps that are kept of a box: a few in each of 2⁶ places, of which the one that was not used for longest goes first. */
+const PLACES = 64, WAYS = 8;
 
 /** What a table holds besides addresses: tensor maps of boxes of so many rows and columns. */
 export interface Box {
@@ -34,10 +37,51 @@ interface KeptTable extends Table {
   readonly shape: readonly [number, number];
 }
 
-interface KeptMap {
-  readonly rows: number;
-  readonly columns: number;
-  readonly map: Uint8Array;
+/** Tensor maps of one box, in memory that is taken once. An address may have several: tensors of other shapes come to lie there. */
+class Maps {
+  /** Address, rows and columns of each. */
+  readonly #of = new Float64Array(3 * PLACES * WAYS);
+  readonly #maps: readonly Uint8Array[];
+  /** When each was used last, in calls. */
+  readonly #used = new Float64Array(PLACES * WAYS);
+  #calls = 0;
+
+  constructor() {
+    const memory = new ArrayBuffer(MAP_BYTES * PLACES * WAYS);
+    this.#maps = Array.from(
+      { length: PLACES * WAYS },
+      (_, i) => new Uint8Array(memory, MAP_BYTES * i, MAP_BYTES),
+    );
+  }
+
+  /** The map of a matrix, if it is here. */
+  find(address: number, rows: number, columns: number): Uint8Array | null {
+    const of = this.#of, first = WAYS * placeOf(address, rows, columns);
+    for (let i = first; i < first + WAYS; i++) {
+      if (of[3 * i] !== address || of[3 * i + 1] !== rows || of[3 * i + 2] !== columns) continue;
+      this.#used[i] = ++this.#calls;
+      return this.#maps[i];
+    }
+    return null;
+  }
+
+  /** Takes the map of a matrix over. */
+  add(address: number, rows: number, columns: number, map: Uint8Array): Uint8Array {
+    const used = this.#used, first = WAYS * placeOf(address, rows, columns);
+    let i = first;
+    for (let other = first + 1; other < first + WAYS; other++) if (used[other] < used[i]) i = other;
+    used[i] = ++this.#calls;
+    this.#of[3 * i] = address;
+    this.#of[3 * i + 1] = rows;
+    this.#of[3 * i + 2] = columns;
+    this.#maps[i].set(map);
+    return this.#maps[i];
+  }
+}
+
+/** The place of a map: six bits in which addresses that are multiples of 512, as most are, differ. */
+function placeOf(address: number, rows: number, columns: number): number {
+  return Math.imul((address / 512) ^ Math.imul(rows, 31) ^ columns, 0x9e3779b1) >>> 26;
 }
 
 /** The tables and maps of a device. */
@@ -45,7 +89,7 @@ export class GroupTables {
   readonly #context: CudaContext;
   /** Per box, by the first matrix's address. */
   readonly #tables = new Map<Box | null, Map<number, KeptTable>>();
-  readonly #maps = new Map<Box, Map<number, KeptMap>>();
+  readonly #maps = new Map<Box, Maps>();
 
   /** @param context The GPU. */
   constructor(context: CudaContext) {
@@ -81,17 +125,14 @@ export class GroupTables {
    *
    * @param matrix The matrix; at a multiple of 16 bytes, its rows too.
    * @param box What is loaded or stored at once, always the same object for the same box.
-   * @returns The map's bytes.
+   * @returns The map's bytes: good for one launch, which takes up to eight maps of a box.
    */
   map(matrix: Tensor, box: Box): Uint8Array {
     let kept = this.#maps.get(box);
-    if (kept === undefined) this.#maps.set(box, kept = new Map());
-    const [rows, columns] = matrix.shape, known = kept.get(matrix.address);
-    if (known !== undefined && known.rows === rows && known.columns === columns) return known.map;
-    if (kept.size >= KEPT) kept.delete(kept.keys().next().value!);
-    const map = this.#encode(matrix, box);
-    kept.set(matrix.address, { rows, columns, map });
-    return map;
+    if (kept === undefined) this.#maps.set(box, kept = new Maps());
+    const { address } = matrix, rows = matrix.shape[0], columns = matrix.shape[1];
+    return kept.find(address, rows, columns) ??
+      kept.add(address, rows, columns, this.#encode(matrix, box));
   }
 
   #make(matrices: readonly Tensor[], box: Box | null): KeptTable {

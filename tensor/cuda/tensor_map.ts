@@ -6,6 +6,36 @@ import type { CudaContext } from "./context.ts";
 
 const SWIZZLES = ["none", "32B", "64B", "128B"] as const;
 
+/** Bytes of a map, and the alignment that the driver wants it to have. */
+const MAP_BYTES = 128, ALIGNMENT = 64;
+const MOST_DIMENSIONS = 5;
+
+/** What a call reads and writes; made at the first. */
+interface Cells {
+  readonly map: Uint8Array<ArrayBuffer>;
+  /** Sizes and strides in bytes; boxes and steps. */
+  readonly wide: BigUint64Array<ArrayBuffer>;
+  readonly narrow: Uint32Array<ArrayBuffer>;
+  readonly mapAddress: bigint;
+  readonly wideAddress: bigint;
+  readonly narrowAddress: bigint;
+}
+let cells: Cells | undefined;
+
+function makeCells(): Cells {
+  const memory = new ArrayBuffer(MAP_BYTES + ALIGNMENT), start = addressOf(memory);
+  const mapAddress = (start + BigInt(ALIGNMENT - 1)) & -BigInt(ALIGNMENT);
+  const wide = new BigUint64Array(2 * MOST_DIMENSIONS), narrow = new Uint32Array(wide.length);
+  return {
+    map: new Uint8Array(memory, Number(mapAddress - start), MAP_BYTES),
+    wide,
+    narrow,
+    mapAddress,
+    wideAddress: addressOf(wide.buffer),
+    narrowAddress: addressOf(narrow.buffer),
+  };
+}
+
 /**
  * {@linkcode CudaContext.tensorMap}.
  *
@@ -18,26 +48,29 @@ export function encodeTensorMap(
 ): Uint8Array<ArrayBuffer> {
   const { dtype, address, sizes, strides_bytes, box, swizzle } = options;
   const rank = sizes.length;
-  if (rank < 1 || rank > 5 || strides_bytes.length !== rank - 1 || box.length !== rank) {
+  if (
+    rank < 1 || rank > MOST_DIMENSIONS || strides_bytes.length !== rank - 1 || box.length !== rank
+  ) {
     throw new RangeError(
       `Cannot encode a tensor map as sizes, strides and box must have R, R - 1 and R entries, R in 1..5: current value is ${rank}, ${strides_bytes.length}, ${box.length}`,
     );
   }
-  // The driver wants the map aligned to 64 bytes.
-  const memory = new ArrayBuffer(128 + 64), start = addressOf(memory);
-  const offset = Number((64n - start % 64n) % 64n);
-  const wide = BigUint64Array.from([...sizes, ...strides_bytes, 0], BigInt);
-  const narrow = Uint32Array.from([...box, ...sizes.map(() => 1)]);
-  const wideAt = addressOf(wide.buffer), narrowAt = addressOf(narrow.buffer);
+  const { map, wide, narrow, mapAddress, wideAddress, narrowAddress } = cells ??= makeCells();
+  for (let i = 0; i < rank; i++) {
+    wide[i] = BigInt(sizes[i]);
+    wide[MOST_DIMENSIONS + i] = i < rank - 1 ? BigInt(strides_bytes[i]) : 0n;
+    narrow[i] = box[i];
+    narrow[MOST_DIMENSIONS + i] = 1;
+  }
   const code = cuda().calls.cuTensorMapEncodeTiled(
-    start + BigInt(offset),
+    mapAddress,
     dtype === "bf16" ? CUDA.tensorMapBf16 : CUDA.tensorMapF32,
     rank,
     BigInt(address),
-    wideAt,
-    wideAt + BigInt(8 * rank),
-    narrowAt,
-    narrowAt + BigInt(4 * rank),
+    wideAddress,
+    wideAddress + BigInt(8 * MOST_DIMENSIONS),
+    narrowAddress,
+    narrowAddress + BigInt(4 * MOST_DIMENSIONS),
     0, // no interleave
     SWIZZLES.indexOf(swizzle),
     CUDA.tensorMapL2Promotion256,
@@ -50,6 +83,5 @@ export function encodeTensorMap(
       `: address ${address}, sizes [${sizes}], strides [${strides_bytes}], box [${box}], swizzle ${swizzle}`,
     );
   }
-  // `wide` and `narrow` are used again, so that they live until here.
-  return new Uint8Array(memory, offset, wide.length + narrow.length > 0 ? 128 : 0).slice();
+  return map.slice();
 }
