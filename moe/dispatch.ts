@@ -190,7 +190,8 @@ export async function toExperts(
   transfer: Transfer,
 ): Promise<Tensor> {
   const { sendCounts, recvCounts, toExpertMajor, rows } = placed;
-  const counts = sendCounts && recvCounts && { sent: sendCounts, received: recvCounts, rows };
+  if (!sendCounts || !recvCounts) return await stay(send_SD, transfer);
+  const counts = { sent: sendCounts, received: recvCounts, rows };
   return reorder(await exchange(send_SD, counts, comm, transfer), toExpertMajor);
 }
 
@@ -210,7 +211,8 @@ export async function fromExperts(
   transfer: Transfer,
 ): Promise<Tensor> {
   const { sendCounts, recvCounts, toRankMajor, tokens_S: { size: rows } } = placed;
-  const counts = sendCounts && recvCounts && { sent: recvCounts, received: sendCounts, rows };
+  if (!sendCounts || !recvCounts) return await stay(y_MD, transfer);
+  const counts = { sent: recvCounts, received: sendCounts, rows };
   return await exchange(reorder(y_MD, toRankMajor), counts, comm, transfer);
 }
 
@@ -221,20 +223,26 @@ interface ExchangeCounts {
   readonly rows: number;
 }
 
-/** Rows to the other ranks, and theirs here; frees what was sent. Without counts nothing travels. */
+/** In a world of one rows stay where they are; the step is told all the same. */
+async function stay(rows: Tensor, transfer: Transfer): Promise<Tensor> {
+  try {
+    await transfer(() => COMPLETED);
+    return rows;
+  } catch (error) {
+    rows[Symbol.dispose]();
+    throw error;
+  }
+}
+
+/** Rows to the other ranks, and theirs here; frees what was sent. */
 async function exchange(
   send: Tensor,
-  counts: ExchangeCounts | null,
+  counts: ExchangeCounts,
   comm: Communicator,
   transfer: Transfer,
 ): Promise<Tensor> {
   using undo = new DisposableStack();
   undo.use(send);
-  if (!counts) {
-    await transfer(() => COMPLETED);
-    undo.move();
-    return send;
-  }
   const { sent, received, rows } = counts, width = send.shape[1];
   const recv = undo.use(empty(send.device, [rows, width], send.dtype));
   await transfer(() =>

@@ -213,6 +213,7 @@ export class ExpertStore implements Disposable {
    * pass. Without replicas it does nothing.
    */
   async reduceReplicas(): Promise<void> {
+    if (this.#options.comm.size === 1) return;
     const groups = ReplicaGroups.of(this.#options.comm);
     await groups.open(this.#holders);
     const works: Work[] = [];

@@ -7,7 +7,7 @@
 
 import * as routing from "../tensor/ops/routing.ts";
 import { MOST_CHOICES, MOST_EXPERTS, type RouteOptions } from "../tensor/routing_kernels.ts";
-import { empty, type Tensor } from "../tensor/tensor.ts";
+import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
 import { placeAlone, type PlacedPlan, placeOutline } from "./dispatch.ts";
 import { outlinePlan } from "./plan.ts";
 import type { Router } from "./router.ts";
@@ -122,8 +122,8 @@ export async function routeOnDevice(
     scales_S,
     shown,
     backward(dWeights, scale) {
-      using undo = new DisposableStack();
-      const dLogits_NE = undo.use(empty(device, [N, E]));
+      using scope = new TensorScope();
+      const dLogits_NE = empty(device, [N, E]);
       routing.routeBackward(dWeights, saved, {
         ...options,
         auxLoss: router.auxLoss * scale,
@@ -131,8 +131,7 @@ export async function routeOnDevice(
         ranks: comm.size,
       }, dLogits_NE);
       routing.gateWeightGrad(dLogits_NE, x_ND, gate.grad);
-      undo.move();
-      return Promise.resolve(dLogits_NE);
+      return Promise.resolve(scope.keep(dLogits_NE));
     },
     tokensGradient(dRows_SD, dLogits_NE, dX_ND, beta) {
       const { slots_NK } = placed;

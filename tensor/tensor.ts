@@ -15,12 +15,13 @@ export type Shape = readonly number[];
  */
 export function sizeOf(shape: Shape): number {
   let size = 1;
-  for (const n of shape) size *= n;
+  for (let i = 0; i < shape.length; i++) size *= shape[i];
   return size;
 }
 
-/** The scope that tensors are made in now. */
-let innermost: TensorScope | null = null;
+/** How many scopes are open, and the tensors that were made in them, those of the innermost last: `count` of the list. */
+let open = 0, count = 0;
+const made: (Tensor | null)[] = [];
 
 /**
  * All or nothing for code that makes tensors and may fail half-way, as memory may not suffice: tensors that are made while a scope is open
@@ -39,18 +40,12 @@ let innermost: TensorScope | null = null;
  * ```
  */
 export class TensorScope implements Disposable {
-  readonly #outer = innermost;
-  readonly #made: Tensor[] = [];
+  readonly #start = count;
   #kept = false;
 
   /** Opens the scope. */
   constructor() {
-    innermost = this;
-  }
-
-  /** A tensor that owns memory was made in the scope. @ignore */
-  add(tensor: Tensor): void {
-    this.#made.push(tensor);
+    open++;
   }
 
   /**
@@ -66,10 +61,14 @@ export class TensorScope implements Disposable {
 
   /** Closes the scope. */
   [Symbol.dispose](): void {
-    innermost = this.#outer;
-    for (const tensor of this.#made) {
+    open--;
+    const end = count;
+    count = this.#start;
+    for (let i = this.#start; i < end; i++) {
+      const tensor = made[i]!;
+      made[i] = null;
       if (!this.#kept) tensor[Symbol.dispose]();
-      else if (!tensor.disposed) innermost?.add(tensor);
+      else if (open > 0 && !tensor.disposed) made[count++] = tensor; // now the outer scope's
     }
   }
 }
@@ -89,8 +88,10 @@ export class Tensor implements Disposable {
   readonly size: number;
   /** First byte: offset in the CPU's linear memory, or device address. */
   readonly address: number;
-  #owned: boolean;
-  #live: { yes: boolean };
+  /** Whose memory it is: its own, or that of the tensor which it views. */
+  readonly #owner: Tensor;
+  /** Of an owner: whether the memory has been freed. */
+  #freed = false;
 
   /**
    * Looks at memory that exists. Prefer {@linkcode empty}, {@linkcode zeros} and {@linkcode fromArray}.
@@ -111,9 +112,8 @@ export class Tensor implements Disposable {
     this.shape = shape;
     this.size = sizeOf(shape);
     this.address = memory.address;
-    this.#owned = memory.owner === undefined;
-    this.#live = memory.owner === undefined ? { yes: true } : memory.owner.#live;
-    if (innermost !== null && this.#owned) innermost.add(this);
+    this.#owner = memory.owner === undefined ? this : memory.owner.#owner;
+    if (open > 0 && this.#owner === this) made[count++] = this;
   }
 
   /** Size in bytes. */
@@ -123,7 +123,7 @@ export class Tensor implements Disposable {
 
   /** Whether the memory has been freed, by this tensor or by the one whose memory it views. */
   get disposed(): boolean {
-    return !this.#live.yes;
+    return this.#owner.#freed;
   }
 
   /**
@@ -177,8 +177,8 @@ export class Tensor implements Disposable {
 
   /** Frees the memory if this tensor owns it; further use of it or of its views is an error. */
   [Symbol.dispose](): void {
-    if (!this.#owned || !this.#live.yes) return;
-    this.#live.yes = false;
+    if (this.#owner !== this || this.#freed) return;
+    this.#freed = true;
     this.device.free(this.address);
   }
 }
@@ -194,8 +194,8 @@ export class Tensor implements Disposable {
  * @throws {OutOfMemoryError} If the memory does not suffice.
  */
 export function empty(device: Device, shape: Shape, dtype: DType = "f32"): Tensor {
-  for (const n of shape) {
-    if (!Number.isSafeInteger(n) || n < 0) {
+  for (let i = 0; i < shape.length; i++) {
+    if (!Number.isSafeInteger(shape[i]) || shape[i] < 0) {
       throw new RangeError(
         `Cannot make a tensor as every dimension must be a whole number >= 0: current value is [${shape}]`,
       );
