@@ -202,12 +202,7 @@ export class MoeLayer implements Disposable {
     step.combineBackwardStarts(this.layer);
     using undo = new DisposableStack();
     using dWeights_NK = y_SD && empty(device, weights_NK.shape, weights_NK.dtype);
-    let dY_SD: Tensor;
-    if (y_SD && dWeights_NK) {
-      dY_SD = undo.use(empty(device, y_SD.shape, y_SD.dtype));
-      ops.combineRowsBackward(dOut_ND, y_SD, placed.slots_NK, weights_NK, dY_SD, dWeights_NK);
-      y_SD[Symbol.dispose]();
-    } else dY_SD = undo.use(permute(dOut_ND, placed)); // the weights' gradient comes from the hidden rows'
+    const dY_SD = outputsGradient(dOut_ND, saved, dWeights_NK); // toExperts frees it once it has travelled
     const arriving = toExperts(dY_SD, placed, comm, this.#transfer(step, "backward", "combine"));
     undo.defer(() => freeLater(arriving));
     // While the rows travel: shared experts, and the router where the weights' gradient is known.
@@ -361,6 +356,17 @@ export class MoeLayer implements Disposable {
       );
     }
   }
+}
+
+/** Gradient of the experts' outputs in the send order, and of the weights if they met those; frees the outputs. */
+function outputsGradient(dOut_ND: Tensor, saved: MoeSaved, dWeights_NK: Tensor | null): Tensor {
+  const { routed: { placed, weights_NK }, y_SD } = saved;
+  if (!y_SD || !dWeights_NK) return permute(dOut_ND, placed);
+  using scope = new TensorScope();
+  const dY_SD = empty(y_SD.device, y_SD.shape, y_SD.dtype);
+  ops.combineRowsBackward(dOut_ND, y_SD, placed.slots_NK, weights_NK, dY_SD, dWeights_NK);
+  y_SD[Symbol.dispose]();
+  return scope.keep(dY_SD);
 }
 
 /** Frees what is still on its way, when it comes. */

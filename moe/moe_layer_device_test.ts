@@ -362,3 +362,29 @@ Deno.test("logits that are not finite are told when the losses are read", option
   second.out_ND[Symbol.dispose]();
   dropShown([second.shown]);
 });
+
+Deno.test(
+  "rows that travel when a pass fails are freed once they have arrived",
+  onRanks,
+  async () => {
+    const { ranks } = loopbackWorld(2), before = gpu!.memory().used_bytes;
+    await Promise.all(ranks.map(async (comm) => {
+      using layer = makeLayer(gpu!, comm, { router: PLAIN.softmax, sharedExperts: 1 });
+      Object.defineProperty(layer, "auxScale", {
+        get: () => {
+          throw new Error("no scale");
+        },
+      });
+      using x = upload(gpu!, numbers(comm.rank, "x", 20 * 16), [20, 16], "f32");
+      const step = plainStep(gpu!, { training: true });
+      const { out_ND, saved, shown } = await layer.forward(x, step);
+      await assert.rejects(layer.backward(x, saved, step), /no scale/);
+      layer.release(saved);
+      dropShown([shown]);
+      out_ND[Symbol.dispose]();
+      await comm.allReduce(x).wait(gpu!.stream); // behind what travels
+    }));
+    await gpu!.stream.synchronize();
+    assert.equal(gpu!.memory().used_bytes, before);
+  },
+);
