@@ -106,7 +106,7 @@ export const gateHopperModule: ModuleSource = {
 /** Experts from which Hopper's kernels are faster: with fewer, memory takes longer than arithmetic. */
 const HOPPER_EXPERTS = 33;
 /** Experts, tokens and threads of a block there, and the shared memory of stages and of room to begin at a multiple of 1024. */
-const HOPPER_BLOCK = { experts: 64, tokens: 128, threads: 384 };
+const HOPPER_BLOCK = { experts: 64, tokens: 128, threads: 512 };
 const HOPPER_GATE_BYTES = 5 * 5 * 8192 + 1024, HOPPER_GRADIENT_BYTES = 4 * 7 * 8192 + 1024;
 /** What its copy engine loads at once: tokens of the gate, and of its gradient. */
 const HOPPER_TOKENS: Box = { columns: 64, rows: 128 },

@@ -81,44 +81,40 @@ DEVICE void gate_combine(const bf16* y, const int* slots, const float* d_logits,
   __syncthreads();
   for (int n = start, turn = 0; n < end; n += CHUNK, turn ^= 1) {
     float* result = results + turn * CHUNK * ROW;
-    // Columns of the warp, two tiles at a time.
+    float sums[M][4][4];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float sums[M][2][4];
+    for (int i = 0; i < M * 16; i++) (&sums[0][0][0])[i] = 0;
 #pragma unroll
-      for (int i = 0; i < M * 8; i++) (&sums[0][0][0])[i] = 0;
-#pragma unroll
-      for (int step = 0; step < S; step++) {
-        u32 a[M][2][4];
-#pragma unroll
-        for (int m = 0; m < M; m++) {
-#pragma unroll
-          for (int term = 0; term < 2; term++) {
-            load_matrices(a[m][term], terms + ((turn * 2 + term) * CHUNK + m * 16 + lane % 16) * (T_ROW / 2) +
-                                          step * 8 + lane / 16 * 4);
-          }
-        }
-#pragma unroll
-        for (int t = 0; t < 2; t++) {
-          uint4 w = weights[(step * 32 + warp * 4 + half * 2 + t) * 32 + lane];
-          u32 most[2] = {w.x, w.y}, least[2] = {w.z, w.w};
-#pragma unroll
-          for (int m = 0; m < M; m++) {
-            mma_bf16(sums[m][t], a[m][1], most);
-            mma_bf16(sums[m][t], a[m][0], least);
-            mma_bf16(sums[m][t], a[m][0], most);
-          }
-        }
-      }
+    for (int step = 0; step < S; step++) {
+      u32 a[M][2][4];
 #pragma unroll
       for (int m = 0; m < M; m++) {
 #pragma unroll
-        for (int t = 0; t < 2; t++) {
+        for (int term = 0; term < 2; term++) {
+          load_matrices(a[m][term], terms + ((turn * 2 + term) * CHUNK + m * 16 + lane % 16) * (T_ROW / 2) + step * 8 +
+                                        lane / 16 * 4);
+        }
+      }
 #pragma unroll
-          for (int i = 0; i < 2; i++) {
-            int row = m * 16 + lane / 4 + i * 8, c = (warp * 4 + half * 2 + t) * 8 + lane % 4 * 2;
-            *reinterpret_cast<Pack<float, 2>*>(result + row * ROW + c) = {{sums[m][t][i * 2], sums[m][t][i * 2 + 1]}};
-          }
+      for (int t = 0; t < 4; t++) {
+        uint4 w = weights[(step * 32 + warp * 4 + t) * 32 + lane];
+        u32 most[2] = {w.x, w.y}, least[2] = {w.z, w.w};
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+          mma_bf16(sums[m][t], a[m][1], most);
+          mma_bf16(sums[m][t], a[m][0], least);
+          mma_bf16(sums[m][t], a[m][0], most);
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+      for (int t = 0; t < 4; t++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          int row = m * 16 + lane / 4 + i * 8, c = (warp * 4 + t) * 8 + lane % 4 * 2;
+          *reinterpret_cast<Pack<float, 2>*>(result + row * ROW + c) = {{sums[m][t][i * 2], sums[m][t][i * 2 + 1]}};
         }
       }
     }

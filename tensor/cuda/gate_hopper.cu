@@ -1,4 +1,4 @@
-// The gate's products on Hopper's tensor cores (sm_90a), for bf16 tokens and many experts (gate.ts says how many): with mma.sync (gate.cu) these are bound by
+// The gate's products on Hopper's tensor cores (sm_90a), for bf16 tokens and 17 experts or more: with mma.sync (gate.cu) these are bound by
 // arithmetic, three products for each number, by issuing them and by fetching operands from shared memory. Operands as there: f32 numbers are
 // sums of three bf16 numbers. grouped_hopper.cuh and gate_terms.cuh come before this file.
 
@@ -65,28 +65,41 @@ DEVICE void store_terms(u32 to, int r, int piece, float4 from) {
   }
 }
 
-// Producers split a matrix of f32, 64 rows by 64 columns a slice, a row's columns contiguous. `from(row, column)` is the address of 4 of them, or
-// null for zeros. What a slice needs is loaded while the one before it is split.
-struct Split {
-  float4 held[8];
-
-  template <typename From>
-  DEVICE void load(const From& from) {
-    int t = threadIdx.x % 128;
+// Producers, two warpgroups, split a matrix of f32, 64 rows by 64 columns a slice, a row's columns contiguous. `from(row, column)` is the address of 4
+// of them, or null for zeros. A thread has so many fours of a slice.
+constexpr int FOURS = 4;
+template <typename From>
+DEVICE void load_fours(float4 (&held)[FOURS], const From& from) {
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const float* at = from(j * 8 + t / 16, t % 16 * 4);
-      held[j] = at ? *reinterpret_cast<const float4*>(at) : make_float4(0, 0, 0, 0);
-    }
+  for (int j = 0; j < FOURS; j++) {
+    const float* at = from(j * 16 + threadIdx.x / 16, threadIdx.x % 16 * 4);
+    held[j] = at ? *reinterpret_cast<const float4*>(at) : make_float4(0, 0, 0, 0);
   }
-  DEVICE void store(u32 to) {
-    int t = threadIdx.x % 128;
+}
+DEVICE void store_fours(u32 to, const float4 (&held)[FOURS]) {
 #pragma unroll
-    for (int j = 0; j < 8; j++) store_terms(to, j * 8 + t / 16, t % 16, held[j]);
+  for (int j = 0; j < FOURS; j++) store_terms(to, j * 16 + threadIdx.x / 16, threadIdx.x % 16, held[j]);
+}
+// All slices: `load(slice, held)` begins to load one, `fill(slice, held)` puts it where it belongs. Two are on their way.
+template <typename Load, typename Fill>
+DEVICE void produce_slices(int slices, const Load& load, const Fill& fill) {
+  float4 even[FOURS], odd[FOURS];
+  load(0, even);
+  load(1, odd);
+  for (int slice = 0; slice < slices; slice += 2) {
+    fill(slice, even);
+    load(slice + 2, even);
+    if (slice + 1 >= slices) break;
+    fill(slice + 1, odd);
+    load(slice + 3, odd);
   }
-};
+}
+constexpr int PRODUCERS = 256, CONSUMERS = 256;
+// Registers are shared out again: consumers keep sums.
+DEVICE void be_producer() { asm volatile("setmaxnreg.dec.sync.aligned.u32 88;"); }
+DEVICE void be_consumer() { asm volatile("setmaxnreg.inc.sync.aligned.u32 160;"); }
 
-// The stages' barriers. A stage is full with the bytes of the copy engine, their announcement and 128 arrivals of producers, empty when 8 warps have read it.
+// The stages' barriers. A stage is full with the bytes of the copy engine, their announcement and the producers' arrivals, empty when 8 warps have read it.
 template <int STAGES>
 struct Ring {
   u64 full[STAGES], empty[STAGES];
@@ -94,7 +107,7 @@ struct Ring {
   DEVICE void init() {
     if (threadIdx.x == 0) {
       for (int s = 0; s < STAGES; s++) {
-        barrier_init(&full[s], 129);
+        barrier_init(&full[s], PRODUCERS + 1);
         barrier_init(&empty[s], 8);
       }
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -103,10 +116,10 @@ struct Ring {
   }
 };
 
-// Logits of 128 tokens and up to 64 experts, over a share of the columns: blocks (tokens, experts, shares). One warpgroup loads and splits, two
+// Logits of 128 tokens and up to 64 experts, over a share of the columns: blocks (tokens, experts, shares). Two warpgroups load and split, two
 // multiply 64 tokens each by the three terms side by side. Slices of 64 columns. The block that finishes last adds the shares in their order.
 constexpr int GATE_STAGES = 5, GATE_STAGE = 2 * 8192 + 3 * TERM_BYTES;
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(512, 1)
     gate_hopper(const __grid_constant__ TensorMap x, const float* gate, float* logits, float* shares, u32* counters, int tokens,
                 int experts, int width, int per_share) {
   extern __shared__ __align__(1024) u8 gate_shared[];
@@ -118,16 +131,15 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   int slices = (end - start + 63) / 64;
   ring.init();
   after_previous();
-  if (threadIdx.x < 128) {
-    Split split;
-    auto load = [&](int slice) {
-      split.load([&](int row, int column) -> const float* {
+  if (threadIdx.x < PRODUCERS) {
+    be_producer();
+    auto load = [&](int slice, float4(&held)[FOURS]) {
+      load_fours(held, [&](int row, int column) -> const float* {
         int e = first_expert + row, c = start + slice * 64 + column;
         return e < experts && c < end ? gate + (i64)e * width + c : nullptr;
       });
     };
-    load(0);
-    for (int slice = 0; slice < slices; slice++) {
+    produce_slices(slices, load, [&](int slice, const float4(&held)[FOURS]) {
       int stage = slice % GATE_STAGES;
       u32 to = stages + stage * GATE_STAGE;
       barrier_wait(&ring.empty[stage], (slice / GATE_STAGES & 1) ^ 1);
@@ -135,14 +147,14 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         barrier_arrive_bytes(&ring.full[stage], 2 * 8192);
         load_box(to, &x, start + slice * 64, first, &ring.full[stage]);
       }
-      split.store(to + 2 * 8192);
+      store_fours(to + 2 * 8192, held);
       publish();
       barrier_arrive(&ring.full[stage]);
-      if (slice + 1 < slices) load(slice + 1);
-    }
+    });
     return;
   }
-  int consumer = threadIdx.x / 128 - 1, lane = threadIdx.x % 32, t = threadIdx.x - 128;
+  be_consumer();
+  int consumer = threadIdx.x / 128 - 2, lane = threadIdx.x % 32, t = threadIdx.x - PRODUCERS;
   float c[96], sums[32];
 #pragma unroll
   for (int i = 0; i < 32; i++) sums[i] = 0;
@@ -198,9 +210,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 }
 
 // parts[split][experts][width] = dLogitsᵀ x over the tokens of a split, for up to 64 experts and 256 columns: blocks (columns, experts, splits).
-// One warpgroup loads and splits, two multiply 128 columns each. Slices of 64 tokens; per_split is a multiple.
+// Two warpgroups load and split, two multiply 128 columns each. Slices of 64 tokens; per_split is a multiple.
 constexpr int GRADIENT_STAGES = 4, GRADIENT_STAGE = 4 * 8192 + 3 * TERM_BYTES;
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(512, 1)
     gate_dw_hopper(const __grid_constant__ TensorMap x, const float* d_logits, float* parts, int tokens, int experts, int width,
                    int per_split) {
   extern __shared__ __align__(1024) u8 gate_shared[];
@@ -211,16 +223,15 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   int slices = (end - start + 63) / 64;
   ring.init();
   after_previous();
-  if (threadIdx.x < 128) {
-    Split split;
-    auto load = [&](int slice) {
-      split.load([&](int row, int column) -> const float* {
+  if (threadIdx.x < PRODUCERS) {
+    be_producer();
+    auto load = [&](int slice, float4(&held)[FOURS]) {
+      load_fours(held, [&](int row, int column) -> const float* {
         int token = start + slice * 64 + row, e = first_expert + column;
         return token < end && e < experts ? d_logits + (i64)token * experts + e : nullptr;
       });
     };
-    load(0);
-    for (int slice = 0; slice < slices; slice++) {
+    produce_slices(slices, load, [&](int slice, const float4(&held)[FOURS]) {
       int stage = slice % GRADIENT_STAGES;
       u32 to = stages + stage * GRADIENT_STAGE;
       barrier_wait(&ring.empty[stage], (slice / GRADIENT_STAGES & 1) ^ 1);
@@ -228,14 +239,14 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         barrier_arrive_bytes(&ring.full[stage], 4 * 8192);
         for (int i = 0; i < 4; i++) load_box(to + i * 8192, &x, first_column + i * 64, start + slice * 64, &ring.full[stage]);
       }
-      split.store(to + 4 * 8192);
+      store_fours(to + 4 * 8192, held);
       publish();
       barrier_arrive(&ring.full[stage]);
-      if (slice + 1 < slices) load(slice + 1);
-    }
+    });
     return;
   }
-  int consumer = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+  be_consumer();
+  int consumer = threadIdx.x / 128 - 2, lane = threadIdx.x % 32;
   float c[64], sums[64];
 #pragma unroll
   for (int i = 0; i < 64; i++) sums[i] = 0;
