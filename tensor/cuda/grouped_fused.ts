@@ -22,15 +22,15 @@ const PARAMETERS: readonly ParameterType[] = [MAP, MAP, MAP, "ptr", "ptr", "ptr"
 const SCALED_PARAMETERS: readonly ParameterType[] = [...PARAMETERS, "ptr", "ptr", "i32"];
 
 /**
- * A kernel of grouped_fused.cu: columns of the hidden width in a tile, and in how many phases its results are treated. SwiGLU's with scales has
- * 12, of less work each: two of them in a step are about as one of these.
+ * A kernel of grouped_fused.cu: columns of the hidden width in a tile, and in how many phases its results are treated. SwiGLU's has 12 of less
+ * work each, which take as long as 8 of the others.
  */
 interface Shape {
   readonly columns: number;
   readonly phases: number;
 }
 
-/** As in grouped_fused.cu. */
+/** As in grouped_fused.cu, phases as above. */
 const SHAPES: Readonly<Record<string, Shape>> = {
   relu: { columns: 256, phases: 12 },
   gelu: { columns: 256, phases: 12 },
@@ -79,6 +79,7 @@ const SQUARE: Box = { columns: 64, rows: 64 };
  *
  * A fused kernel treats a tile's results in `phases` while the next tile is multiplied in K / 64 steps, one phase a step. So it is taken where
  * there are as many steps as phases: with fewer, results hold up the tensor cores, which costs about what the other kernel's memory traffic does.
+ *
  * @param context The GPU.
  * @param parts Its other kernels.
  * @param force Takes the fused kernels wherever they can serve, or never; for tests and measurements. @default {undefined}
