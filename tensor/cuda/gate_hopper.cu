@@ -1,4 +1,4 @@
-// The gate's products on Hopper's tensor cores (sm_90a), for bf16 tokens and 17 experts or more: with mma.sync (gate.cu) these are bound by
+// The gate's products on Hopper's tensor cores (sm_90a), for bf16 tokens and many experts (see gate.ts): with mma.sync (gate.cu) these are bound by
 // arithmetic, three products for each number, by issuing them and by fetching operands from shared memory. Operands as there: f32 numbers are
 // sums of three bf16 numbers. grouped_hopper.cuh and gate_terms.cuh come before this file.
 
