@@ -2,6 +2,7 @@
 // description of the machine that every result carries.
 
 import type { CudaDevice } from "../tensor/cuda/device.ts";
+import type { Device } from "../tensor/device.ts";
 import type { CudaEvent } from "../tensor/cuda/streams.ts";
 
 /** Bytes that are written between two timed runs, so that no run finds its data in the L2 cache. */
@@ -190,7 +191,7 @@ export interface PeerRow {
 }
 
 /** What every result says of where it was measured. */
-export function origin(device: CudaDevice, command: string): Record<string, string> {
+export function origin(device: Device, command: string): Record<string, string> {
   return {
     date: new Date().toISOString(),
     machine: `${device.name}, Deno ${Deno.version.deno}`,

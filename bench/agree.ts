@@ -1,11 +1,11 @@
 // Whether a model learns here as it does in PyTorch: all sides begin with the same weights, see the same batches of a text, and their losses are
 // compared step by step.
 //
-//   deno task bench:agree [--layers N] [--steps N] [--dtype bf16|f32] [--text FILE] [--json FILE]
+//   deno task bench:agree [--device cuda|cpu] [--layers N] [--steps N] [--dtype bf16|f32] [--text FILE] [--json FILE]
 //
 // Tokens are the bytes of the text. bf16 rounds differently in every kernel, and a token that goes to another expert for that makes all that
 // follows different: what such noise amounts to, PyTorch's own two sides show, eager and compiled. In f32 (a few layers: its experts run one
-// after another in PyTorch) sides agree much longer. PyTorch has f32 master weights and AdamW as moe/optimizer.ts has it; its gradients
+// after another in PyTorch) sides agree to rounding; so they do on a CPU, with a model of width 64. PyTorch has f32 master weights and AdamW as moe/optimizer.ts has it; its gradients
 // are bf16 where its weights are used in bf16, so a side of ours has them, too.
 
 import { parseArgs } from "node:util";
@@ -18,12 +18,15 @@ import type { TrainingData } from "../moe/training_data.ts";
 import { Transformer } from "../moe/transformer.ts";
 import { parameterTensors } from "../moe/weights.ts";
 import type { DType } from "../tensor/dtype.ts";
+import { cpuDevice } from "../tensor/cpu/device.ts";
 import { cudaDevice } from "../tensor/cuda/device.ts";
+import type { Device } from "../tensor/device.ts";
 import { origin, peer } from "./_gpu.ts";
 
 const { values } = parseArgs({
   args: Deno.args,
   options: {
+    device: { type: "string", default: "cuda" },
     layers: { type: "string", default: "12" },
     dtype: { type: "string", default: "bf16" },
     steps: { type: "string", default: "100" },
@@ -41,14 +44,14 @@ if (dtype !== "bf16" && dtype !== "f32") {
     `Cannot compare as the dtype must be bf16 or f32: current value is ${values.dtype}`,
   );
 }
-const sequence = 1024, batch = 16, peak = 3e-4, warmup = 20;
+const onGpu = values.device !== "cpu";
+const sizes = onGpu
+  ? { vocab: 32_000, width: 1024, heads: 16, hidden: 2816, experts: 16 }
+  : { vocab: 256, width: 64, heads: 4, hidden: 96, experts: 8 };
+const [sequence, batch, peak] = onGpu ? [1024, 16, 3e-4] : [64, 4, 3e-3], warmup = 20;
 const config = modelConfig({
-  vocab: 32_000,
-  width: 1024,
+  ...sizes,
   layers,
-  heads: 16,
-  hidden: 2816,
-  experts: 16,
   router: { kind: "softmax", topK: 2, auxLoss: 0.01 },
   dtype,
 });
@@ -78,7 +81,7 @@ const data = {
   validation: () => [],
 } satisfies TrainingData;
 
-const device = await cudaDevice();
+const device: Device = onGpu ? await cudaDevice() : cpuDevice();
 const directory = await Deno.makeTempDir({ prefix: "lina-agree-" });
 const sides: { side: string; losses: number[] }[] = [];
 
@@ -117,7 +120,9 @@ try {
   for (const mode of dtype === "bf16" ? ["eager", "compiled"] : ["eager"]) {
     const rows = await peer("step.py", [
       ...["--layers", String(layers), "--steps", String(steps), "--mode", mode, "--dtype", dtype],
-      ...["--lr", String(peak), "--warmup", String(warmup)],
+      ...["--lr", String(peak), "--warmup", String(warmup), "--device", device.kind],
+      ...["--sequence", String(sequence), "--batch", String(batch)],
+      ...Object.entries(sizes).flatMap(([name, size]) => [`--${name}`, String(size)]),
       ...["--weights", directory, "--tokens", `${directory}/tokens`],
     ]);
     const losses = rows.map(({ loss }) => loss as number);
@@ -154,7 +159,8 @@ for (const { of, first_10, largest, median, mean } of gaps) {
   );
 }
 if (values.json !== undefined) {
-  const command = `deno task bench:agree --layers ${layers} --steps ${steps} --dtype ${dtype}`;
+  const command =
+    `deno task bench:agree --device ${device.kind} --layers ${layers} --steps ${steps} --dtype ${dtype}`;
   const result = { layers, steps, dtype, gaps, sides, ...origin(device, command) };
   await Deno.writeTextFile(values.json, JSON.stringify([result], null, 2) + "\n");
 }

@@ -146,6 +146,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--mode", choices=("eager", "compiled"), default="compiled")
     parser.add_argument("--dtype", choices=("bf16", "f32"), default="bf16")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: for given data only")
     parser.add_argument("--weights")
     parser.add_argument("--tokens")
     c = parser.parse_args()
@@ -153,7 +154,7 @@ def main():
     DTYPE = torch.bfloat16 if c.dtype == "bf16" else torch.float32
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
-    with torch.device("cuda"):
+    with torch.device(c.device):
         model = Model(c)
     if c.weights:
         load(model, c.weights, c)
@@ -166,8 +167,8 @@ def main():
     given = None
     if c.tokens:
         count = c.steps * c.batch * (c.sequence + 1)
-        given = torch.from_file(c.tokens, size=count, dtype=torch.int32).view(c.steps, c.batch, c.sequence + 1).long().cuda()
-    random = torch.randint(c.vocab, (c.batch, c.sequence + 1), device="cuda")
+        given = torch.from_file(c.tokens, size=count, dtype=torch.int32).view(c.steps, c.batch, c.sequence + 1).long().to(c.device)
+    random = torch.randint(c.vocab, (c.batch, c.sequence + 1), device=c.device)
 
     def step(i):
         rows = given[i] if given is not None else random
