@@ -36,6 +36,34 @@ const groups = (...starts: number[]) => ({
 });
 const bf16 = (...shape: number[]) => zeros(device, shape, "bf16");
 
+/** Gradients before an activation of which one tensor is a part of another. */
+const overlapping = [
+  ["scales", "dX"],
+  ["dScales", "scales"],
+  ["dScales", "dX"],
+  ["dScales", "dOut"],
+  ["dScales", "x"],
+].flatMap(([part, whole]): [string, () => void, RegExp][] => {
+  const tensors = () => {
+    const [x, dX, dOut] = [f32(4, 8), f32(4, 8), f32(4, 8)], [scales, dScales] = [f32(4), f32(4)];
+    const all: Record<string, Tensor> = { x, dX, dOut, scales, dScales };
+    const { size } = all[whole];
+    all[part] = all[whole].reshape(size).rows(size - 4, size);
+    return all;
+  };
+  const message = new RegExp(`out must not overlap ${whole === "scales" ? whole : part}:`);
+  return [
+    [`activation gradient, ${part} in ${whole}`, () => {
+      const { x, dX, dOut, scales, dScales } = tensors();
+      ops.activationBackward("gelu", dOut, x, dX, { scales, dScales });
+    }, message],
+    [`grouped activation gradient, ${part} in ${whole}`, () => {
+      const { x, dX, dOut, ...options } = tensors(), weights = [f32(8, 8)];
+      ops.groupedGemmActivationBackward(dOut, weights, groups(0, 4), "gelu", x, dX, options);
+    }, message],
+  ];
+});
+
 const refused: [string, () => void, RegExp][] = [
   [
     "gemm shapes",
@@ -96,6 +124,25 @@ const refused: [string, () => void, RegExp][] = [
     () => ops.activationBackward("gelu", f32(2, 4), f32(2, 4), f32(2, 3)),
     /dX must have 8 elements/,
   ],
+  ...overlapping,
+  [
+    "activation over its scales",
+    () => {
+      const out = f32(4, 2);
+      ops.activation("gelu", f32(4, 2), out, out.reshape(8).rows(0, 4));
+    },
+    /out must not overlap scales/,
+  ],
+  ...["up", "active"].map((over): [string, () => void, RegExp] => [
+    `grouped activation: ${over} over the scales`,
+    () => {
+      const up = f32(4, 2), active = f32(4, 2);
+      const scales = (over === "up" ? up : active).reshape(8).rows(2, 6);
+      const weights = [f32(2, 3)];
+      ops.groupedGemmActivation(f32(4, 3), weights, groups(0, 4), "gelu", up, active, scales);
+    },
+    /out must not overlap scales/,
+  ]),
   [
     "clip's limit",
     () => ops.clipScale(zeros(device, [1], "f64"), -1, f32(1)),

@@ -2,7 +2,7 @@
 // nothing is wrong: comparisons only, and no text is built until a check has failed.
 
 import { type Category, now, recorder } from "../../trace/mod.ts";
-import type { Device, RowGroups } from "../device.ts";
+import type { ActivationBackwardOptions, Device, RowGroups } from "../device.ts";
 import { bytesOf, type DType } from "../dtype.ts";
 import type { Tensor } from "../tensor.ts";
 
@@ -70,6 +70,23 @@ export function rowScales(
   rows: number,
 ): void {
   if (scales) statistics(op, name, scales, like, rows);
+}
+
+/** The scales of an activation's gradient, where there are any, and theirs share no memory with each other or the other tensors. */
+export function disjointScales(
+  op: string,
+  options: ActivationBackwardOptions | undefined,
+  dX: Tensor,
+  dOut: Tensor,
+  x: Tensor,
+): void {
+  const scales = options?.scales, dScales = options?.dScales;
+  if (scales) disjoint(op, "scales", dX, scales);
+  if (!dScales) return;
+  if (scales) disjoint(op, "scales", dScales, scales);
+  disjoint(op, "dScales", dX, dScales);
+  disjoint(op, "dScales", dOut, dScales);
+  disjoint(op, "dScales", x, dScales);
 }
 
 /** A tensor must have two dimensions. */

@@ -13,6 +13,7 @@ import {
   alive,
   disjoint,
   disjointOrSame,
+  disjointScales,
   elements,
   fail,
   isMatrix,
@@ -126,7 +127,7 @@ function checkActivation(op: string, kind: Activation, x: Tensor, out: Tensor): 
  * @param x [N, F], or [N, 2F] for swiglu.
  * @param out [N, F].
  * @param scales f32 [N] (f64 for f64). @default {ones}
- * @throws {RangeError} If shapes or devices do not fit.
+ * @throws {RangeError} If shapes or devices do not fit or out overlaps an input.
  * @throws {TypeError} If dtypes differ.
  */
 export function activation(kind: Activation, x: Tensor, out: Tensor, scales?: Tensor): void {
@@ -137,6 +138,7 @@ export function activation(kind: Activation, x: Tensor, out: Tensor, scales?: Te
   if (scales) isMatrix(op, "x", x);
   rowScales(op, "scales", scales, x, x.shape[0]);
   disjoint(op, "x", out, x);
+  if (scales) disjoint(op, "scales", out, scales);
   const start = now();
   x.device.kernels.activation(kind, x, out, scales);
   ran("activation", "compute", start);
@@ -150,7 +152,7 @@ export function activation(kind: Activation, x: Tensor, out: Tensor, scales?: Te
  * @param x The input, [N, F] or [N, 2F].
  * @param dX Like x.
  * @param options The scales, and where their gradient goes: f32 [N] (f64 for f64).
- * @throws {RangeError} If shapes or devices do not fit.
+ * @throws {RangeError} If shapes or devices do not fit or a gradient overlaps another tensor.
  * @throws {TypeError} If dtypes differ.
  */
 export function activationBackward(
@@ -170,6 +172,7 @@ export function activationBackward(
   rowScales(op, "dScales", options?.dScales, x, x.shape[0]);
   disjoint(op, "x", dX, x);
   disjoint(op, "dOut", dX, dOut);
+  disjointScales(op, options, dX, dOut, x);
   const start = now();
   x.device.kernels.activationBackward(kind, dOut, x, dX, options);
   ran("activationBackward", "compute", start);

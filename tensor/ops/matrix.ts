@@ -12,6 +12,7 @@ import type { Tensor } from "../tensor.ts";
 import {
   ascending,
   disjoint,
+  disjointScales,
   fail,
   isMatrix,
   lead,
@@ -141,6 +142,10 @@ export function groupedGemmActivation(
   disjoint(op, "x", up, x);
   disjoint(op, "x", active, x);
   disjoint(op, "up", active, up);
+  if (scales) {
+    disjoint(op, "scales", up, scales);
+    disjoint(op, "scales", active, scales);
+  }
   const start = now();
   x.device.kernels.groupedGemmActivation(x, weights, groups, kind, up, active, scales);
   ran("groupedGemmActivation", "gemm", start);
@@ -157,7 +162,7 @@ export function groupedGemmActivation(
  * @param up What {@linkcode groupedGemmActivation} wrote, [R, F], [R, 2F] for swiglu.
  * @param dUp Like up.
  * @param options The scales of the forward pass, and where their gradient goes: f32 [R] (f64 for f64).
- * @throws {RangeError} If shapes, offsets or devices do not fit or dUp overlaps an input.
+ * @throws {RangeError} If shapes, offsets or devices do not fit or a gradient overlaps another tensor.
  * @throws {TypeError} If dtypes differ.
  */
 export function groupedGemmActivationBackward(
@@ -177,6 +182,7 @@ export function groupedGemmActivationBackward(
   matrix(op, "dUp", dUp, dY, up.shape[0], up.shape[1]);
   disjoint(op, "dY", dUp, dY);
   disjoint(op, "up", dUp, up);
+  disjointScales(op, options, dUp, dY, up);
   const start = now();
   dY.device.kernels.groupedGemmActivationBackward(dY, weights, groups, kind, up, dUp, options);
   ran("groupedGemmActivationBackward", "gemm", start);
