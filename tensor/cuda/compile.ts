@@ -24,6 +24,17 @@ export function isFor(module: ModuleSource, capability: number, version: string)
 }
 
 /**
+ * The architecture that code is compiled for: the GPU's own, or, if it is newer than the compiler, the newest that this knows before it.
+ *
+ * @param capability The GPU's compute capability times ten.
+ * @param known Architectures that the compiler knows, ascending; empty if that is not known.
+ * @returns What `__CUDA_ARCH__` is in kernels, divided by ten: 90.
+ */
+export function architectureFor(capability: number, known: readonly number[]): number {
+  return known.filter((each) => each <= capability).at(-1) ?? capability;
+}
+
+/**
  * The compiler options of a module. For a GPU that is newer than the compiler they ask for PTX of the newest architecture that it knows,
  * which the driver compiles for that GPU.
  *
@@ -37,12 +48,12 @@ export function compileOptions(
   capability: number,
   known: readonly number[] = [],
 ): string[] {
-  const older = known.filter((each) => each <= capability).at(-1) ?? capability;
-  const architecture = older === capability
+  const architecture = architectureFor(capability, known);
+  const target = architecture === capability
     ? `sm_${capability}${module.exact ? "a" : ""}`
-    : `compute_${older}`;
+    : `compute_${architecture}`;
   return [
-    `--gpu-architecture=${architecture}`,
+    `--gpu-architecture=${target}`,
     "--std=c++17",
     "-default-device",
   ];
@@ -77,6 +88,8 @@ export async function compileModule(
 export interface CompiledModule {
   /** The module. */
   readonly module: ModuleSource;
+  /** What it was compiled for, by {@linkcode architectureFor}: from 90 on, `after_previous()` in its kernels waits. */
+  readonly architecture: number;
   /** Machine code; the driver may read it as late as a kernel's first use. */
   readonly code?: Uint8Array<ArrayBuffer>;
   /** What the compiler said against it. */
@@ -115,15 +128,16 @@ export async function compileModules(
   modules: readonly ModuleSource[],
   capability: number,
 ): Promise<CompiledModule[]> {
-  const { version } = nvrtc();
+  const { version, architectures } = nvrtc();
+  const architecture = architectureFor(capability, architectures);
   const wanted = modules.filter((module) => isFor(module, capability, version));
   using _ = isFirstRank() ? tellOfCompiling(capability) : null;
   return await Promise.all(wanted.map(async (module): Promise<CompiledModule> => {
     try {
       const { code } = await compileModule(module, capability);
-      return { module, code };
+      return { module, architecture, code };
     } catch (error) {
-      return { module, error };
+      return { module, architecture, error };
     }
   }));
 }

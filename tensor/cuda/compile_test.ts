@@ -1,10 +1,17 @@
 // Compilation and its cache, and what a process without CUDA is told.
 
 import assert from "node:assert/strict";
+import { nvrtc } from "../../ffi/nvrtc.ts";
 import { buildEmulator } from "../../tests/emulator/build.ts";
 import { emulated, loadCuda } from "../../tests/emulator/device.ts";
 import type { ModuleSource } from "./context.ts";
-import { compileModule, compileModules, compileOptions, isFor } from "./compile.ts";
+import {
+  architectureFor,
+  compileModule,
+  compileModules,
+  compileOptions,
+  isFor,
+} from "./compile.ts";
 
 const there = await loadCuda();
 
@@ -62,6 +69,25 @@ Deno.test("a GPU that is newer than the compiler gets PTX of the newest architec
   assert.equal(of(103, [80, 90, 120]), "compute_90");
   assert.equal(of(80, [90]), "sm_80", "what the compiler has given up: its error says so");
   assert.equal(of(103, []), "sm_103");
+  assert.equal(architectureFor(90, [80, 90]), 90);
+  assert.equal(architectureFor(103, [80, 90, 120]), 90);
+  assert.equal(architectureFor(90, [75, 80, 86]), 86, "a compiler before Hopper");
+  assert.equal(architectureFor(90, []), 90);
+});
+
+Deno.test({
+  name: "compiled modules tell the architecture that they were compiled for",
+  ignore: !there,
+  async fn() {
+    const { architectures } = nvrtc();
+    const [{ architecture, code, error }] = await compileModules([module], 999);
+    assert.ok(code, String(error));
+    assert.equal(architecture, architectures.at(-1) ?? 999);
+    const broken = { ...module, name: "broken", source: "?" };
+    const [other] = await compileModules([broken], 80);
+    assert.equal(other.architecture, 80);
+    assert.ok(other.error && !other.code);
+  },
 });
 
 Deno.test({

@@ -313,7 +313,7 @@ async function make(index: number, extra: readonly ModuleSource[]): Promise<Cuda
   if (code !== 0) throw cudaError(code, "cuInit");
   const pool = new EventPool();
   const stream = new CudaStream("compute", pool);
-  const modules = new Modules(compiled, stream.handle, level);
+  const modules = new Modules(compiled, stream.handle);
   for (const { message } of modules.problems) {
     console.warn(`lina: slower kernels are used for some of this GPU's, which fail: ${message}`);
   }

@@ -16,7 +16,10 @@ import { CompileError } from "../../ffi/nvrtc.ts";
 import type { CompiledModule } from "./compile.ts";
 import type { CudaKernel, ModuleSource, ParameterType } from "./context.ts";
 
-/** Lowest compute capability times ten of GPUs where a kernel may begin before the one before it has ended. */
+/**
+ * From this architecture on a kernel may begin before the one before it has ended. What counts is what code was compiled for, not the GPU: in
+ * code for older ones `after_previous()` (common.cuh) is empty, and would not wait.
+ */
 const LOWEST_OVERLAPPING = 90;
 
 /** CU_TENSOR_MAP structs ask for an alignment of 64 bytes; other parameters have 8 at most. */
@@ -224,6 +227,8 @@ export class LoadedKernel implements CudaKernel {
 
 interface LoadedModule {
   readonly handle: CudaModuleHandle;
+  /** Whether its kernels are launched to overlap the one before. */
+  readonly overlaps: boolean;
   /** Machine code; the driver may read it as late as a kernel's first use. */
   readonly code: Uint8Array<ArrayBuffer>;
   readonly kernels: Map<string, LoadedKernel>;
@@ -242,7 +247,6 @@ export class Modules {
   /** Why modules for exactly this architecture cannot be used; others take their place. */
   readonly problems: readonly Error[];
   readonly #stream: CudaStreamHandle;
-  readonly #overlaps: boolean;
   readonly #loaded = new Map<ModuleSource, LoadedModule>();
 
   /**
@@ -250,18 +254,18 @@ export class Modules {
    *
    * @param compiled What {@linkcode compileModules} made.
    * @param stream The stream that kernels are launched on.
-   * @param capability The GPU's compute capability times ten.
    * @throws {CompileError} If modules do not compile, but for those for exactly this architecture, which others can stand in for.
    * @throws {CudaError} If the GPU refuses the code of one.
    */
-  constructor(compiled: readonly CompiledModule[], stream: CudaStreamHandle, capability: number) {
+  constructor(compiled: readonly CompiledModule[], stream: CudaStreamHandle) {
     this.#stream = stream;
-    this.#overlaps = capability >= LOWEST_OVERLAPPING;
     const problems: Error[] = [], needed: Error[] = [];
-    for (const { module, code, error } of compiled) {
+    for (const { module, architecture, code, error } of compiled) {
       try {
         if (code === undefined) throw error;
-        this.#loaded.set(module, { handle: load(module, code), code, kernels: new Map() });
+        const handle = load(module, code);
+        const overlaps = (module.overlaps ?? false) && architecture >= LOWEST_OVERLAPPING;
+        this.#loaded.set(module, { handle, overlaps, code, kernels: new Map() });
       } catch (cause) {
         (module.exact ? problems : needed).push(cause as Error);
       }
@@ -320,8 +324,8 @@ export class Modules {
     );
     keepUntilHere(text);
     const handle = cell[0] as CudaFunctionHandle;
-    const overlaps = this.#overlaps && (module.overlaps ?? false), title = `${module.name}.${name}`;
-    const kernel = new LoadedKernel(title, handle, types, this.#stream, overlaps);
+    const title = `${module.name}.${name}`;
+    const kernel = new LoadedKernel(title, handle, types, this.#stream, loaded.overlaps);
     loaded.kernels.set(name, kernel);
     return kernel;
   }

@@ -415,11 +415,12 @@ test("a kernel that overlaps the one before it, and does not wait for it", async
   };
   const { code } = await compileModule(module, 80);
   const stream = 0n as CudaStreamHandle, want = Float32Array.from({ length: 96 }, (_, i) => i);
-  for (const [name, capability] of [["waits", 90], ["hurries", 80], ["hurries", 90]] as const) {
+  // Code for an older architecture, on whatever GPU, is never launched to overlap: there after_previous() is empty.
+  for (const [name, architecture] of [["waits", 90], ["hurries", 89], ["hurries", 90]] as const) {
     const x = f32(want.length);
-    const modules = new Modules([{ module, code }], stream, capability);
+    const modules = new Modules([{ module, architecture, code }], stream);
     modules.kernel(module, name).launch(2, 3, 4, 4, 16, Number(x.address));
-    if (name === "waits" || capability === 80) {
+    if (name === "waits" || architecture < 90) {
       assert.deepEqual(x.read(), want);
     } else {
       assert.throws(() => x.read(), /LaunchFailed|719|LaunchFailure/);
