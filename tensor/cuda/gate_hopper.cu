@@ -94,7 +94,7 @@ DEVICE void produce_slices(int slices, const Load& load, const Fill& fill) {
     load(slice + 3, odd);
   }
 }
-constexpr int PRODUCERS = 256, CONSUMERS = 256;
+constexpr int PRODUCERS = 256;
 // Registers are shared out again: consumers keep sums.
 DEVICE void be_producer() { asm volatile("setmaxnreg.dec.sync.aligned.u32 88;"); }
 DEVICE void be_consumer() { asm volatile("setmaxnreg.inc.sync.aligned.u32 160;"); }
@@ -122,6 +122,7 @@ constexpr int GATE_STAGES = 5, GATE_STAGE = 2 * 8192 + 3 * TERM_BYTES;
 extern "C" __global__ void __launch_bounds__(512, 1)
     gate_hopper(const __grid_constant__ TensorMap x, const float* gate, float* logits, float* shares, u32* counters, int tokens,
                 int experts, int width, int per_share) {
+  after_previous();
   extern __shared__ __align__(1024) u8 gate_shared[];
   __shared__ Ring<GATE_STAGES> ring;
   __shared__ u32 finished;
@@ -130,7 +131,6 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   int start = blockIdx.z * per_share, end = start + per_share < width ? start + per_share : width;
   int slices = (end - start + 63) / 64;
   ring.init();
-  after_previous();
   if (threadIdx.x < PRODUCERS) {
     be_producer();
     auto load = [&](int slice, float4(&held)[FOURS]) {
@@ -215,6 +215,7 @@ constexpr int GRADIENT_STAGES = 4, GRADIENT_STAGE = 4 * 8192 + 3 * TERM_BYTES;
 extern "C" __global__ void __launch_bounds__(512, 1)
     gate_dw_hopper(const __grid_constant__ TensorMap x, const float* d_logits, float* parts, int tokens, int experts, int width,
                    int per_split) {
+  after_previous();
   extern __shared__ __align__(1024) u8 gate_shared[];
   __shared__ Ring<GRADIENT_STAGES> ring;
   u32 stages = (shared_address(gate_shared) + 1023) & ~1023u;
@@ -222,7 +223,6 @@ extern "C" __global__ void __launch_bounds__(512, 1)
   int start = blockIdx.z * per_split, end = start + per_split < tokens ? start + per_split : tokens;
   int slices = (end - start + 63) / 64;
   ring.init();
-  after_previous();
   if (threadIdx.x < PRODUCERS) {
     be_producer();
     auto load = [&](int slice, float4(&held)[FOURS]) {
