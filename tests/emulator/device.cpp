@@ -84,7 +84,8 @@ EXPORT int cudaGetDevice(int* device) {
   return 0;
 }
 EXPORT int cudaDeviceGetAttribute(int* value, int attribute, int) {
-  int capability = int(setting("LINA_EMULATOR_CAPABILITY", 80));
+  // Launches overlap from Hopper on; modules for Hopper alone, 90, are not emulated.
+  int capability = int(setting("LINA_EMULATOR_CAPABILITY", 91));
   switch (attribute) {
     case 1: *value = int(MOST_THREADS); return 0;                                 // threads per block
     case 8: *value = 48 * 1024; return 0;                                        // shared memory of a block

@@ -13,14 +13,15 @@
 //   shared memory, misaligned 16-byte accesses, indices out of a local or static shared array, division by zero, kernels that run for
 //   more than a minute: they end the kernel with an error that names kernel, block and thread, on standard error at once, and from every
 //   later call, as on a GPU.
+// - Launches overlap, as from Hopper on: a kernel of which a thread has not said after_previous() ends with an error.
 // - Streams run as late as they may: when the host asks about them. So host memory that is changed too early, streams that do not wait for
 //   each other, and memory that is freed under another stream's work show; so does host code that takes an answer for granted.
 //
 // Environment variables: LINA_EMULATOR=1 takes the emulator even if there is a GPU, =0 never takes it; LINA_EMULATOR_SEED=7 makes thread
 // and block order random; LINA_EMULATOR_FENCE=0 leaves allocations side by side in the arena, where accesses beyond one are not noticed;
-// LINA_EMULATOR_DEFER=0 runs streams at once; LINA_EMULATOR_LIMIT_S=60 bounds a kernel's time; LINA_EMULATOR_CAPABILITY=80,
-// LINA_EMULATOR_MULTIPROCESSORS=2, LINA_EMULATOR_MEMORY_MIB=8192 describe the device; LINA_EMULATOR_KEEP=1 keeps the sources of kernels in
-// the folder that LINA_EMULATOR_CACHE names.
+// LINA_EMULATOR_DEFER=0 runs streams at once; LINA_EMULATOR_LIMIT_S=60 bounds a kernel's time; LINA_EMULATOR_CAPABILITY=91 (with 80
+// launches do not overlap), LINA_EMULATOR_MULTIPROCESSORS=2, LINA_EMULATOR_MEMORY_MIB=8192 describe the device; LINA_EMULATOR_KEEP=1 keeps
+// the sources of kernels in the folder that LINA_EMULATOR_CACHE names.
 //
 // On a GPU, for sanitize.ts: LINA_TEST_SMALL=1 makes tests choose the emulator's sizes; LINA_TEST_FENCE=1 makes every allocation one of
 // CUDA's own, so that compute-sanitizer knows its bounds.
