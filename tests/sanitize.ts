@@ -8,6 +8,7 @@ const ROOMS = [
   "tensor/cuda/attention_test.ts",
   "tensor/cuda/grouped_test.ts",
   "moe/moe_layer_device_test.ts",
+  "moe/gate_device_test.ts",
   "moe/router_device_test.ts",
   "tensor/cuda/optimizer_test.ts",
   "tensor/cuda/elementwise_test.ts",
