@@ -328,7 +328,8 @@ export class MoeLayer implements Disposable {
     if (sameSeats(plan.seats, this.store.seats)) return plan;
     if (step.training) {
       throw new Error(
-        `Cannot train layer ${this.layer} as experts must stay in their seats within a step: current value is a plan of other seats by "${placement.name}"; call store.moveTo between steps`,
+        `Cannot train layer ${this.layer} as experts must stay in their seats within a step: ` +
+          `current value is a plan of other seats by "${placement.name}"; call store.moveTo between steps`,
       );
     }
     await this.store.moveTo(plan.seats);
