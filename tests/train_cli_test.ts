@@ -3,6 +3,7 @@
 import assert from "node:assert/strict";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { buildEmulator } from "./emulator/build.ts";
 
 const LAUNCH = fileURLToPath(new URL("../launch.ts", import.meta.url));
 const TRAIN = fileURLToPath(new URL("../examples/train.ts", import.meta.url));
@@ -26,18 +27,24 @@ const TINY = Object.entries({
   "trace-steps": 2,
 }).flatMap(([name, value]) => [`--${name}`, `${value}`]);
 
-function start(args: readonly string[]): Deno.ChildProcess {
+function start(
+  args: readonly string[],
+  env: Readonly<Record<string, string>> = {},
+): Deno.ChildProcess {
   return new Deno.Command(Deno.execPath(), {
     args: ["run", "-A", ...args],
-    env: { NO_COLOR: "1" },
+    env: { NO_COLOR: "1", ...env },
     stdin: "null",
     stdout: "piped",
     stderr: "piped",
   }).spawn();
 }
 
-async function ended(process: Deno.ChildProcess): Promise<{ code: number; output: string }> {
-  const timer = setTimeout(() => process.kill("SIGTERM"), LIMIT_MS);
+async function ended(
+  process: Deno.ChildProcess,
+  limit_ms = LIMIT_MS,
+): Promise<{ code: number; output: string }> {
+  const timer = setTimeout(() => process.kill("SIGTERM"), limit_ms);
   const { code, stdout, stderr } = await process.output();
   clearTimeout(timer);
   const text = new TextDecoder();
@@ -119,6 +126,63 @@ Deno.test("train.ts: leaves metrics, curve, trace and a checkpoint that generate
     assert.ok(one.output.includes("It was "), one.output);
     assert.equal(one.output, two.output);
   });
+});
+
+const emulator = await buildEmulator();
+if (emulator === null) {
+  const message = "Cannot emulate CUDA as there must be clang on Linux";
+  if (Deno.env.get("LINA_CI")) throw new Error(message);
+  console.warn(`skipped: ${message}`);
+}
+
+Deno.test({
+  name: "train.ts: on a GPU the trace has its own times of every kernel of the steps recorded",
+  ignore: emulator === null,
+  fn: () =>
+    withFolder(async (folder) => {
+      const libraries = ["LINA_CUDART", "LINA_CUDA", "LINA_NVRTC", "LINA_CUBLAS"];
+      const env = Object.fromEntries(libraries.map((name) => [name, emulator!]));
+      const args = [...flags(folder, "c"), "--device", "cuda", "--layers", "1", "--steps", "4"];
+      const began = performance.now();
+      const { code, output } = await ended(
+        start([TRAIN, ...args, "--sample", "0", "--val-every", "0", "--keep", "0"], env),
+        2 * LIMIT_MS, // it may have to compile all kernels
+      );
+      const elapsed = (performance.now() - began) * 1000;
+      assert.equal(code, 0, output);
+      interface Event {
+        ph: string;
+        tid: number;
+        name: string;
+        ts: number;
+        dur: number;
+        args: { name: string };
+      }
+      const { traceEvents, otherData } = JSON.parse(
+        Deno.readTextFileSync(join(folder, "c", "trace.json")),
+      ) as { traceEvents: Event[]; otherData: { dropped_spans: number } };
+      assert.equal(otherData.dropped_spans, 0);
+      const row = (wanted: string) => {
+        const titles = traceEvents.filter(({ name }) => name === "thread_name");
+        const { tid } = titles.find(({ args }) => args.name === wanted) ?? assert.fail(wanted);
+        return traceEvents.filter((event) => event.ph === "X" && event.tid === tid);
+      };
+      const host = row("compute"), device = row("gpu");
+      let last = host[0].ts; // no kernel begins before the host has begun to launch the first
+      for (const { name, ts, dur } of device) {
+        assert.match(name, /^[a-z]\w+$/i);
+        assert.ok(
+          dur >= 0 && ts >= last - 0.001,
+          `${name} at ${ts} µs for ${dur}, not before ${last}`,
+        );
+        last = ts + dur; // they run one after another
+      }
+      assert.ok(last <= host[0].ts + elapsed, `the last ends after ${last} µs of ${elapsed}`);
+      // Both steps that are recorded have the same kernels, and all that the host names.
+      const names = device.map(({ name }) => name), half = names.length / 2;
+      assert.deepEqual(names.slice(half), names.slice(0, half));
+      for (const { name } of host) assert.ok(names.includes(name), name);
+    }),
 });
 
 Deno.test("train.ts: a routing record that cannot be written or read is found before training", async () => {
