@@ -124,6 +124,8 @@ export interface LaunchState {
   readonly allToAlls: number;
   /** Whether a combine's backward has begun and its all-to-all has not: one is imminent. */
   readonly imminent: boolean;
+  /** Whether the backward pass of a MoE layer's feed-forward part runs: from `combineBackwardStarts` to `layerBackwardEnds`. */
+  readonly insideMoe: boolean;
 }
 
 /**

@@ -89,6 +89,7 @@ export class ScheduleRun {
   #running = 0;
   #allToAlls = 0;
   #imminent = false;
+  #insideMoe = false;
 
   /**
    * Begins a step.
@@ -144,6 +145,10 @@ export class ScheduleRun {
         break;
       case "combineBackwardStarts":
         this.#imminent = true;
+        this.#insideMoe = true;
+        break;
+      case "layerBackwardEnds":
+        this.#insideMoe = false;
         break;
       case "microOpEnds":
         this.#running--;
@@ -157,6 +162,7 @@ export class ScheduleRun {
       running: paced ? this.#running : 0,
       allToAlls: paced ? this.#allToAlls : 0,
       imminent: this.#imminent,
+      insideMoe: this.#insideMoe,
     });
     const least = boundary.kind === "stepEnds" ? this.left : 0;
     if (!(Number.isInteger(count) && count >= 0 && count <= this.#ready) || count < least) {
