@@ -19,7 +19,7 @@ function written(type: ParameterType): string {
 /** Signatures of a module's kernels by name. */
 async function signatures(module: ModuleSource): Promise<Map<string, string>> {
   const { compileModule } = await import("../../tensor/cuda/compile.ts");
-  const { code } = await compileModule(module, 80);
+  const { code } = await compileModule(module, 91); // what the emulator is, so the other tests' code
   const cell = new BigUint64Array(new ArrayBuffer(8));
   const { calls, path } = cuda();
   checkCuda(
