@@ -190,6 +190,17 @@ export { Fifo, type FifoOptions } from "./moe/fifo.ts";
 export { replicatedPlacement, staticPlacement } from "./moe/placement.ts";
 export type { GradientOutline, LayerOutline, StepOutline } from "./moe/graph.ts";
 
+// Schedulers of training: when gradients are reduced, beside the all-to-alls.
+export {
+  createScheduler,
+  SCHEDULER_NAMES,
+  type SchedulerName,
+  type SchedulerOptions,
+} from "./lina/training/schedulers.ts";
+export { Outside } from "./lina/training/outside.ts";
+export { Priority } from "./lina/training/priority.ts";
+export { Lina, type LinaOptions } from "./lina/training/lina.ts";
+
 // What happened when: spans of this rank, and a file for Perfetto.
 export { type Category, type Recorder, recorder, type Span, type SpanArgs } from "./trace/mod.ts";
 export { type TraceOptions, writeTrace } from "./trace/perfetto.ts";

@@ -88,6 +88,7 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     accumulate: number("accumulate"),
     clip: number("clip"),
     shardOptimizer: has("shard-optimizer"),
+    scheduler: options.scheduler,
   });
   const keeps = has("resume") || await continues(world, directory);
   const checkpoint = keeps ? await trainer.resume(join(directory, CHECKPOINTS)) : null;

@@ -8,6 +8,7 @@ import { Trainer } from "../moe/trainer.ts";
 import { trainingData } from "../moe/training_data.ts";
 import { Transformer } from "../moe/transformer.ts";
 import { stepVolume } from "../moe/volume.ts";
+import { createScheduler, type SchedulerName } from "../lina/training/schedulers.ts";
 import { Fifo } from "../moe/fifo.ts";
 import { worldGradients } from "../moe/graph.ts";
 import type { Boundary, CollectiveScheduler, PlacementPlan } from "../moe/hooks.ts";
@@ -35,6 +36,8 @@ export interface TrainArgs {
   readonly bucketBytes?: number;
   /** In place of buckets: parts of at most 300 elements, launched while no all-to-all runs, or all at the step's end. */
   readonly policy?: "parts" | "deferred";
+  /** A scheduler of lina/, with buckets as above or micro-ops of at most 1000 bytes. */
+  readonly schedule?: SchedulerName;
   /** Checkpoints lie here. */
   readonly directory?: string;
   /** Goes on from the newest checkpoint. */
@@ -127,9 +130,12 @@ async function train(comm: Communicator, args: TrainArgs, device: Device): Promi
   });
   const boundaries: [Boundary["kind"], number][] = [];
   let nodes: string[] = [];
+  const { bucketBytes = 4000 } = args;
   const inner: CollectiveScheduler = args.policy
     ? parts(args.policy)
-    : new Fifo({ bucketBytes: args.bucketBytes ?? 4000 });
+    : args.schedule
+    ? createScheduler(args.schedule, { bucketBytes, microOpBytes: 1000 })
+    : new Fifo({ bucketBytes });
   const scheduler: CollectiveScheduler = {
     name: "watched",
     pace: inner.pace,

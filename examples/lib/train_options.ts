@@ -2,7 +2,13 @@
 
 import { parseArgs } from "node:util";
 import type { Recompute } from "../../moe/block.ts";
+import {
+  createScheduler,
+  SCHEDULER_NAMES,
+  type SchedulerName,
+} from "../../lina/training/schedulers.ts";
 import { type ModelConfig, modelConfig } from "../../moe/config.ts";
+import type { CollectiveScheduler } from "../../moe/hooks.ts";
 import type { RouterOptions } from "../../moe/router.ts";
 
 type Flag = readonly [name: string, value: string, standard: string | undefined, help: string];
@@ -56,6 +62,13 @@ const FLAGS: readonly Flag[] = [
   ["z-loss", "X", "0.001", "coefficient of the router's z loss"],
   ["jitter", "X", "0", "half width of the noise that multiplies the router's logits"],
   ["replicas", "N", "1", "copies of each expert; divides the number of ranks"],
+  [
+    "schedule",
+    "NAME",
+    "fifo",
+    "when gradients are reduced: fifo, outside (of MoE layers), priority (of all-to-alls) or lina",
+  ],
+  ["micro-op-mb", "X", undefined, "largest micro-op of --schedule lina in MB (default: 3)"],
   ["vocab", "N", undefined, "ids of the model, if more than the tokenizer has"],
   ["data", "FILE", undefined, "text to learn (default: the bundled one)"],
   ["tokenizer", "FILE", undefined, "a tokenizer.json (default: bytes)"],
@@ -157,6 +170,8 @@ export interface TrainOptions {
   readonly device: "auto" | "cpu" | "cuda" | undefined;
   /** What is computed again in the backward pass. */
   readonly recompute: Recompute;
+  /** Decides when gradients are reduced. */
+  readonly scheduler: CollectiveScheduler;
   /** A flag's text, if it was given or has a default. */
   readonly text: (name: string) => string | undefined;
   /** A flag's number. */
@@ -241,8 +256,12 @@ export function parseTrainOptions(args: readonly string[]): TrainOptions {
       activation: text("activation") as ModelConfig["activation"],
       tied: given.tied === true,
     });
+  const scheduler = schedulerOf(
+    oneOf("schedule", text("schedule"), SCHEDULER_NAMES)!,
+    optional("micro-op-mb"),
+  );
   if (given.demo && given.run === undefined) given.overwrite = true;
-  return { model, device, recompute, text, number, has: (name) => given[name] === true };
+  return { model, device, recompute, scheduler, text, number, has: (name) => given[name] === true };
 }
 
 /** A flag's value, which must be one of some words. */
@@ -257,6 +276,16 @@ function oneOf<T extends string>(
       words.join(", ").replace(/, ([^,]*)$/, " or $1")
     }: current value is ${value}`,
   );
+}
+
+function schedulerOf(name: SchedulerName, microOp_MB: number | undefined): CollectiveScheduler {
+  if (microOp_MB !== undefined && name !== "lina") {
+    throw new TypeError(
+      `Cannot train as --micro-op-mb must go with --schedule lina: current value is ${name}`,
+    );
+  }
+  const microOpBytes = microOp_MB === undefined ? undefined : Math.round(microOp_MB * 1e6);
+  return createScheduler(name, { microOpBytes });
 }
 
 function routerOf(

@@ -56,7 +56,7 @@ export class Lina implements CollectiveScheduler {
       );
     }
     this.microOpBytes = options.microOpBytes ??
-      (rate === undefined ? MICRO_OP_BYTES : Math.floor(rate * MICRO_OP_SECONDS));
+      (rate === undefined ? MICRO_OP_BYTES : Math.round(rate * MICRO_OP_SECONDS));
     partition([], this.microOpBytes); // sizes that it refuses are refused before ranks meet
   }
 
