@@ -69,6 +69,8 @@ export interface TrainResult {
   readonly bytes: Readonly<Record<string, number>>;
   /** What happened in the last step, as the scheduler was told: kind, and node or layer. */
   readonly boundaries: readonly (readonly [Boundary["kind"], number])[];
+  /** How many micro-ops the scheduler launched at each of them. */
+  readonly launched: readonly number[];
   /** The step's nodes: kind, and what they are. */
   readonly nodes: readonly string[];
   /** What the formula says. */
@@ -129,6 +131,7 @@ async function train(comm: Communicator, args: TrainArgs, device: Device): Promi
     recompute: args.recompute,
   });
   const boundaries: [Boundary["kind"], number][] = [];
+  const launched: number[] = [];
   let nodes: string[] = [];
   const { bucketBytes = 4000 } = args;
   const inner: CollectiveScheduler = args.policy
@@ -156,7 +159,9 @@ async function train(comm: Communicator, args: TrainArgs, device: Device): Promi
         ? boundary.layer
         : -1;
       boundaries.push([boundary.kind, of]);
-      return inner.launch(boundary, state);
+      const count = inner.launch(boundary, state);
+      launched.push(count);
+      return count;
     },
   };
   await using trainer = await Trainer.create({
@@ -180,7 +185,7 @@ async function train(comm: Communicator, args: TrainArgs, device: Device): Promi
   let before: Record<string, number> = {};
   while (trainer.steps < steps) {
     before = bytesOf(trainer);
-    boundaries.length = 0;
+    boundaries.length = launched.length = 0;
     const row = await trainer.step();
     loss.push(row.loss);
     gradNorm.push(row.grad_norm);
@@ -222,6 +227,7 @@ async function train(comm: Communicator, args: TrainArgs, device: Device): Promi
     sums,
     bytes,
     boundaries,
+    launched,
     nodes,
     formula: { ...formula },
     used_bytes,

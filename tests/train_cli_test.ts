@@ -234,6 +234,10 @@ Deno.test("train.ts: a tokenizer of its own, a sharded optimizer, blocks compute
       "--tokenizer",
       folder,
       "--shard-optimizer",
+      "--schedule",
+      "lina",
+      "--micro-op-mb",
+      "0.01",
       "--recompute",
       "block",
       "--keep",
@@ -276,6 +280,12 @@ Deno.test("train.ts: bad input ends with an error that names it", async () => {
       [
         ["--device", "cpu", "--dtype", "bf16"],
         /dtype must be f32 or f64 on .*current value is bf16/,
+      ],
+      [["--schedule", "best"], /--schedule must be fifo, .* or lina: current value is best/],
+      [["--micro-op-mb", "3"], /--micro-op-mb must go with --schedule lina: .* is fifo/],
+      [
+        ["--schedule", "lina", "--micro-op-mb", "0"],
+        /micro-op must have at least 16 bytes: current value is 0/,
       ],
       [["--shard-optimizer"], /--shard-optimizer must have several ranks .*current value is 1/],
       [
