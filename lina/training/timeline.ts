@@ -22,8 +22,8 @@ export interface TimelineOptions {
   /** Costs of the collectives. */
   readonly costs: StepCosts;
   /**
-   * When a scheduler of pace `device` hears that a micro-op has ended: at the next boundary of the program, as hooks.ts has it, or at once,
-   * as it would be if somebody watched the device. @default {"boundary"}
+   * When a scheduler of pace `device` hears that a micro-op has ended: right before the next boundary of the program, as the engine does it,
+   * or at once, as it would be if somebody watched the device. @default {"boundary"}
    */
   readonly endsTold?: "boundary" | "at once";
 }

@@ -114,6 +114,20 @@ Deno.test("timeline: lina's micro-ops go one at a time, none once a combine has 
   ]);
 });
 
+Deno.test("timeline: what ends together with a piece of computation has ended at its boundary", () => {
+  const graph = buildStepGraph({
+    layers: [{ feedForward: [gradient("b", 50)], attention: [] }],
+    head: [gradient("a", 100), gradient("c", 50)],
+    embedding: [],
+  });
+  const { spans } = timeline(graph, createScheduler("priority"), {
+    compute_us: ({ phase }) => phase === "backward" ? 100 : 0,
+    costs: PLAIN,
+  });
+  const starts = lane(spans, "gradients").map(({ name, start_us }) => [name, start_us]);
+  assert.deepEqual(starts, [["a", 100], ["c", 200], ["b", 400]]);
+});
+
 Deno.test("timeline: latency leaves the link to others", () => {
   const costs: StepCosts = {
     ...PLAIN,
