@@ -1,12 +1,30 @@
-// What the GPU benchmarks share: timing by events with a cold L2 cache, running the PyTorch side as a process of its own, and the
+// What the GPU benchmarks share: asking for a GPU, timing by events with a cold L2 cache, running the PyTorch side as a process of its own, and the
 // description of the machine that every result carries.
 
-import type { CudaDevice } from "../tensor/cuda/device.ts";
+import { countGpus, NO_GPU } from "../collectives/device_choice.ts";
+import { type CudaDevice, findCuda } from "../tensor/cuda/device.ts";
 import type { Device } from "../tensor/device.ts";
 import type { CudaEvent } from "../tensor/cuda/streams.ts";
 
 /** Bytes that are written between two timed runs, so that no run finds its data in the L2 cache. */
 const FLUSH_BYTES = 256 * 2 ** 20;
+
+/** Ends this process with exit code 1 and a line that says why, if no GPU can be used here. Programs call it before they start anything. */
+export function needGpu(): void {
+  needGpuHardware();
+  const found = findCuda();
+  if (!found.ok) refuse(found.reason);
+}
+
+/** The same for programs whose own process leaves CUDA alone: ends it if the machine has no GPU. */
+export function needGpuHardware(): void {
+  if (countGpus() === 0 && !Deno.env.has("LINA_CUDART")) refuse(NO_GPU);
+}
+
+function refuse(reason: string): never {
+  console.error(`error: Cannot measure a GPU: ${reason}`);
+  Deno.exit(1);
+}
 
 /** Times work on the GPU. */
 export class GpuTimer implements Disposable {
@@ -94,6 +112,24 @@ export function median(numbers: readonly number[]): number {
   return sorted.length % 2 === 1 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 }
 
+/** The Python of the other sides. */
+const PYTHON = Deno.env.get("PYTHON") ?? "python3";
+
+/**
+ * Whether the other sides can run: says what to do if there is no Python, or one without PyTorch.
+ *
+ * @returns Whether `peer` and `Peer` can start.
+ */
+export async function hasPyTorch(): Promise<boolean> {
+  const code = "import importlib.util as u; exit(0 if u.find_spec('torch') else 3)";
+  const output = await new Deno.Command(PYTHON, { args: ["-c", code], stdin: "null" }).output()
+    .catch((error) => error as Error);
+  if (!(output instanceof Error) && output.code !== 3) return true; // what else is wrong, it says itself
+  const what = output instanceof Error ? `does not start (${output.message})` : "has no PyTorch";
+  console.error(`no peer: ${PYTHON} ${what}: install torch, or set PYTHON to a Python that has it`);
+  return false;
+}
+
 /**
  * Runs the other side of a comparison and reads the JSON lines that it prints.
  *
@@ -102,17 +138,9 @@ export function median(numbers: readonly number[]): number {
  * @returns One object per line; empty, with a message, where Python or PyTorch is missing.
  */
 export async function peer(script: string, args: readonly string[]): Promise<PeerRow[]> {
+  if (!await hasPyTorch()) return [];
   const path = new URL(`peers/${script}`, import.meta.url).pathname;
-  let result: Deno.CommandOutput;
-  try {
-    result = await new Deno.Command(Deno.env.get("PYTHON") ?? "python3", {
-      args: [path, ...args],
-      stdin: "null",
-    }).output();
-  } catch (error) {
-    console.error(`no peer: ${error instanceof Error ? error.message : error}`);
-    return [];
-  }
+  const result = await new Deno.Command(PYTHON, { args: [path, ...args], stdin: "null" }).output();
   const decoder = new TextDecoder();
   if (result.code !== 0) {
     console.error(`no peer: ${script} ended with ${result.code}\n${decoder.decode(result.stderr)}`);
@@ -139,7 +167,7 @@ export class Peer implements AsyncDisposable {
    */
   constructor(script: string) {
     this.#script = script;
-    this.#child = new Deno.Command(Deno.env.get("PYTHON") ?? "python3", {
+    this.#child = new Deno.Command(PYTHON, {
       args: [new URL(`peers/${script}`, import.meta.url).pathname],
       stdin: "piped",
       stdout: "piped",

@@ -103,7 +103,7 @@ const writer = connection.writable.getWriter();
 const { version, path: library } = nccl();
 await writeLine(
   writer,
-  `${side} ${rank} Deno ${Deno.version.deno}, NCCL ${version}, ${Deno.realPathSync(library)}`,
+  `${side} ${rank} Deno ${Deno.version.deno}, NCCL ${version}, ${library.replace(/.*\//, "")}`,
 );
 for await (const line of linesOf(connection.readable)) {
   const [name, bytes, iterations] = line.split(" ");

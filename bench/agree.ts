@@ -3,7 +3,7 @@
 //
 //   deno task bench:agree [--device cuda|cpu] [--layers N] [--steps N] [--dtype bf16|f32] [--text FILE] [--json FILE]
 //
-// Tokens are the bytes of the text. bf16 rounds differently in every kernel, and a token that goes to another expert for that makes all that
+// Tokens are the bytes of the text; the dtype is bf16 on a GPU and f32 on a CPU if none is given. bf16 rounds differently in every kernel, and a token that goes to another expert for that makes all that
 // follows different: what such noise amounts to, PyTorch's own two sides show, eager and compiled. In f32 (a few layers: its experts run one
 // after another in PyTorch) sides agree to rounding; so they do on a CPU, with a model of width 64. PyTorch has f32 master weights and AdamW as moe/optimizer.ts has it; its gradients
 // are bf16 where its weights are used in bf16, so a side of ours has them, too.
@@ -21,14 +21,14 @@ import type { DType } from "../tensor/dtype.ts";
 import { cpuDevice } from "../tensor/cpu/device.ts";
 import { cudaDevice } from "../tensor/cuda/device.ts";
 import type { Device } from "../tensor/device.ts";
-import { origin, peer } from "./_gpu.ts";
+import { needGpu, origin, peer } from "./_gpu.ts";
 
 const { values } = parseArgs({
   args: Deno.args,
   options: {
     device: { type: "string", default: "cuda" },
     layers: { type: "string", default: "12" },
-    dtype: { type: "string", default: "bf16" },
+    dtype: { type: "string" },
     steps: { type: "string", default: "100" },
     text: {
       type: "string",
@@ -38,13 +38,14 @@ const { values } = parseArgs({
   },
 });
 const layers = Number(values.layers), steps = Number(values.steps);
-const dtype = values.dtype as DType;
+const onGpu = values.device !== "cpu";
+if (onGpu) needGpu();
+const dtype = (values.dtype ?? (onGpu ? "bf16" : "f32")) as DType;
 if (dtype !== "bf16" && dtype !== "f32") {
   throw new RangeError(
     `Cannot compare as the dtype must be bf16 or f32: current value is ${values.dtype}`,
   );
 }
-const onGpu = values.device !== "cpu";
 const sizes = onGpu
   ? { vocab: 32_000, width: 1024, heads: 16, hidden: 2816, experts: 16 }
   : { vocab: 256, width: 64, heads: 4, hidden: 96, experts: 8 };

@@ -11,7 +11,7 @@ import type { RowGroups } from "../tensor/device.ts";
 import { cudaDevice } from "../tensor/cuda/device.ts";
 import { groupedKernels, type GroupedWay } from "../tensor/cuda/grouped.ts";
 import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
-import { GpuTimer, origin, peer } from "./_gpu.ts";
+import { GpuTimer, needGpu, origin, peer } from "./_gpu.ts";
 
 const { values } = parseArgs({
   args: Deno.args,
@@ -64,6 +64,7 @@ const cases: Case[] = values.shapes.split(",").flatMap((shape) => {
   );
 });
 
+needGpu();
 const device = await cudaDevice(), repeats = Number(values.repeats);
 using timer = new GpuTimer(device);
 const ways = WAYS.map((way) => groupedKernels(device.context, way));

@@ -8,7 +8,7 @@ import { cudaDevice } from "../tensor/cuda/device.ts";
 import { groupedActivationKernels } from "../tensor/cuda/grouped_fused.ts";
 import type { Activation } from "../tensor/device.ts";
 import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
-import { GpuTimer, origin } from "./_gpu.ts";
+import { GpuTimer, needGpu, origin } from "./_gpu.ts";
 
 const { values } = parseArgs({
   args: Deno.args,
@@ -25,6 +25,7 @@ const CASES: readonly (readonly [string, number, number, number, number, Activat
 ];
 const WAYS = ["separate", "fused"] as const;
 
+needGpu();
 const device = await cudaDevice(), repeats = Number(values.repeats);
 using timer = new GpuTimer(device);
 const ways = WAYS.map((way) => groupedActivationKernels(device.context, device.kernels, way));

@@ -20,7 +20,7 @@ import { parseArgs } from "node:util";
 import { cudaDevice } from "../tensor/cuda/device.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
 import { fillNormal } from "../tensor/random.ts";
-import { GpuTimer, median, origin, Peer } from "./_gpu.ts";
+import { GpuTimer, hasPyTorch, median, needGpu, origin, Peer } from "./_gpu.ts";
 import {
   type GradientDType,
   type Half,
@@ -85,6 +85,7 @@ const { values } = parseArgs({
     json: { type: "string" },
   },
 });
+needGpu();
 const repeats = Number(values.repeats), routings = values.routing.split(",");
 const shapes = values.shapes.split(",").map((name): [string, Shape] => {
   if (SHAPES[name]) return [name, SHAPES[name]];
@@ -318,21 +319,11 @@ function report(
   }
 }
 
-/** The other side, if there is a Python. */
-function startPeer(): Peer | null {
-  try {
-    return new Peer("layer.py");
-  } catch (error) {
-    console.error(`no peer: ${error instanceof Error ? error.message : error}`);
-    return null;
-  }
-}
-
 const rows: Row[] = [];
 /** What the other side could not do. */
 const impossible = new Set<string>();
 const directory = await Deno.makeTempDir({ prefix: "lina-bench-" });
-await using peer = startPeer();
+await using peer = await hasPyTorch() ? new Peer("layer.py") : null;
 // It compiles every shape once, while the GPU's kernels are loaded here and the gates made.
 const prepared = shapes.map(([shape, sizes]) => peer?.ask({ do: "prepare", shape, ...sizes }));
 const device = await cudaDevice();

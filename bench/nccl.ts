@@ -14,6 +14,7 @@
 // × (p − 1) / p for the rest; for allToAllV, whose counts differ by up to 3, × the largest share that a rank sends to others.
 
 import { parseArgs } from "node:util";
+import { needGpuHardware } from "./_gpu.ts";
 import { linesOf, writeLine } from "./_lines.ts";
 import { type Cell, printTable, rowsOf } from "./_nccl_table.ts";
 
@@ -62,6 +63,7 @@ const { values: options } = parseArgs({
     python: { type: "string", default: "python3" },
   },
 });
+needGpuHardware();
 const numbers = (text: string) => text.split(",").map(Number);
 const ranks = Number(options.ranks), launches = Number(options.launches);
 const rates = numbers(options.rates!);
@@ -194,7 +196,7 @@ async function start(): Promise<Side[]> {
 }
 
 const cells = new Map<string, Cell>();
-/** Versions and the file of NCCL by side. */
+/** Versions and the file's name of NCCL by side. */
 const software = new Map<string, string>();
 
 function cellOf(mbit: number, operation: string, bytes: number): Cell {

@@ -4,8 +4,9 @@
 //   deno task bench:overhead [--json FILE]
 
 import type { ModuleSource } from "../tensor/cuda/context.ts";
-import { type CudaDevice, cudaDevice, findCuda } from "../tensor/cuda/device.ts";
+import { type CudaDevice, cudaDevice } from "../tensor/cuda/device.ts";
 import { empty, fromArray } from "../tensor/tensor.ts";
+import { needGpu } from "./_gpu.ts";
 
 const probe: ModuleSource = {
   name: "overhead",
@@ -211,11 +212,7 @@ async function throughput(device: CudaDevice): Promise<void> {
 }
 
 if (import.meta.main) {
-  const found = findCuda();
-  if (!found.ok) {
-    console.error(`Cannot measure the GPU's overheads: ${found.reason}`);
-    Deno.exit(1);
-  }
+  needGpu();
   const cache = await Deno.makeTempDir();
   report("a device, libraries perhaps not yet in memory", await deviceTime(cache), "s");
   await Deno.remove(cache, { recursive: true });

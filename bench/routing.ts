@@ -9,11 +9,13 @@ import { cudaDevice } from "../tensor/cuda/device.ts";
 import * as ops from "../tensor/ops.ts";
 import * as routing from "../tensor/ops/routing.ts";
 import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
+import { needGpu } from "./_gpu.ts";
 
 const FLUSH_BYTES = 2 ** 29, REPEATS = 15;
 /** What a copy reaches on an H200, counting both ways. */
 const COPY_GBS = 4300;
 
+needGpu();
 const device = await cudaDevice();
 const flush = empty(device, [FLUSH_BYTES / 4]), flushed = empty(device, [1], "f64");
 ops.fill(flush, 1);

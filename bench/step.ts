@@ -17,7 +17,7 @@ import { Trainer } from "../moe/trainer.ts";
 import type { TrainingData } from "../moe/training_data.ts";
 import { type Batch, Transformer } from "../moe/transformer.ts";
 import { cudaDevice } from "../tensor/cuda/device.ts";
-import { median, origin, peer } from "./_gpu.ts";
+import { median, needGpu, origin, peer } from "./_gpu.ts";
 
 const PEAK_TFLOPS = 989;
 
@@ -30,6 +30,7 @@ const { values } = parseArgs({
     json: { type: "string" },
   },
 });
+needGpu();
 const steps = Number(values.steps), layers = Number(values.layers);
 const sequence = 1024, batch = 16;
 const config = modelConfig({

@@ -17,6 +17,7 @@ import { Transformer } from "../moe/transformer.ts";
 import { cudaDevice } from "../tensor/cuda/device.ts";
 import { Tensor } from "../tensor/tensor.ts";
 import { recorder } from "../trace/mod.ts";
+import { needGpu } from "./_gpu.ts";
 
 const { values } = parseArgs({
   args: Deno.args,
@@ -32,6 +33,7 @@ const { values } = parseArgs({
     "gradient-dtype": { type: "string", default: "f32" },
   },
 });
+needGpu();
 const steps = Number(values.steps), batch = Number(values.batch);
 const sequence = Number(values.sequence);
 const config = modelConfig({

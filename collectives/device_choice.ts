@@ -6,7 +6,8 @@ import type { BackendChoice, DeviceChoice, RankEnvironment } from "./rendezvous/
 import { machineIdentity } from "./rendezvous/host.ts";
 import type { BootContext } from "./transport.ts";
 
-const NO_GPU =
+/** Why a machine without NVIDIA devices has no GPU for us. */
+export const NO_GPU: string =
   "no NVIDIA GPU is in this machine, or its driver is not loaded (nvidia-smi must list one)";
 /** The vendor of a PCI device. */
 const NVIDIA = "0x10de";
