@@ -53,7 +53,7 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
   }
   const gpu = world.device.kind === "cuda";
   const config = options.model(tokenizer.vocabularySize, gpu ? "bf16" : "f32");
-  const file = text("data") ?? join(import.meta.dirname!, "data", "austen.txt");
+  const file = text("data") ?? bundledText();
   const data = await loadText(file, {
     sequence: number("seq"),
     tokenizer,
@@ -301,6 +301,12 @@ async function validateWith(
   const loss = await trainer.validate(1);
   for (const layer of model.moeLayers) layer.tap = null;
   return loss;
+}
+
+/** The text that lies beside this program. */
+function bundledText(): string {
+  if (import.meta.dirname !== undefined) return join(import.meta.dirname, "data", "austen.txt");
+  throw new Error("Cannot train as --data FILE must be given where the program is loaded from a URL: current value is unset");
 }
 
 /** Writes the experts of every token of a batch of validation text. */

@@ -56,6 +56,8 @@ export async function loadText(path: string, options: TextOptions): Promise<Toke
   } catch (cause) {
     const why = cause instanceof Deno.errors.NotFound
       ? "the file must exist"
+      : cause instanceof Deno.errors.IsADirectory
+      ? "it must be a file, and it is a folder"
       : (cause as Error).message;
     throw new Error(`Cannot read the text ${path}: ${why}`, { cause });
   }

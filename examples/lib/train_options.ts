@@ -132,6 +132,9 @@ const SWITCHES: readonly (readonly [name: string, help: string])[] = [
   ["help", "this text"],
 ];
 
+const ROUTERS = ["softmax", "switch", "gshard", "sigmoid", "expert-choice"] as const;
+const DROPS = ["position", "probability"] as const;
+
 /** What `--demo` changes; flags given beside it win. */
 const DEMO: Readonly<Record<string, string>> = {
   "run": "demo",
@@ -239,8 +242,15 @@ export function parseTrainOptions(args: readonly string[]): TrainOptions {
     text("recompute"),
     ["none", "activation", "block"] as const,
   )!;
-  const model = (vocab: number, standard = gradientDtype) =>
-    modelConfig({
+  oneOf("router", text("router"), ROUTERS);
+  oneOf("drop", text("drop"), DROPS);
+  const model = (vocab: number, standard = gradientDtype) => {
+    if (gradientDtype === "bf16" && (dtype ?? standard) === "f32") {
+      throw new RangeError(
+        "Cannot train as --gradient-dtype must be f32 where --dtype is f32, the default on a CPU: current value is bf16",
+      );
+    }
+    return modelConfig({
       vocab: Math.max(vocab, optional("vocab") ?? 0),
       dtype: dtype ?? standard,
       gradientDtype,
@@ -256,6 +266,7 @@ export function parseTrainOptions(args: readonly string[]): TrainOptions {
       activation: text("activation") as ModelConfig["activation"],
       tied: given.tied === true,
     });
+  };
   const scheduler = schedulerOf(
     oneOf("schedule", text("schedule"), SCHEDULER_NAMES)!,
     optional("micro-op-mb"),
@@ -294,24 +305,12 @@ function routerOf(
   optional: (name: string) => number | undefined,
 ): RouterOptions {
   const kind = text("router")!.replace("expert-choice", "expertChoice") as RouterOptions["kind"];
-  const kinds = ["softmax", "switch", "gshard", "sigmoid", "expertChoice"];
-  if (!kinds.includes(kind)) {
-    throw new TypeError(
-      `Cannot train as --router must be softmax, switch, gshard, sigmoid or expert-choice: current value is ${kind}`,
-    );
-  }
-  const drop = text("drop");
-  if (drop !== "position" && drop !== "probability") {
-    throw new TypeError(
-      `Cannot train as --drop must be position or probability: current value is ${drop}`,
-    );
-  }
   const common = {
     auxLoss: number("aux-loss"),
     zLoss: number("z-loss"),
     jitter: number("jitter"),
     capacityFactor: optional("capacity-factor") ?? null,
-    drop,
+    drop: text("drop") as typeof DROPS[number],
   } as const;
   switch (kind) {
     case "expertChoice":
