@@ -22,7 +22,14 @@ if (library === null) {
 }
 const ignore = library === null;
 
+/** Where the emulator's messages lie: ranks that fail leave some. */
+const messages = ignore
+  ? ""
+  : await Deno.makeTempDir({ dir: "/dev/shm", prefix: "lina-nccl-test-" });
+if (!ignore) addEventListener("unload", () => Deno.removeSync(messages, { recursive: true }));
+
 const ENV = {
+  LINA_EMULATOR_NCCL_FOLDER: messages,
   LINA_TEST_BACKEND: "nccl",
   LINA_EMULATOR: "1",
   LINA_NCCL_LIB: library ?? "",
@@ -171,6 +178,7 @@ Deno.test({
       LINA_NVRTC: emulator!,
       LINA_CUBLAS: emulator!,
       LINA_NCCL_LIB: library!,
+      LINA_EMULATOR_NCCL_FOLDER: messages,
       LINA_EMULATOR_MEMORY_MIB: "256",
     };
     const shared = await launch(["-n", "2", "--device", "cuda", "--share-gpu", script], env);
