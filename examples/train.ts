@@ -306,7 +306,9 @@ async function validateWith(
 /** The text that lies beside this program. */
 function bundledText(): string {
   if (import.meta.dirname !== undefined) return join(import.meta.dirname, "data", "austen.txt");
-  throw new Error("Cannot train as --data FILE must be given where the program is loaded from a URL: current value is unset");
+  throw new Error(
+    "Cannot train as --data FILE must be given where the program is loaded from a URL: current value is unset",
+  );
 }
 
 /** Writes the experts of every token of a batch of validation text. */
