@@ -210,7 +210,7 @@ Deno.test("files and sizes that do not fit are one line of error, and the older 
     [["--bogus"], /Unknown option '--bogus'/, 2, 2],
     [["--resume", "--run"], /--run/, 2, 2],
     [["--data", join(trained.path(), "none")], /none: the file must exist$/],
-    [["--data", trained.path()], /Cannot read the text .*directory/],
+    [["--data", trained.path()], /Cannot read the text .*: it must be a file, and it is a folder$/],
     [["--data", file("empty", "")], /empty as it must hold text: current value is 0 bytes$/],
     [["--data", file("short", "a".repeat(17))], /must have at least 17 tokens .* value is 16$/],
     [["--tokenizer", file("t.json", '{"model":{"ty')], /t\.json as it must be JSON/],

@@ -265,13 +265,20 @@ Deno.test("train.ts: bad input ends with an error that names it", async () => {
       [["--steps", "-5"], /--steps/],
       [["--steps", "0"], /--steps must be at least 1/],
       [["--lr", "fast"], /--lr must be a number >= 0: current value is fast/],
-      [["--router", "best"], /--router must be softmax/],
+      [
+        ["--router", "best"],
+        /^error: .*--router must be softmax, .*: current value is best\nSee --help/m,
+      ],
+      [
+        ["--drop", "best"],
+        /^error: .*--drop must be position or probability: current value is best$/m,
+      ],
       [["--device", "tpu"], /--device must be auto, cpu or cuda: current value is tpu/],
       [["--dtype", "f8"], /--dtype must be f32 or bf16: current value is f8/],
       [["--gradient-dtype", "f64"], /--gradient-dtype must be f32 or bf16: current value is f64/],
       [
         ["--gradient-dtype", "bf16", "--device", "cpu"],
-        /"gradientDtype" must be f32 for f32 weights: current value is bf16/,
+        /^error: .*--gradient-dtype must be f32 for weights in f32 .*: current value is bf16$/m,
       ],
       [
         ["--recompute", "all"],

@@ -247,7 +247,7 @@ export function parseTrainOptions(args: readonly string[]): TrainOptions {
   const model = (vocab: number, standard = gradientDtype) => {
     if (gradientDtype === "bf16" && (dtype ?? standard) === "f32") {
       throw new RangeError(
-        "Cannot train as --gradient-dtype must be f32 where --dtype is f32, the default on a CPU: current value is bf16",
+        "Cannot train as --gradient-dtype must be f32 for weights in f32 (--dtype; a CPU has no other): current value is bf16",
       );
     }
     return modelConfig({
