@@ -122,10 +122,13 @@ const PYTHON = Deno.env.get("PYTHON") ?? "python3";
  */
 export async function hasPyTorch(): Promise<boolean> {
   const code = "import importlib.util as u; exit(0 if u.find_spec('torch') else 3)";
-  const output = await new Deno.Command(PYTHON, { args: ["-c", code], stdin: "null" }).output()
-    .catch((error) => error as Error);
-  if (!(output instanceof Error) && output.code !== 3) return true; // what else is wrong, it says itself
-  const what = output instanceof Error ? `does not start (${output.message})` : "has no PyTorch";
+  let what = "has no PyTorch";
+  try {
+    const { code: exit } = await new Deno.Command(PYTHON, { args: ["-c", code] }).output();
+    if (exit !== 3) return true; // what else is wrong, the script says itself
+  } catch (error) {
+    what = `does not start (${(error as Error).message})`;
+  }
   console.error(`no peer: ${PYTHON} ${what}: install torch, or set PYTHON to a Python that has it`);
   return false;
 }
