@@ -76,11 +76,15 @@ for (const dtype of ["bf16", "f32"] as const) {
         for (let i = 0; i < dGate.length; i++) dGate[i] += first[i];
         const oldWide = Float32Array.from(old.values);
         const outcomes: Float64Array[] = [];
+        using none_NK = fromArray(device!, new Int32Array(N).fill(-1), [N, 1]); // no rows
         for (let beta = 1; beta >= 0; beta--) {
           using dX_ND = fromArray(device!, dtype === "bf16" ? old.bits : oldWide, [N, D]);
           using dLogits_NE = fromArray(device!, Float32Array.from(dL), [N, E]);
           using dGate_ED = fromArray(device!, Float32Array.from(first), [E, D]);
-          routing.gateBackward(dLogits_NE, x_ND, gate_ED, dX_ND, dGate_ED, { beta: beta as 0 | 1 });
+          routing.combineRowsGate(x_ND, none_NK, dLogits_NE, gate_ED, dX_ND, {
+            beta: beta as 0 | 1,
+          });
+          routing.gateWeightGrad(dLogits_NE, x_ND, dGate_ED);
           const want = beta === 1 ? dX : dX.map((v, i) => v - old.values[i]);
           close(
             await read(dX_ND),

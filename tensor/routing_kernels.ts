@@ -45,16 +45,7 @@ export interface RouteBackwardOptions extends RouteOptions {
 export interface RoutingKernels {
   /** `logits = x gateᵀ`, x [N, D] f32 or bf16, gate [E, D] f32, logits f32 [N, E], exact to f32 rounding. */
   gate(x: Tensor, gate: Tensor, logits: Tensor): void;
-  /** `dX = dLogits gate + beta · dX`, beta being 1 by default, `dGate += dLogitsᵀ x`: dLogits f32 [N, E], dX like x, dGate f32 [E, D]. */
-  gateBackward(
-    dLogits: Tensor,
-    x: Tensor,
-    gate: Tensor,
-    dX: Tensor,
-    dGate: Tensor,
-    options?: { readonly beta?: 0 | 1 },
-  ): void;
-  /** `dGate += dLogitsᵀ x` alone. */
+  /** `dGate += dLogitsᵀ x`: dLogits f32 [N, E], x [N, D] f32 or bf16, dGate f32 [E, D]. */
   gateWeightGrad(dLogits: Tensor, x: Tensor, dGate: Tensor): void;
   /**
    * The gradient of a router's input in one pass, the sum of each token's rows and the gate's part:

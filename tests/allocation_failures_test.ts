@@ -198,7 +198,7 @@ Deno.test({
         ops.groupedGemmActivationBackward(x, squares, groups, "gelu", up, f32(N, D), back);
       },
       gate: () => routing.gate(narrow, f32(E, D), logits),
-      gateBackward: () => routing.gateBackward(logits, x, f32(E, D), f32(N, D), f32(E, D)),
+      gateWeightGrad: () => routing.gateWeightGrad(logits, x, f32(E, D)),
       rmsNormBackward: () => ops.rmsNormBackward(x, f32(N, D), gain, invRms, f32(N, D), f32(D)),
       attention: () => ops.attention(x, x, x, f32(N, D), f32(N, 2), attention),
       attentionBackward: () => {

@@ -77,7 +77,6 @@ test("every kernel of the contract is there", (cuda) => {
   }
   const routing: Record<keyof RoutingKernels, true> = {
     gate: true,
-    gateBackward: true,
     gateWeightGrad: true,
     combineRowsGate: true,
     route: true,

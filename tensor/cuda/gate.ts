@@ -13,14 +13,13 @@ import { type Box, GroupTables, MAP_BYTES } from "./grouped_tables.ts";
 import walkHeader from "./grouped_walk.cuh" with { type: "text" };
 
 /** The kernels of this room. */
-export type GateKernel = "gate" | "gateBackward" | "gateWeightGrad" | "combineRowsGate";
+export type GateKernel = "gate" | "gateWeightGrad" | "combineRowsGate";
 
 // deno-fmt-ignore
 const GATE: readonly ParameterType[] = ["ptr", "ptr", "ptr", "ptr", "ptr", "i32", "i32", "i32", "i32", "i32"];
 const GATE_PLAIN: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i64", "i32", "i32"];
 // deno-fmt-ignore
-const GATE_DX: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32", "i32", "i32", "i32"];
-const GATE_DX_PLAIN: readonly ParameterType[] = [...GATE_PLAIN, "i32"];
+const GATE_DX: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32", "i32", "i32"];
 const GATE_DW: readonly ParameterType[] = ["ptr", "ptr", "ptr", "i32", "i32", "i32", "i32"];
 // deno-fmt-ignore
 const COMBINE: readonly ParameterType[] = ["ptr", "ptr", "ptr", "ptr", "ptr", "i32", "i32", "i32", "i32", "i32", "i32"];
@@ -51,13 +50,9 @@ export const gateModule: ModuleSource = {
   source: termsSource + gateSource,
   kernels: Object.fromEntries([
     ...GATE_BLOCKS.map(({ tiles }) => [`gate_${tiles}`, GATE] as const),
-    ...GRADIENT_TILES.flatMap((tiles) => [
-      [`gate_dx_${tiles}`, GATE_DX] as const,
-      [`gate_dw_${tiles}`, GATE_DW_WIDE] as const,
-    ]),
+    ...GRADIENT_TILES.map((tiles) => [`gate_dw_${tiles}`, GATE_DW_WIDE] as const),
     ...["f32", "bf16"].flatMap((dtype) => [
       [`gate_plain_${dtype}`, GATE_PLAIN] as const,
-      [`gate_dx_plain_${dtype}`, GATE_DX_PLAIN] as const,
       [`gate_dw_plain_${dtype}`, GATE_DW] as const,
     ]),
     ["gate_dw_sum", ["ptr", "ptr", "i64", "i32"] as const],
@@ -86,6 +81,7 @@ export const gateCombineModule: ModuleSource = {
     ...COMBINE_WAYS.map(([steps, _, tokens]) =>
       [`gate_combine_${steps}_${tokens}`, COMBINE] as const
     ),
+    ...GRADIENT_TILES.map((tiles) => [`gate_dx_${tiles}`, GATE_DX] as const),
     ...["f32", "bf16"].map((dtype) => [`gate_combine_plain_${dtype}`, COMBINE_PLAIN] as const),
   ]),
 };
@@ -126,11 +122,12 @@ const GRADIENT_OCCUPANCY = [4, 3, 2];
 export function gateKernels(context: CudaContext): Pick<RoutingKernels, GateKernel> {
   const ofGate = (name: string) => context.kernel(gateModule, name);
   const gates = GATE_BLOCKS.map(({ tiles }) => ofGate(`gate_${tiles}`));
-  const gateDx = GRADIENT_TILES.map((tiles) => ofGate(`gate_dx_${tiles}`));
+  const gateDx = GRADIENT_TILES.map((tiles) =>
+    context.kernel(gateCombineModule, `gate_dx_${tiles}`)
+  );
   const gateDw = GRADIENT_TILES.map((tiles) => ofGate(`gate_dw_${tiles}`));
   const plain = (dtype: string) => ({
     gate: ofGate(`gate_plain_${dtype}`),
-    dx: ofGate(`gate_dx_plain_${dtype}`),
     dw: ofGate(`gate_dw_plain_${dtype}`),
     combine: context.kernel(gateCombineModule, `gate_combine_plain_${dtype}`),
   });
@@ -187,16 +184,8 @@ export function gateKernels(context: CudaContext): Pick<RoutingKernels, GateKern
     return { blocks, parts, shares, perShare: perShare * block.columns, sums };
   }
 
-  /** `dX = dLogits gate + adds · dX`. */
-  function inputGrad(dLogits: Tensor, gate: Tensor, dX: Tensor, adds: boolean): void {
-    const kernels = plainOf("take the gate's gradient", dX), [N, D] = dX.shape, E = gate.shape[0];
-    if (fits(dX)) return wideInputGrad(dLogits, gate, dX, 0, adds);
-    // deno-fmt-ignore
-    kernels.dx.launch(Math.ceil(N / 4), Math.ceil(D / 128), 1, 128, 0, dLogits.address, gate.address, dX.address, N, E, D, adds ? 1 : 0);
-  }
-
-  /** The same by tensor cores, from an expert on. */
-  function wideInputGrad(dLogits: Tensor, gate: Tensor, dX: Tensor, from: number, adds: boolean) {
+  /** `dX += dLogits gate`, from an expert on. */
+  function moreExperts(dLogits: Tensor, gate: Tensor, dX: Tensor, from: number): void {
     const [N, D] = dX.shape, E = gate.shape[0], columns = Math.ceil(D / 128);
     for (let first = from; first < E; first += 64) {
       const way = E - first <= 16 ? 0 : E - first <= 32 ? 1 : 2;
@@ -204,7 +193,7 @@ export function gateKernels(context: CudaContext): Pick<RoutingKernels, GateKern
       const perBlock = tokensOf(N, columns, GRADIENT_OCCUPANCY[way], 32);
       // deno-fmt-ignore
       gateDx[way].launch(columns, Math.ceil(N / perBlock), 1, 128, 0,
-        dLogits.address, gate.address, dX.address, N, E, first, D, perBlock, adds || first > from ? 1 : 0);
+        dLogits.address, gate.address, dX.address, N, E, first, D, perBlock);
     }
   }
 
@@ -277,11 +266,6 @@ export function gateKernels(context: CudaContext): Pick<RoutingKernels, GateKern
         N, E, D, perShare, stages);
       if (sums !== 0) context.free(sums);
     },
-    gateBackward(dLogits, x, gate, dX, dGate, options) {
-      if (x.size === 0) return;
-      inputGrad(dLogits, gate, dX, options?.beta !== 0);
-      weightGrad(dLogits, x, dGate);
-    },
     gateWeightGrad(dLogits, x, dGate) {
       if (x.size > 0) weightGrad(dLogits, x, dGate);
     },
@@ -304,7 +288,7 @@ export function gateKernels(context: CudaContext): Pick<RoutingKernels, GateKern
       // deno-fmt-ignore
       combines[way].launch(columns, Math.ceil(N / perBlock), 1, 256, shared, y.address, slots.address, dLogits.address, gate.address,
         out.address, N, K, E, D, perBlock, adds);
-      wideInputGrad(dLogits, gate, out, steps * 16, true);
+      moreExperts(dLogits, gate, out, steps * 16);
     },
   };
 }

@@ -178,7 +178,110 @@ COMBINE(2, 16, 1)
 COMBINE(4, 16, 2)
 COMBINE(4, 16, 1)
 
-// The same for 4 tokens and one column per thread, with any number of experts; blocks of 128 threads (4 tokens, 128 columns).
+// dX += dLogits gate for the K * 16 experts from `first_expert` on: those that gate_combine has no room for. A warp owns 32 columns and keeps their weights in
+// registers while tokens go by, 32 at a time, whose gradients the block has split into two terms in shared memory. Which column an accumulator
+// stands for is chosen so that a lane has 8 neighbours: one access of 16 bytes per token. Blocks of 128 threads (128 columns, `per_block` tokens).
+template <int K>
+DEVICE void gate_dx(const float* d_logits, const float* gate, bf16* d_x, int tokens, int experts, int first_expert,
+                    int width, int per_block) {
+  constexpr int ROW = K * 16 + 8, PAIRS = K * 8, EACH = 32 * PAIRS / 128;
+  __shared__ __align__(16) u32 terms[2][2][32][ROW / 2];  // [buffer][term][token][experts, two by two]
+  int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  int base = blockIdx.x * 128 + threadIdx.x / 32 * 32;
+  int start = blockIdx.y * per_block, end = start + per_block < tokens ? start + per_block : tokens;
+  float next[EACH][2];
+  auto fetch = [&](int n) {
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      int i = threadIdx.x + j * 128, row = n + i / PAIRS, e = first_expert + i % PAIRS * 2;
+      next[j][0] = row < end && e < experts ? d_logits[(i64)row * experts + e] : 0.0f;
+      next[j][1] = row < end && e + 1 < experts ? d_logits[(i64)row * experts + e + 1] : 0.0f;
+    }
+  };
+  fetch(start);
+  u32 weights[K][4][2][2];  // [step][tile][term][register]
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+      int column = base + g / 2 * 8 + t * 2 + g % 2;
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        int e = first_expert + k * 16 + c * 2 + r * 8;
+        float low = e < experts && column < width ? gate[(i64)e * width + column] : 0.0f;
+        float high = e + 1 < experts && column < width ? gate[(i64)(e + 1) * width + column] : 0.0f;
+        u32 split[2];
+        split2(low, high, split);
+        weights[k][t][0][r] = split[0];
+        weights[k][t][1][r] = split[1];
+      }
+    }
+  }
+  int column = base + c * 8;
+  for (int n = start, turn = 0; n < end; n += 32, turn ^= 1) {
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      int i = threadIdx.x + j * 128;
+      u32 split[2];
+      split2(next[j][0], next[j][1], split);
+      terms[turn][0][i / PAIRS][i % PAIRS] = split[0];
+      terms[turn][1][i / PAIRS][i % PAIRS] = split[1];
+    }
+    // The buffer that the next turn writes was read before the barrier of this one.
+    __syncthreads();
+    if (n + 32 < end) fetch(n + 32);
+    Pack<bf16, 8> held[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int row = n + i / 2 * 16 + i % 2 * 8 + g;
+      if (row < end && column < width) {
+        held[i / 2][i % 2] = *reinterpret_cast<const Pack<bf16, 8>*>(d_x + (i64)row * width + column);
+      }
+    }
+    float sums[2][4][4];
+#pragma unroll
+    for (int i = 0; i < 32; i++) (&sums[0][0][0])[i] = 0;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+        u32 a[2][4];  // [term][register]
+        int row = m * 16 + lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+        for (int i = 0; i < 2; i++) load_matrices(a[i], &terms[turn][i][row][k * 8 + lane / 16 * 4]);
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+          mma_bf16(sums[m][t], a[1], weights[k][t][0]);
+          mma_bf16(sums[m][t], a[0], weights[k][t][1]);
+          mma_bf16(sums[m][t], a[0], weights[k][t][0]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int row = n + i / 2 * 16 + i % 2 * 8 + g;
+      if (row >= end || column >= width) continue;
+      Pack<bf16, 8> out;
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        out.at[j] = to_bf16(to_f32(held[i / 2][i % 2].at[j]) + sums[i / 2][j / 2][i % 2 * 2 + j % 2]);
+      }
+      *reinterpret_cast<Pack<bf16, 8>*>(d_x + (i64)row * width + column) = out;
+    }
+  }
+}
+#define GATE_DX(K)                                                                                                     \
+  extern "C" __global__ void __launch_bounds__(128)                                                                    \
+      gate_dx_##K(const float* d_logits, const float* gate, bf16* d_x, int tokens, int experts, int first_expert,     \
+                  int width, int per_block) {                                                                \
+    after_previous();                                                                                                  \
+    gate_dx<K>(d_logits, gate, d_x, tokens, experts, first_expert, width, per_block);                            \
+  }
+GATE_DX(1)
+GATE_DX(2)
+GATE_DX(4)
+
+// All experts for 4 tokens and one column per thread; blocks of 128 threads (4 tokens, 128 columns).
 template <typename X>
 DEVICE void combine_plain(const X* y, const int* slots, const float* d_logits, const float* gate, X* out, i64 tokens,
                           int choices, int experts, int width, int adds) {

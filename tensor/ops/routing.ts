@@ -64,43 +64,7 @@ export function gate(x: Tensor, gate: Tensor, logits: Tensor): void {
 }
 
 /**
- * `dX = dLogits gate + beta · dX`, `dGate += dLogitsᵀ x`.
- *
- * @param dLogits f32 [N, E].
- * @param x [N, D], f32 or bf16.
- * @param gate f32 [E, D].
- * @param dX Like x.
- * @param dGate f32 [E, D]; added to.
- * @param options Factor of the old contents of dX; 0 never reads them. @default {{beta: 1}}
- * @throws {RangeError} If shapes or devices do not fit.
- * @throws {TypeError} If dtypes do not fit.
- */
-export function gateBackward(
-  dLogits: Tensor,
-  x: Tensor,
-  gate: Tensor,
-  dX: Tensor,
-  dGate: Tensor,
-  options?: { readonly beta?: 0 | 1 },
-): void {
-  const op = "take the gate's gradient", kernels = kernelsOf(op, x);
-  lead(op, "x", x);
-  isMatrix(op, "x", x);
-  isMatrix(op, "gate", gate);
-  const [N, D] = x.shape, E = gate.shape[0];
-  shaped(op, "dLogits", dLogits, x.device, "f32", [N, E]);
-  shaped(op, "gate", gate, x.device, "f32", [E, D]);
-  shaped(op, "dX", dX, x.device, x.dtype, [N, D]);
-  shaped(op, "dGate", dGate, x.device, "f32", [E, D]);
-  disjoint(op, "x", dX, x);
-  disjoint(op, "gate", dGate, gate);
-  const start = now();
-  kernels.gateBackward(dLogits, x, gate, dX, dGate, options);
-  ran("gateBackward", "gemm", start);
-}
-
-/**
- * `dGate += dLogitsᵀ x`: the half of {@linkcode gateBackward} that is left where {@linkcode combineRowsGate} makes the other.
+ * `dGate += dLogitsᵀ x`, the gradient of the gate's weights; {@linkcode combineRowsGate} makes that of its input.
  *
  * @param dLogits f32 [N, E].
  * @param x [N, D], f32 or bf16.
