@@ -5,12 +5,12 @@ import type { Recompute } from "../moe/block.ts";
 import { type ModelConfig, modelConfig, type ModelOptions } from "../moe/config.ts";
 import { replicatedPlacement } from "../moe/placement.ts";
 import { Trainer } from "../moe/trainer.ts";
-import { trainingData } from "../moe/training_data.ts";
-import { Transformer } from "../moe/transformer.ts";
+import { type TrainingData, trainingData } from "../moe/training_data.ts";
+import { type Batch, Transformer } from "../moe/transformer.ts";
 import { stepVolume } from "../moe/volume.ts";
 import { createScheduler, type SchedulerName } from "../lina/training/schedulers.ts";
 import { Fifo } from "../moe/fifo.ts";
-import { worldGradients } from "../moe/graph.ts";
+import { reducedGradients } from "../moe/graph.ts";
 import type { Boundary, CollectiveScheduler, PlacementPlan } from "../moe/hooks.ts";
 import { cpuDevice } from "../tensor/cpu/device.ts";
 import type { Device } from "../tensor/device.ts";
@@ -36,8 +36,14 @@ export interface TrainArgs {
   readonly bucketBytes?: number;
   /** In place of buckets: parts of at most 300 elements, launched while no all-to-all runs, or all at the step's end. */
   readonly policy?: "parts" | "deferred";
-  /** A scheduler of lina/, with buckets as above or micro-ops of at most 1000 bytes. */
+  /** A scheduler of lina/, with buckets as above. */
   readonly schedule?: SchedulerName;
+  /** Most bytes of its micro-ops. @default {1000} */
+  readonly microOpBytes?: number;
+  /** All tokens go to the first experts. */
+  readonly crowded?: boolean;
+  /** This rank has no tokens; the others have as many as without it. */
+  readonly idleRank?: number;
   /** Checkpoints lie here. */
   readonly directory?: string;
   /** Goes on from the newest checkpoint. */
@@ -106,19 +112,44 @@ export function smallText(size: number): Uint8Array {
   return text;
 }
 
-async function train(comm: Communicator, args: TrainArgs, device: Device): Promise<TrainResult> {
+/**
+ * Trains as one rank.
+ *
+ * @param comm All ranks; several trainings may follow one another on it.
+ * @param args What the test asks for.
+ * @param device Where.
+ * @returns What the rank has seen.
+ */
+export async function train(
+  comm: Communicator,
+  args: TrainArgs,
+  device: Device,
+): Promise<TrainResult> {
   const { steps, batch = 8, accumulate = 1, clip = 1, dataSeed = 5, sequence = SEQUENCE } = args;
   const config = modelConfig({ ...SMALL, ...args.model });
   const text = smallText(4000);
-  const data = trainingData(
+  const { idleRank } = args;
+  const idle = idleRank !== undefined;
+  const share = trainingData(
     {
       train: text.subarray(0, 3000),
       validation: text.subarray(3000),
       vocabularySize: 64,
       bytesPerToken: 1,
     },
-    { sequence, batch, accumulate, seed: dataSeed, rank: comm.rank, size: comm.size },
+    {
+      sequence,
+      batch,
+      accumulate,
+      seed: dataSeed,
+      rank: Math.min(
+        comm.rank - Number(idle && comm.rank > idleRank),
+        comm.size - 1 - Number(idle),
+      ),
+      size: comm.size - Number(idle),
+    },
   );
+  const data = comm.rank === idleRank ? withoutTokens(share) : share;
   const seatings = seatingsOf(args, config.experts, comm.size);
   let seating = 0;
   const placement = { name: "moving", plan: () => seatings[seating] };
@@ -137,7 +168,7 @@ async function train(comm: Communicator, args: TrainArgs, device: Device): Promi
   const inner: CollectiveScheduler = args.policy
     ? parts(args.policy)
     : args.schedule
-    ? createScheduler(args.schedule, { bucketBytes, microOpBytes: 1000 })
+    ? createScheduler(args.schedule, { bucketBytes, microOpBytes: args.microOpBytes ?? 1000 })
     : new Fifo({ bucketBytes });
   const scheduler: CollectiveScheduler = {
     name: "watched",
@@ -179,9 +210,8 @@ async function train(comm: Communicator, args: TrainArgs, device: Device): Promi
   if (args.resume && !await trainer.resume(args.directory!)) throw new Error("no checkpoint");
   const loss: number[] = [], gradNorm: number[] = [], auxLoss: number[] = [];
   const a2aShare: number[] = [];
-  if (args.balanced) {
-    for (const layer of model.moeLayers) layer.tap = { replay: inTurn(config) };
-  }
+  const replay = args.balanced ? inTurn(config) : args.crowded ? crowded(config) : null;
+  if (replay) { for (const layer of model.moeLayers) layer.tap = { replay }; }
   let before: Record<string, number> = {};
   while (trainer.steps < steps) {
     before = bytesOf(trainer);
@@ -238,6 +268,7 @@ async function train(comm: Communicator, args: TrainArgs, device: Device): Promi
 function seatingsOf({ replicas = 1, moves }: TrainArgs, experts: number, ranks: number) {
   const plan = (replicas: number): PlacementPlan =>
     replicatedPlacement(replicas).plan({ layer: 0, experts, ranks, counts: null });
+  if (experts === 0) return [];
   const first = plan(replicas);
   if (moves === undefined) return [first];
   if (moves === "replicate") return [first, plan(ranks)];
@@ -255,7 +286,7 @@ function parts(policy: "parts" | "deferred"): CollectiveScheduler {
     name: policy,
     pace: policy === "parts" ? "device" : "program",
     plan(graph) {
-      const microOps = worldGradients(graph).flatMap(({ id, elements }) => {
+      const microOps = reducedGradients(graph).flatMap(({ id, elements }) => {
         return Array.from({ length: Math.ceil(elements / 300) }, (_, i) => {
           const start = 300 * i, end = Math.min(elements, start + 300);
           return { parts: [{ gradient: id, start, end }], bytes: 4 * (end - start) };
@@ -284,6 +315,31 @@ function inTurn({ experts, router }: ModelConfig) {
       (_, i) => (firstToken * choices + i) % experts,
     ),
   });
+}
+
+/** Every token chooses the first experts. */
+function crowded({ router }: ModelConfig) {
+  const choices = router.kind === "softmax" ? router.topK : 1;
+  return (_layer: number, _firstToken: number, tokens: number) => ({
+    choices,
+    experts_NK: Int32Array.from({ length: tokens * choices }, (_, i) => i % choices),
+  });
+}
+
+/** The same passes, of which this rank has nothing. */
+function withoutTokens(data: TrainingData): TrainingData {
+  const none: Batch = {
+    tokens: new Int32Array(0),
+    targets: new Int32Array(0),
+    offsets: new Int32Array(1),
+  };
+  return {
+    ...data,
+    training: () => none,
+    *validation(limit) {
+      for (const _ of data.validation(limit)) yield none;
+    },
+  };
 }
 
 /** A few numbers that change if any element does. */
