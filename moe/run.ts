@@ -11,6 +11,8 @@ export interface MetricsRow extends StepMetrics {
   readonly val_loss?: number;
   /** Part of the device's peak that the step's arithmetic has reached, where the application knows it. */
   readonly mfu?: number;
+  /** How the step's collectives were scheduled, where the application tells. */
+  readonly schedule?: Readonly<Record<string, string | number>>;
 }
 
 /** How a run goes. */
@@ -37,7 +39,9 @@ export interface RunOptions {
   readonly deviceTrace?: { begin(): void; end(): Promise<void> };
   /** Model FLOPs of a step / FLOPs per second that all devices of the job can do at most: gives `mfu`. @default {not known} */
   readonly idealStep_s?: number;
-  /** Called after every step, on every rank. */
+  /** Says how the next step's collectives will be scheduled; asked before every step. @default {not told} */
+  readonly schedule?: () => Readonly<Record<string, string | number>>;
+  /** Called after every step, on every rank, and awaited before the next. */
   readonly onStep?: (row: MetricsRow) => void | Promise<void>;
 }
 
@@ -62,6 +66,7 @@ export async function run(trainer: Trainer, options: RunOptions): Promise<readon
     const [from, to] = options.trace?.() ?? [Infinity, Infinity];
     recorder.capturing = number >= from && number < to;
     if (recorder.capturing) deviceTrace?.begin();
+    const schedule = options.schedule?.();
     const shown = await trainer.step();
     if (recorder.capturing) await deviceTrace?.end();
     recorder.capturing = false;
@@ -71,6 +76,7 @@ export async function run(trainer: Trainer, options: RunOptions): Promise<readon
     const row: MetricsRow = {
       ...shown,
       ...(idealStep_s !== undefined && { mfu: idealStep_s * 1000 / shown.step_ms }),
+      ...(schedule && { schedule }),
       ...(validates && { val_loss: await trainer.validate(options.validationBatches) }),
     };
     rows.push(row);

@@ -23,6 +23,8 @@ export interface ProgressValues {
   readonly a2a_share?: number;
   /** Most loaded expert / mean load; 1 is perfect balance. */
   readonly load_imbalance?: number;
+  /** How collectives are scheduled, in a word or two; left out first where there is little room. */
+  readonly schedule?: string;
 }
 
 /** Options of {@linkcode Progress}. */
@@ -163,6 +165,7 @@ export class Progress implements Disposable {
     if (v.peak_bytes !== undefined) words.push(`${(v.peak_bytes / 2 ** 30).toFixed(1)} GiB`);
     if (v.a2a_share !== undefined) words.push(`all-to-all ${(v.a2a_share * 100).toFixed(0)}%`);
     if (v.load_imbalance !== undefined) words.push(`max/mean load ${v.load_imbalance.toFixed(2)}`);
+    if (v.schedule !== undefined) words.push(v.schedule);
     const time = this.#time();
     if (time) words.push(time);
     return words;

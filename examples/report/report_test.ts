@@ -109,13 +109,18 @@ Deno.test("Progress redraws one line on a terminal and never wraps it", () => {
 });
 
 Deno.test("Progress keeps loss and time where there is little room", () => {
-  const { progress, pass, take } = recorded(100, { columns: 64 });
-  pass(1000);
+  const schedule = "lina, 2 slices";
   const more = { tokens_per_s: 1234567, a2a_share: 0.333, load_imbalance: 1.5, val_loss: 2 };
-  progress.update({ step: 50, loss: 2.5, ...more });
-  const line = take();
-  assert.ok(line.includes("loss 2.500") && line.includes("0:01 left"), line);
-  assert.ok(!line.includes("load"), line);
+  const lines = [64, 200].map((columns) => {
+    const { progress, pass, take } = recorded(100, { columns });
+    pass(1000);
+    progress.update({ step: 50, loss: 2.5, ...more, schedule });
+    const line = take();
+    assert.ok(line.includes("loss 2.500") && line.includes("0:01 left"), line);
+    return line;
+  });
+  assert.ok(!lines[0].includes("load") && !lines[0].includes(schedule), lines[0]);
+  assert.ok(lines[1].includes(schedule), lines[1]);
 });
 
 Deno.test("Progress prints a line every few seconds elsewhere, and the last one", () => {
