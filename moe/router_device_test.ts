@@ -150,7 +150,12 @@ Deno.test("choices, weights, record and gradient are the host's", options, async
           scale: 0.5,
         });
         using dWeights_NK = fromArray(device!, dWeights, [N, K]);
-        using records = fromArray(device!, Float64Array.from([...all, ...all]), [2, 3 * E + 2]);
+        // What ranks show each other behind their records is not read.
+        const shown = [...all, ...new Array<number>(seed % 3).fill(NaN)];
+        using records = fromArray(device!, Float64Array.from([...shown, ...shown]), [
+          2,
+          shown.length,
+        ]);
         using dLogits_NE = empty(device!, [N, E]);
         routing.routeBackward(
           dWeights_NK,
@@ -242,6 +247,30 @@ Deno.test("a token's row is spread to its choices", options, async () => {
       assert.deepEqual(await read(out), want);
     }
   }
+});
+
+Deno.test("choices are counted in slices of the tokens", options, async () => {
+  await fc.assert(
+    fc.asyncProperty(anyChoices, fc.integer({ min: 1, max: 7 }), fc.nat(7), async (c, C, left) => {
+      const { tokens: N, choices: K, experts: E } = c, n = Math.max(0, C - left);
+      const want = new Float64Array(n * E);
+      for (let slice = 0; slice < n; slice++) {
+        const end = Math.floor((slice + 1) * N / C) * K;
+        for (let i = Math.floor(slice * N / C) * K; i < end; i++) {
+          if (c.experts_NK[i] >= 0) want[slice * E + c.experts_NK[i]]++;
+        }
+      }
+      using experts_NK = fromArray(device!, c.experts_NK, [N, K]);
+      using counts = fromArray(device!, want.map(() => NaN), [n, E]);
+      routing.countSlices(experts_NK, C, counts);
+      assert.deepEqual(await counts.toArray(), want);
+    }),
+    { numRuns: runs },
+  );
+  using experts_NK = fromArray(device!, new Int32Array(4), [4, 1]);
+  using counts = empty(device!, [3, 2], "f64");
+  assert.throws(() => routing.countSlices(experts_NK, 2, counts), /counts must have shape \[2,2\]/);
+  assert.throws(() => routing.countSlices(experts_NK, 0.5, counts), /must be a whole number >= 1/);
 });
 
 Deno.test("rows are placed in a stable order, with and without starts", options, async () => {

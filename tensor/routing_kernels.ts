@@ -76,7 +76,7 @@ export interface RoutingKernels {
     },
   ): void;
   /**
-   * Gradient of the weights and of the losses: writes dLogits f32 [N, E]. `records` f64 [R, 3 E + 2] are those of all ranks; dWeights f32 [N, K], or
+   * Gradient of the weights and of the losses: writes dLogits f32 [N, E]. `records` f64 [R, at least 3 E + 2] begin with those of all ranks; dWeights f32 [N, K], or
    * with slots i32 [N, K] the rows' f32 [S], of which a choice takes that of its slot, 0 for a negative one.
    */
   routeBackward(
@@ -91,6 +91,11 @@ export interface RoutingKernels {
     options: RouteBackwardOptions,
     dLogits: Tensor,
   ): void;
+  /**
+   * Choices per expert in each of the first n of C slices of the tokens, the c-th of which begins at token ⌊c N / C⌋: experts i32 [N, K], −1 for
+   * none; counts f64 [n, E].
+   */
+  countSlices(experts: Tensor, slices: number, counts: Tensor): void;
   /**
    * A stable counting sort of the choices: the n-th choice of expert e (in order of token, then place) takes row `starts[e] + n`; with
    * `starts` null, experts lie in ascending order. Writes slots i32 [N, K] and tokens i32 [S], the inverse; S = N K rows. With `offsets` i32 [E + 1], also writes the first row of each

@@ -11,9 +11,10 @@ struct Route {
   int groups, group_limit, first_only;
   // log2 of the lanes of a token.
   int shift;
-  // Coefficients of the losses in the gradient, and the number of records.
+  // Coefficients of the losses in the gradient.
   float aux_loss, z_loss;
-  int ranks;
+  // Records, and numbers from one to the next.
+  int ranks, record;
 };
 
 // The largest value of a group of lanes and its index, of equal ones the lowest index; known to all lanes of the group.
@@ -234,7 +235,7 @@ DEVICE void route_backward(const float* d_weights, const int* slots, const float
   extern __shared__ __align__(16) float slope[];
   __shared__ double totals[8];
   __shared__ float z_factor;
-  int experts = route.experts, choices = route.choices, length = 3 * experts + 2;
+  int experts = route.experts, choices = route.choices, length = route.record;
   int lanes = 1 << route.shift, per_warp = 32 >> route.shift;
   int warp = threadIdx.x / 32, lane = threadIdx.x & (lanes - 1), sub = (threadIdx.x % 32) >> route.shift;
   i64 stride = (i64)gridDim.x * 8 * per_warp, n = ((i64)blockIdx.x * 8 + warp) * per_warp + sub;
@@ -270,7 +271,7 @@ DEVICE void route_backward(const float* d_weights, const int* slots, const float
   all = 0;
   for (int w = 0; w < 8; w++) all += totals[w];
   double tokens = 0;
-  for (int r = 0; r < route.ranks; r++) tokens += records[(i64)r * length + length - 1];
+  for (int r = 0; r < route.ranks; r++) tokens += records[(i64)r * length + 3 * experts + 1];
   double factor = all > 0 && tokens > 0 ? (double)route.aux_loss * experts / (all * tokens) : 0.0;
   if (threadIdx.x == 0) z_factor = tokens > 0 ? (float)(2.0 * route.z_loss / tokens) : 0.0f;
   for (int e = threadIdx.x; e < experts; e += 256) slope[e] = (float)(factor * slope[e]);
@@ -351,6 +352,25 @@ ROUTE_BACKWARD(2)
 ROUTE_BACKWARD(4)
 ROUTE_BACKWARD(8)
 ROUTE_BACKWARD(32)
+
+// Choices of each expert in slices of the tokens: counts[c][e] grows by those of slice blockIdx.y = c, tokens [c n / slices, (c + 1) n / slices).
+// Whole numbers, so the order in which blocks add them does not matter. Shared: experts ints.
+extern "C" __global__ void count_slices(const int* chosen, i64 tokens, int choices, int slices, int experts, double* counts) {
+  after_previous();
+  extern __shared__ __align__(16) int slice_counts[];
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) slice_counts[e] = 0;
+  __syncthreads();
+  i64 slice = blockIdx.y, start = slice * tokens / slices * choices, end = (slice + 1) * tokens / slices * choices;
+  i64 stride = (i64)gridDim.x * blockDim.x;
+  for (i64 i = start + (i64)blockIdx.x * blockDim.x + threadIdx.x; i < end; i += stride) {
+    int e = chosen[i];
+    if (e >= 0 && e < experts) atomicAdd(&slice_counts[e], 1);
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
+    if (slice_counts[e] > 0) atomicAdd(&counts[slice * experts + e], (double)slice_counts[e]);
+  }
+}
 
 // out[slots[n, k]] = x[n]; 1 << shift threads per token, `units` units per row. A row is read once, however often it is written.
 template <typename U>

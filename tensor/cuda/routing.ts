@@ -5,6 +5,7 @@ import { bytesOf } from "../dtype.ts";
 import {
   MOST_CHOICES,
   MOST_EXPERTS,
+  type RouteBackwardOptions,
   type RouteOptions,
   type RoutingKernels,
 } from "../routing_kernels.ts";
@@ -14,7 +15,7 @@ import type { GateKernel } from "./gate.ts";
 import { Sorter } from "./sort.ts";
 
 /** Bytes of the struct `Route` of routing.cu. */
-const ROUTE_BYTES = 56;
+const ROUTE_BYTES = 64;
 const ROUTE: ParameterType = { bytes: ROUTE_BYTES };
 /** Experts per lane that the kernels are made for. */
 const PER_LANE = [1, 2, 4, 8, 32];
@@ -34,6 +35,7 @@ export const routingModule: ModuleSource = {
       [`route_backward_${n}`, ["ptr", "ptr", "ptr", "ptr", "ptr", "ptr", ROUTE, "ptr"]],
     ]),
     ["route_record", ["ptr", "ptr", "i32", "i32", "i64", "ptr"]] as const,
+    ["count_slices", ["ptr", "i64", "i32", "i32", "i32", "ptr"]] as const,
     ...SPREAD_UNITS.map((unit) => [`spread_rows_${unit}`, SPREAD] as const),
     ["major_orders", ["ptr", "i32", "i32", "i64", "ptr", "ptr"]] as const,
   ]),
@@ -41,6 +43,9 @@ export const routingModule: ModuleSource = {
 
 /** Blocks of the routing kernels, tokens permitting: a block adds up its tokens' scores, so their number is in the bits of the sums. */
 const ROUTE_BLOCKS = 256;
+/** Most blocks that count the choices of a slice. */
+const SLICE_BLOCKS = 32;
+
 /**
  * The routing kernels.
  *
@@ -54,6 +59,7 @@ export function routingKernels(
   const routes = PER_LANE.map((n) => ofRouting(`route_${n}`));
   const backwards = PER_LANE.map((n) => ofRouting(`route_backward_${n}`));
   const routeRecord = ofRouting("route_record"), majorOrders = ofRouting("major_orders");
+  const slicesCount = ofRouting("count_slices");
   const spreads = SPREAD_UNITS.map((unit) => ofRouting(`spread_rows_${unit}`));
   const sorter = new Sorter(context);
   const struct = new Uint8Array(ROUTE_BYTES), view = new DataView(struct.buffer);
@@ -62,7 +68,8 @@ export function routingKernels(
   function describe(
     tokens: number,
     o: RouteOptions,
-    losses?: { readonly auxLoss: number; readonly zLoss: number; readonly ranks: number },
+    losses?: RouteBackwardOptions,
+    record = 0,
   ): { readonly way: number; readonly shift: number } {
     if (o.experts > MOST_EXPERTS || o.choices > MOST_CHOICES) {
       throw new RangeError(
@@ -86,6 +93,7 @@ export function routingKernels(
     view.setFloat32(44, losses?.auxLoss ?? 0, true);
     view.setFloat32(48, losses?.zLoss ?? 0, true);
     view.setInt32(52, losses?.ranks ?? 1, true);
+    view.setInt32(56, record, true);
     return { way: PER_LANE.findIndex((n) => n >= perLane), shift };
   }
 
@@ -107,11 +115,31 @@ export function routingKernels(
     routeBackward(dWeights, saved, options, dLogits) {
       const [N, E] = dLogits.shape;
       if (N === 0) return;
-      const { way, shift } = describe(N, options, options);
+      const { way, shift } = describe(N, options, options, saved.records.shape[1]);
       const blocks = Math.min(4 * ROUTE_BLOCKS, Math.ceil(N / (256 >> shift)));
       // deno-fmt-ignore
       backwards[way].launch(blocks, 1, 1, 256, 4 * E, dWeights.address, saved.slots ? saved.slots.address : 0, saved.logits.address, saved.lse.address,
         saved.experts.address, saved.records.address, struct, dLogits.address);
+    },
+    countSlices(experts, slices, counts) {
+      const [N, K] = experts.shape, [counted, E] = counts.shape;
+      if (counts.size === 0) return;
+      context.clear(counts.address, counts.bytes);
+      if (experts.size === 0) return;
+      const blocks = Math.min(SLICE_BLOCKS, Math.ceil(experts.size / slices / 1024)) || 1;
+      slicesCount.launch(
+        blocks,
+        counted,
+        1,
+        256,
+        4 * E,
+        experts.address,
+        N,
+        K,
+        slices,
+        E,
+        counts.address,
+      );
     },
     placeRows(experts, layout, out) {
       const { starts } = layout, [, choices = 1] = experts.shape;

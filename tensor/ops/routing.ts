@@ -161,7 +161,7 @@ export function route(
  * Gradient of the weights and of the router's losses.
  *
  * @param dWeights f32 [N, K], or with slots f32 [S] by row.
- * @param saved logits f32 [N, E], lse f32 [N] and experts i32 [N, K] of {@linkcode route}; records f64 [R, 3 E + 2] of all ranks; slots i32 [N, K] if
+ * @param saved logits f32 [N, E], lse f32 [N] and experts i32 [N, K] of {@linkcode route}; records f64 [R, ≥ 3 E + 2] that begin with those of all ranks; slots i32 [N, K] if
  * the weights' gradient is that of rows: a choice takes that of its slot, 0 for a negative one.
  * @param options As in the forward pass, with the losses' coefficients.
  * @param dLogits f32 [N, E].
@@ -189,11 +189,37 @@ export function routeBackward(
   shaped(op, "logits", saved.logits, device, "f32", [N, E]);
   shaped(op, "lse", saved.lse, device, "f32", [N]);
   shaped(op, "experts", saved.experts, device, "i32", [N, K]);
-  shaped(op, "records", saved.records, device, "f64", [options.ranks, 3 * E + 2]);
+  isMatrix(op, "records", saved.records);
+  const length = Math.max(3 * E + 2, saved.records.shape[1]);
+  shaped(op, "records", saved.records, device, "f64", [options.ranks, length]);
   disjoint(op, "logits", dLogits, saved.logits);
   const start = now();
   kernels.routeBackward(dWeights, saved, options, dLogits);
   ran("routeBackward", "compute", start);
+}
+
+/**
+ * Choices per expert in slices of the tokens, the c-th of which begins at token ⌊c N / C⌋.
+ *
+ * @param experts i32 [N, K]; −1 for none.
+ * @param slices C.
+ * @param counts f64 [n, E]: those of the first n slices.
+ * @throws {RangeError} If shapes or devices do not fit.
+ * @throws {TypeError} If dtypes do not fit.
+ */
+export function countSlices(experts: Tensor, slices: number, counts: Tensor): void {
+  const op = "count choices", kernels = kernelsOf(op, experts), { device } = experts;
+  alive(op, "experts", experts, device, "i32");
+  isMatrix(op, "experts", experts);
+  isMatrix(op, "counts", counts);
+  if (!(Number.isInteger(slices) && slices >= 1)) {
+    fail(op, "the number of slices must be a whole number >= 1", slices);
+  }
+  const [counted, E] = counts.shape;
+  shaped(op, "counts", counts, device, "f64", [Math.min(counted, slices), E]);
+  const start = now();
+  kernels.countSlices(experts, slices, counts);
+  ran("countSlices", "compute", start);
 }
 
 /**
