@@ -152,6 +152,7 @@ export class ExpertStore implements Disposable {
   /** The lists of matrices, made once for the experts that sit now. */
   #matrices: ExpertLists | null = null;
   #gradients: ExpertLists | null = null;
+  #seatGradients: readonly Tensor[] | null = null;
 
   /**
    * Seats the experts of this rank and draws their first weights.
@@ -196,6 +197,11 @@ export class ExpertStore implements Disposable {
   /** Gradients of the experts that sit here, by seat; the same object until experts move. */
   get gradients(): ExpertLists {
     return this.#gradients ??= listsOf(this.#seated.map(({ gradients }) => gradients));
+  }
+
+  /** The whole gradient of each expert that sits here, flat [up | down], by seat; the same object until experts move. */
+  get seatGradients(): readonly Tensor[] {
+    return this.#seatGradients ??= this.#seated.map(({ gradient }) => gradient.flat);
   }
 
   /**
@@ -290,7 +296,11 @@ export class ExpertStore implements Disposable {
 
   #sit(seated: readonly SeatedExpert[]): void {
     this.#seated = seated;
-    this.#parameters = this.#matrices = this.#gradients = null;
+    this.#parameters =
+      this.#matrices =
+      this.#gradients =
+      this.#seatGradients =
+        null;
   }
 
   /** The experts that sit here by ascending id: an order that ranks agree on whatever the order of their seats. */

@@ -38,6 +38,28 @@ export interface MemoryStats {
   readonly reserved_bytes: number;
   /** Highest `used_bytes` since the start or the last `resetPeak()`. */
   readonly peak_bytes: number;
+  /** Bytes that can still be allocated, if in pieces: cached ones, and what the system has free, which other processes may take, too. */
+  readonly free_bytes: number;
+}
+
+/** Host memory that a device copies to and from beside its other work: page-locked for a GPU, ordinary memory for the CPU. */
+export interface HostMemory extends Disposable {
+  /** The bytes; those that a copy is to change have not changed before its stream was synchronized. */
+  readonly buffer: ArrayBuffer;
+  /**
+   * Enqueues a copy to a tensor of the device.
+   * @param offset First byte on the host.
+   * @param target Is filled whole.
+   * @param stream The stream whose order the copy keeps.
+   */
+  load(offset: number, target: Tensor, stream: Stream): void;
+  /**
+   * Enqueues a copy of a tensor.
+   * @param source The tensor.
+   * @param offset First byte on the host.
+   * @param stream The stream whose order the copy keeps.
+   */
+  store(source: Tensor, offset: number, stream: Stream): void;
 }
 
 /** A place where tensors live and kernels run. */
@@ -71,6 +93,14 @@ export interface Device {
   memory(): MemoryStats;
   /** Makes the present use the peak. */
   resetPeak(): void;
+  /** Another stream; the CPU has but one, and gives that. */
+  createStream(name: string): Stream;
+  /**
+   * Host memory for copies on a stream.
+   * @param bytes How much, 1 at least.
+   * @returns The memory; dispose of it once no copy is under way.
+   */
+  hostMemory(bytes: number): HostMemory;
 }
 
 /** Options of {@linkcode Kernels.gemm}. */

@@ -155,3 +155,16 @@ Deno.test("a scope frees what was made in it unless it keeps it, also in scopes 
   assert(!own.disposed, "no scope is open any more");
   own[Symbol.dispose]();
 });
+
+Deno.test("host memory: beside that of the tensors; what is free and what is used make a whole", () => {
+  const before = device.memory();
+  using x = fromArray(device, Float32Array.of(1, 2, 3)), y = zeros(device, [2]);
+  const after = device.memory();
+  assert.equal(before.free_bytes - after.free_bytes, after.used_bytes - before.used_bytes);
+  using host = device.hostMemory(20);
+  const stream = device.createStream("copy");
+  host.store(x, 4, stream);
+  host.load(8, y, stream);
+  assert.deepEqual([...new Float32Array(host.buffer)], [0, 1, 2, 3, 0]);
+  assert.deepEqual([...hostView(y)], [2, 3]);
+});

@@ -2,10 +2,10 @@
 // one stream and its events have nothing to wait for.
 
 import type { TypedArray } from "../dtype.ts";
-import type { Device, MemoryStats, Stream, StreamEvent } from "../device.ts";
+import type { Device, HostMemory, MemoryStats, Stream, StreamEvent } from "../device.ts";
 import type { Tensor } from "../tensor.ts";
 import { now } from "../../trace/mod.ts";
-import { allocate, free, heapStats, resetPeak } from "./memory.ts";
+import { allocate, free, heapStats, linearBuffer, resetPeak } from "./memory.ts";
 import { cpuKernels } from "./kernels.ts";
 import { hostView } from "./view.ts";
 
@@ -45,8 +45,23 @@ function write(source: TypedArray, target: Tensor): void {
 }
 
 function memory(): MemoryStats {
-  const { used, reserved, peak } = heapStats();
-  return { used_bytes: used, reserved_bytes: reserved, peak_bytes: peak };
+  const { used, reserved, peak, free } = heapStats();
+  return { used_bytes: used, reserved_bytes: reserved, peak_bytes: peak, free_bytes: free };
+}
+
+/** Memory beside that of the tensors. */
+function hostMemory(bytes: number): HostMemory {
+  const buffer = new ArrayBuffer(bytes);
+  const copy = (to: Uint8Array, from: Uint8Array) => to.set(from);
+  const bytesOfTensor = ({ address, bytes }: Tensor) =>
+    new Uint8Array(linearBuffer(), address, bytes);
+  const bytesAt = (offset: number, size: number) => new Uint8Array(buffer, offset, size);
+  return {
+    buffer,
+    load: (offset, target) => copy(bytesOfTensor(target), bytesAt(offset, target.bytes)),
+    store: (source, offset) => copy(bytesAt(offset, source.bytes), bytesOfTensor(source)),
+    [Symbol.dispose]: () => {}, // once nobody refers to it
+  };
 }
 
 /** The processor's model where the system says it in a file (importing node:os would double the time that a rank takes to start). */
@@ -81,5 +96,7 @@ export function cpuDevice(): Device {
     read: (source) => Promise.resolve(hostView(source).slice()),
     memory,
     resetPeak,
+    createStream: () => hostStream,
+    hostMemory,
   };
 }

@@ -135,9 +135,10 @@ export function free(offset: number): void {
   used -= size;
 }
 
-/** Bytes in use, taken from the heap, and in use at most. @returns The three counts. */
-export function heapStats(): { used: number; reserved: number; peak: number } {
-  return { used, reserved: heapEnd - HEAP_START, peak };
+/** Bytes in use, taken from the heap, in use at most, and still to be had. @returns The four counts. */
+export function heapStats(): { used: number; reserved: number; peak: number; free: number } {
+  const reserved = heapEnd - HEAP_START;
+  return { used, reserved, peak, free: sharedStart - heapEnd + reserved - used };
 }
 
 /** Makes the present use the peak. */

@@ -284,6 +284,11 @@ export class Arena {
     return this.#peak;
   }
 
+  /** Bytes that can still be allocated: free ones of the arena, and those of the system. */
+  get free_bytes(): number {
+    return this.#reserved - this.#used + this.#source.free_bytes();
+  }
+
   /** Makes the present use the peak. */
   resetPeak(): void {
     this.#peak = this.#used;

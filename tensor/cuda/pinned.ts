@@ -5,8 +5,9 @@ import { addressOf, keepUntilHere } from "../../ffi/address.ts";
 import { CudaError } from "../../ffi/cuda_library.ts";
 import { checkCudart, CUDART, cudart, cudartError } from "../../ffi/cudart.ts";
 import { libc } from "../../ffi/libc.ts";
-import type { StreamEvent } from "../device.ts";
+import type { HostMemory, Stream, StreamEvent } from "../device.ts";
 import { OutOfMemoryError } from "../memory_error.ts";
+import type { Tensor } from "../tensor.ts";
 import type { Arena } from "./arena.ts";
 import { Blocks } from "./arena.ts";
 import { type CudaStream, type EventPool, passing } from "./streams.ts";
@@ -27,7 +28,7 @@ const ELSEWHERE = 2 ** 20;
 const PART = 64 * 2 ** 20;
 
 /** Page-locked host memory, which the GPU copies to and from at full speed while the host goes on. */
-export class PinnedMemory implements Disposable {
+export class PinnedMemory implements HostMemory {
   /** Its machine address. */
   readonly address: number;
   /** Its bytes. */
@@ -56,6 +57,29 @@ export class PinnedMemory implements Disposable {
     this.address = Number(cell[0]);
     const pointer = Deno.UnsafePointer.create(cell[0])!;
     this.buffer = Deno.UnsafePointerView.getArrayBuffer(pointer, bytes);
+  }
+
+  /** @inheritdoc */
+  load(offset: number, target: Tensor, stream: Stream): void {
+    this.#copy(offset, target, stream as CudaStream, CUDART.hostToDevice);
+  }
+
+  /** @inheritdoc */
+  store(source: Tensor, offset: number, stream: Stream): void {
+    this.#copy(offset, source, stream as CudaStream, CUDART.deviceToHost);
+  }
+
+  #copy(offset: number, { address, bytes }: Tensor, { handle }: CudaStream, kind: number): void {
+    const size = this.buffer.byteLength;
+    if (!(Number.isSafeInteger(offset) && offset >= 0 && offset + bytes <= size)) {
+      throw new RangeError(
+        `Cannot copy as ${bytes} bytes must lie in the host's ${size}: current value is from ${offset} on`,
+      );
+    }
+    const here = BigInt(this.address + offset), there = BigInt(address);
+    const [to, from] = kind === CUDART.hostToDevice ? [there, here] : [here, there];
+    const code = cudart().calls.cudaMemcpyAsync(to, from, BigInt(bytes), kind, handle);
+    if (code !== 0) throw cudartError(code, "cudaMemcpyAsync", ` (${bytes} bytes)`);
   }
 
   /** Gives the memory back. No copy may be under way, and `buffer` must not be used any more. */

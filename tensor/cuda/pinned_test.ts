@@ -62,3 +62,27 @@ test("a download for which the device has no room for a snapshot", async (cuda) 
 test("page-locked memory of no size is refused", () => {
   for (const bytes of [0, -1, 1.5, NaN]) assert.throws(() => new PinnedMemory(bytes), RangeError);
 });
+
+test("host memory: copies keep the order of their streams, both ways", async (cuda) => {
+  const copies = cuda.createStream("copy");
+  const n = 1000;
+  const host = cuda.hostMemory(8 * n), floats = new Float32Array(host.buffer);
+  using x = fromArray(cuda, Float32Array.from({ length: n }, (_, i) => i));
+  using y = empty(cuda, [n]);
+  copies.wait(cuda.stream.record());
+  host.store(x, 4 * n, copies);
+  host.load(4 * n, y, copies);
+  cuda.stream.wait(copies.record());
+  cuda.kernels.scale(y, 2);
+  copies.wait(cuda.stream.record());
+  host.store(y, 0, copies);
+  await copies.synchronize();
+  assert.deepEqual([floats[0], floats[n - 1], floats[n], floats[2 * n - 1]], [
+    0,
+    2 * n - 2,
+    0,
+    n - 1,
+  ]);
+  assert.throws(() => host.load(4 * n + 1, y, copies), /must lie in the host's 8000: .* from 4001/);
+  host[Symbol.dispose]();
+});
