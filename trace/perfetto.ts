@@ -1,9 +1,10 @@
 // Writes what all ranks did as one timeline that ui.perfetto.dev and chrome://tracing open: a process per rank, a row per kind of
-// work, arrows between the all-to-alls that belong together. The format is the Trace Event Format in JSON. The file is written as it
-// comes; rank 0 never holds another rank's spans.
+// work, arrows between the all-to-alls that belong together and from gradients to their micro-ops. The format is the Trace Event Format
+// in JSON (`events.ts`). The file is written as it comes; rank 0 never holds another rank's spans.
 
 import { measureClockOffset, type Ranks } from "./clock.ts";
-import { type Category, now, type Recorder, recorder as ownRecorder, type Span } from "./mod.ts";
+import { beginOf, type FlowIds, type TraceEvent, traceEvents } from "./events.ts";
+import { now, type Recorder, recorder as ownRecorder, type Span } from "./mod.ts";
 
 /** Options of {@linkcode writeTrace}. */
 export interface TraceOptions {
@@ -15,20 +16,12 @@ export interface TraceOptions {
   readonly clock?: () => number;
   /** Shown with the process. @default {""} */
   readonly label?: string;
+  /** Most spans in the file; what has no room is counted in its `dropped_spans`. @default {1,000,000} */
+  readonly limit?: number;
 }
 
-/** An event of the Trace Event Format. Times in µs. */
-export type TraceEvent = Readonly<Record<string, unknown>>;
-
-/** Rows of collectives are by kind, whatever communicator carries them. */
-const ROWS: Partial<Record<Category, string>> = {
-  allToAll: "all-to-all",
-  allReduce: "allreduce",
-  comm: "other collectives",
-};
-
-/** From top to bottom; rows that are not named here come after. */
-const ROW_ORDER = ["compute", "all-to-all", "allreduce", "other collectives"];
+/** Spans that viewers in a browser can take. */
+const LIMIT = 1_000_000;
 
 /** Characters that go to rank 0, or to the file, at once. */
 const CHUNK = 512 * 1024;
@@ -63,19 +56,20 @@ export async function writeTrace(path: string, options: TraceOptions = {}): Prom
   const { ranks } = options;
   const rank = ranks?.rank ?? 0, size = ranks?.size ?? 1;
   const offset = ranks ? await measureClockOffset(ranks, options.clock ?? now) : 0;
+  const spans = keptSpans(recorder.spans, Math.floor((options.limit ?? LIMIT) / size));
   let first = Infinity;
-  for (const span of recorder.spans) first = Math.min(first, span.start + offset);
-  const groups = communicators(recorder.spans);
-  const all = await exchangeNames(ranks, groups);
+  for (const span of spans) first = Math.min(first, beginOf(span) + offset);
+  const all = await exchangeRecorded(ranks, communicators(spans));
   const starts = await gatherNumber(ranks, first);
   const origin = Math.min(...starts.filter(Number.isFinite), Infinity);
-  const events = traceEvents(recorder.spans, {
+  const events = traceEvents(spans, {
     rank,
     shift: Number.isFinite(origin) ? offset - origin : 0,
     flows: ranks ? ring(all, rank) : undefined,
     label: options.label,
   });
-  const dropped = (await gatherNumber(ranks, recorder.dropped)).reduce((sum, n) => sum + n, 0);
+  const lost = recorder.dropped + recorder.spans.length - spans.length;
+  const dropped = (await gatherNumber(ranks, lost)).reduce((sum, n) => sum + n, 0);
   if (rank > 0) {
     for (const text of pieces(events)) await sendText(ranks!, text);
     await sendText(ranks!, "");
@@ -94,122 +88,60 @@ export async function writeTrace(path: string, options: TraceOptions = {}): Prom
   file.finish();
 }
 
-/** How a rank's events are made. */
-export interface EventOptions {
-  /** The rank: the process of the timeline. */
-  readonly rank: number;
-  /** Added to every time, in µs. @default {0} */
-  readonly shift?: number;
-  /** For a communicator: number of the arrows of operation 0 that leave and arrive here. @default {no arrows} */
-  readonly flows?: ReadonlyMap<string, FlowIds>;
-  /** Shown with the process. @default {""} */
-  readonly label?: string;
-}
-
-/** Arrows between matching operations go round the ranks of a communicator, each to the next. */
-export interface FlowIds {
-  /** Id of the arrow that leaves this rank at operation 0. */
-  readonly leaves: number;
-  /** Id of the arrow that arrives at operation 0. */
-  readonly arrives: number;
-  /** What each later operation adds. */
-  readonly stride: number;
-}
-
 /**
- * The events of one rank. On one row two spans are nested or apart; spans that would overlap in part get a row each.
+ * The spans that a trace has room for: collectives from the first on, then what takes longest.
  *
- * @param spans What the rank did, in any order.
- * @param options Rank and clock.
- * @returns Names of the process and its rows, then spans in order of their start, with their arrows.
+ * @param spans All spans.
+ * @param most How many are kept.
+ * @returns Those, in the order in which they were.
  */
-export function* traceEvents(
-  spans: readonly Span[],
-  options: EventOptions,
-): Generator<TraceEvent, void> {
-  const { rank: pid, shift = 0 } = options;
-  const named = options.label ? `rank ${pid} · ${options.label}` : `rank ${pid}`;
-  yield { ph: "M", pid, tid: 0, name: "process_name", args: { name: named } };
-  yield { ph: "M", pid, tid: 0, name: "process_sort_index", args: { sort_index: pid } };
-  const ticks = (time: number) => Math.round((time + shift) * 1000); // whole ns: rounding keeps nesting
-  // Of two that begin together the longer one is around the other.
-  const sorted = spans.map((span) => ({ span, start: ticks(span.start), end: ticks(span.end) }))
-    .sort((a, b) => a.start - b.start || b.end - a.end);
-  const rows = new Map<string, Lane[]>();
-  const tids = new Map<string, number>();
-  for (const { span, start, end } of sorted) {
-    const row = ROWS[span.category] ?? span.track;
-    const lanes = rows.get(row) ?? [];
-    rows.set(row, lanes);
-    let lane = lanes.findIndex((lane) => lane.fits(start, end));
-    if (lane < 0) lane = lanes.push(new Lane()) - 1;
-    lanes[lane].add(end);
-    const name = lane === 0 ? row : `${row} (${lane + 1})`;
-    let tid = tids.get(name);
-    if (tid === undefined) {
-      const place = ROW_ORDER.indexOf(row);
-      tid = tids.size + 1;
-      tids.set(name, tid);
-      yield { ph: "M", pid, tid, name: "thread_name", args: { name } };
-      const sort_index = (place < 0 ? ROW_ORDER.length : place) * 100 + lane;
-      yield { ph: "M", pid, tid, name: "thread_sort_index", args: { sort_index } };
-    }
-    const args = row === span.track ? span.args : { ...span.args, communicator: span.track };
-    const at = { pid, tid, cat: span.category };
-    yield {
-      ph: "X",
-      ...at,
-      name: span.name,
-      ts: start / 1000,
-      dur: (end - start) / 1000,
-      ...(args ? { args } : {}),
-    };
-    const flow = span.category === "allToAll" ? options.flows?.get(span.track) : undefined;
-    const sequence = span.args?.sequence;
-    if (!flow || typeof sequence !== "number" || end === start) continue;
-    // An all-to-all ends nowhere before it has begun everywhere, so arrows from starts to ends never point back in time.
-    const id = (base: number) => base + sequence * flow.stride;
-    yield { ph: "s", ...at, name: "all-to-all", id: id(flow.leaves), ts: start / 1000 };
-    const arrival = { ...at, name: "all-to-all", id: id(flow.arrives), ts: (end - 1) / 1000 };
-    yield { ph: "f", bp: "e", ...arrival };
-  }
+export function keptSpans(spans: readonly Span[], most: number): readonly Span[] {
+  if (spans.length <= most) return spans;
+  const isCollective = ({ category }: Span) =>
+    category === "allToAll" || category === "allReduce" || category === "comm";
+  const places = [...spans.keys()].sort((i, j) => {
+    const a = spans[i], b = spans[j], first = isCollective(a);
+    if (first !== isCollective(b)) return first ? -1 : 1;
+    return first ? a.start - b.start : b.end - b.start - (a.end - a.start);
+  });
+  return places.slice(0, most).sort((i, j) => i - j).map((i) => spans[i]);
 }
 
-/** Spans of one row that are open at the place reached. */
-class Lane {
-  #open: number[] = [];
+/** An all-to-all's communicator, and the first and last operation of it that were recorded. */
+type Recorded = readonly [communicator: string, first: number, last: number];
 
-  fits(start: number, end: number): boolean {
-    while (this.#open.length > 0 && this.#open[this.#open.length - 1] <= start) this.#open.pop();
-    return this.#open.length === 0 || end <= this.#open[this.#open.length - 1];
-  }
-
-  add(end: number): void {
-    this.#open.push(end);
-  }
-}
-
-/** Names of the communicators that all-to-alls of these spans used. */
-function communicators(spans: readonly Span[]): string[] {
-  const names = new Set<string>();
+/** The communicators that all-to-alls of these spans used. */
+function communicators(spans: readonly Span[]): Recorded[] {
+  const found = new Map<string, [number, number]>();
   for (const { category, track, args } of spans) {
-    if (category === "allToAll" && typeof args?.sequence === "number") names.add(track);
+    const sequence = args?.sequence;
+    if (category !== "allToAll" || typeof sequence !== "number") continue;
+    const [first, last] = found.get(track) ?? [Infinity, -Infinity];
+    found.set(track, [Math.min(first, sequence), Math.max(last, sequence)]);
   }
-  return [...names];
+  return [...found].map(([name, [first, last]]) => [name, first, last]);
 }
 
-/** Ids of arrows round each communicator's ranks: those that used it, in order. */
-function ring(names: readonly (readonly string[])[], rank: number): Map<string, FlowIds> {
-  const size = names.length;
+/** Ids of arrows round each communicator's ranks: those that used it, in order, for the operations that all of them have recorded. */
+function ring(recorded: readonly (readonly Recorded[])[], rank: number): Map<string, FlowIds> {
+  const size = recorded.length;
   const flows = new Map<string, FlowIds>();
-  const all = [...new Set(names.flat())].sort();
+  const all = [...new Set(recorded.flatMap((own) => own.map(([name]) => name)))].sort();
   all.forEach((name, place) => {
-    const members = names.flatMap((used, r) => used.includes(name) ? [r] : []);
-    const me = members.indexOf(rank);
+    const members = recorded.flatMap((own, rank) =>
+      own.filter(([used]) => used === name).map(([, first, last]) => ({ rank, first, last }))
+    );
+    const me = members.findIndex((member) => member.rank === rank);
     if (me < 0 || members.length < 2) return;
     const before = members[(me + members.length - 1) % members.length];
     const base = (place + 1) * 2 ** 40; // room for 2⁴⁰ / size operations; ids stay below 2⁵³ for 8000 communicators
-    flows.set(name, { leaves: base + rank, arrives: base + before, stride: size });
+    flows.set(name, {
+      leaves: base + rank,
+      arrives: base + before.rank,
+      stride: size,
+      first: Math.max(...members.map(({ first }) => first)),
+      last: Math.min(...members.map(({ last }) => last)),
+    });
   });
   return flows;
 }
@@ -280,12 +212,12 @@ async function gatherNumber(ranks: Ranks | undefined, value: number): Promise<nu
   return [...out];
 }
 
-async function exchangeNames(
+async function exchangeRecorded(
   ranks: Ranks | undefined,
-  names: readonly string[],
-): Promise<string[][]> {
-  if (!ranks) return [[...names]];
-  const codes = [...JSON.stringify(names)].map((c) => c.codePointAt(0)!);
+  recorded: readonly Recorded[],
+): Promise<Recorded[][]> {
+  if (!ranks) return [[...recorded]];
+  const codes = [...JSON.stringify(recorded)].map((c) => c.codePointAt(0)!);
   const width = Math.max(...await gatherNumber(ranks, codes.length));
   const out = new Float64Array(width * ranks.size);
   const own = new Float64Array(width).fill(0x20);

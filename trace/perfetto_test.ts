@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import fc from "fast-check";
 import { clockOffset, type Ranks } from "./clock.ts";
 import { type Category, now, Recorder, type Span } from "./mod.ts";
-import { writeTrace } from "./perfetto.ts";
+import { keptSpans, writeTrace } from "./perfetto.ts";
 
 const folder = Deno.makeTempDirSync({ prefix: "lina-trace-" });
 Deno.test.afterAll(() => Deno.removeSync(folder, { recursive: true }));
@@ -58,7 +58,11 @@ function makeRanks(size: number): Ranks[] {
 }
 
 /** Writes the spans of some ranks, whose clocks are ahead of the true time by `skews`, and reads the file. */
-async function trace(spans: readonly Span[][], skews: readonly number[] = []): Promise<Event[]> {
+async function trace(
+  spans: readonly Span[][],
+  skews: readonly number[] = [],
+  limit?: number,
+): Promise<Event[]> {
   const path = `${folder}/trace.json`;
   const all = makeRanks(spans.length);
   await Promise.all(spans.map((own, rank) => {
@@ -66,11 +70,13 @@ async function trace(spans: readonly Span[][], skews: readonly number[] = []): P
     recorder.capturing = true;
     for (const span of own) recorder.record(span);
     const clock = () => now() + (skews[rank] ?? 0);
-    return writeTrace(path, { ranks: all[rank], recorder, clock });
+    return writeTrace(path, { ranks: all[rank], recorder, clock, limit });
   }));
   const file = JSON.parse(Deno.readTextFileSync(path));
   assert.equal(file.displayTimeUnit, "ms");
-  assert.deepEqual(file.otherData, { dropped_spans: 0, ranks: spans.length });
+  const most = Math.floor((limit ?? Infinity) / spans.length);
+  const dropped_spans = spans.reduce((sum, own) => sum + Math.max(0, own.length - most), 0);
+  assert.deepEqual(file.otherData, { dropped_spans, ranks: spans.length });
   return file.traceEvents;
 }
 
@@ -79,7 +85,7 @@ function checkFormat(events: readonly Event[]): void {
   const rows = new Map<string, Event[]>();
   for (const event of events) {
     assert.ok(Number.isInteger(event.pid) && Number.isInteger(event.tid));
-    assert.ok(["M", "X", "s", "f"].includes(event.ph), event.ph);
+    assert.ok(["M", "X", "s", "f", "C"].includes(event.ph), event.ph);
     if (event.ph === "M") continue;
     assert.ok(Number.isFinite(event.ts) && event.ts >= 0, String(event.ts));
     assert.equal(typeof event.cat, "string");
@@ -110,6 +116,37 @@ function checkFormat(events: readonly Event[]): void {
       open.push(end);
     }
   }
+  checkArrows(events);
+}
+
+/**
+ * Every arrow has one start and one end that agree in id, category and name, not back in time, each strictly inside a slice of its row:
+ * then viewers that go through the events by time find both and hang them on the right slices.
+ */
+function checkArrows(events: readonly Event[]): void {
+  const ns = (time: number) => Math.round(time * 1000);
+  const slices = Map.groupBy(events.filter((e) => e.ph === "X"), (e) => `${e.pid}.${e.tid}`);
+  const starts = new Map<string, Event>(), ends = new Set<string>();
+  const key = ({ id, cat, name }: Event) => `${id} ${cat} ${name}`;
+  for (const event of events.filter((e) => e.ph === "s" || e.ph === "f")) {
+    assert.ok(Number.isSafeInteger(event.id));
+    assert.ok(
+      slices.get(`${event.pid}.${event.tid}`)!.some((e) =>
+        ns(e.ts) < ns(event.ts) && ns(event.ts) < ns(e.ts) + ns(e.dur)
+      ),
+      `${event.name} ${event.ph} at ${event.ts} hangs on nothing`,
+    );
+    if (event.ph === "f") continue;
+    assert.ok(!starts.has(key(event)), `two arrows ${key(event)}`);
+    starts.set(key(event), event);
+  }
+  for (const event of events.filter((e) => e.ph === "f")) {
+    assert.equal(event.bp, "e");
+    const start = starts.get(key(event)) ?? assert.fail(`no start of ${key(event)}`);
+    if (event.name === "gradient") assert.ok(ns(start.ts) <= ns(event.ts), "forward in time");
+    ends.add(key(event));
+  }
+  assert.equal(ends.size, starts.size);
 }
 
 const spanArbitrary = fc.record({
@@ -199,6 +236,154 @@ Deno.test("arrows join the all-to-alls that belong together, forward in time", a
   assert.equal(
     events.find((e) => e.ph === "X" && e.cat === "allToAll")?.args?.communicator,
     "world",
+  );
+});
+
+/** Micro-ops of steps: for each, when its gradient was ready, how long it waited and took; ns. */
+const microOpsArbitrary = fc.array(
+  fc.record({
+    gradient: fc.nat(9),
+    ready: fc.nat(30_000_000),
+    parts: fc.array(fc.tuple(fc.nat(2_000_000), fc.oneof(fc.constant(0), fc.nat(900_000))), {
+      minLength: 1,
+      maxLength: 4,
+    }),
+  }),
+  { maxLength: 20 },
+).map((gradients) =>
+  gradients.flatMap(({ gradient, ready, parts }, i) =>
+    parts.map(([queued, dur], part): Span => ({
+      track: "gradients",
+      name: `layer ${gradient}.w${parts.length > 1 ? ` ${part * 10}..${part * 10 + 10}` : ""}`,
+      category: gradient % 2 ? "allReduce" : "comm",
+      start: 2e12 + (ready + queued) / 1000,
+      end: 2e12 + (ready + queued + dur) / 1000,
+      args: { bytes: 40, sequence: i, priority: i, queued_us: queued / 1000 },
+    }))
+  )
+);
+
+Deno.test("every micro-op has an arrow from its gradient's readiness, and counters say what waits", async () => {
+  await fc.assert(
+    fc.asyncProperty(
+      fc.array(fc.tuple(microOpsArbitrary, fc.array(spanArbitrary, { maxLength: 5 })), {
+        minLength: 1,
+        maxLength: 3,
+      }),
+      async (ranks) => {
+        const events = await trace(ranks.map(([microOps, others]) => [...others, ...microOps]));
+        checkFormat(events);
+        ranks.forEach(([microOps], pid) => {
+          const own = events.filter((e) => e.pid === pid);
+          const rows = new Map(
+            own.filter((e) => e.name === "thread_name").map((e) => [e.tid, String(e.args!.name)]),
+          );
+          const on = (e: Event, row: string) => rows.get(e.tid)!.replace(/ \(\d+\)$/, "") === row;
+          const shown = own.filter((e) => e.ph === "X" && on(e, "gradients"));
+          assert.equal(shown.length, microOps.length);
+          const ready = own.filter((e) => e.ph === "X" && on(e, "gradients ready"));
+          const arrows = own.filter((e) => e.name === "gradient");
+          assert.equal(arrows.length, 2 * microOps.length);
+          for (const start of arrows.filter((e) => e.ph === "s")) {
+            const from = ready.filter((e) => e.ts < start.ts && start.ts < e.ts + e.dur);
+            assert.equal(from.length, 1, "moments do not overlap");
+            const end = arrows.find((e) => e.ph === "f" && e.id === start.id)!;
+            const to = shown.find((e) =>
+              e.tid === end.tid && e.ts < end.ts && end.ts < e.ts + e.dur
+            )!;
+            const gradient = to.name.replace(/ \d+\.\.\d+$/, "");
+            assert.ok(String(from[0].args!.gradients).split(", ").includes(gradient), to.name);
+            // Within the 0.1 ms that views of one readiness may differ by.
+            const at = to.ts - Number(to.args!.queued_us);
+            assert.ok(Math.abs(at - from[0].ts) < 101, `${at} ${from[0].ts}`);
+            assert.equal(typeof to.args!.priority, "number");
+          }
+          for (const [name, key] of [["micro-ops", "count"], ["gradients", "MB"]]) {
+            const values = own.filter((e) => e.ph === "C" && e.name === `${name} waiting`);
+            assert.equal(values.length > 0, microOps.length > 0);
+            let last = -1;
+            for (const { ts, args } of values) {
+              assert.ok(ts > last && Number(args![key]) >= -1e-12);
+              last = ts;
+            }
+            if (values.length > 0) assert.ok(Math.abs(Number(values.at(-1)!.args![key])) < 1e-12);
+          }
+        });
+      },
+    ),
+    { numRuns: 60 },
+  );
+});
+
+Deno.test("gradients that are ready together are one moment, with an arrow to each micro-op", async () => {
+  const microOp = (name: string, queued: number, start: number, priority: number): Span => ({
+    track: "gradients",
+    name,
+    category: "allReduce",
+    start,
+    end: start + 50,
+    args: { bytes: 1_000_000, sequence: priority, priority, queued_us: queued },
+  });
+  const events = await trace([[
+    microOp("a.weight 0..10", 0, 1000, 0),
+    microOp("a.weight 10..20", 60, 1060, 1),
+    microOp("b.bias", 119.5, 1120, 2),
+    { track: "gpu", name: "gemm", category: "gemm", start: 900, end: 1000 },
+  ]]);
+  checkFormat(events);
+  const ready = events.filter((e) => e.ph === "X" && e.name.startsWith("a.weight and"));
+  assert.deepEqual(ready.map(({ ts, name, args }) => ({ ts, name, args })), [{
+    ts: 100,
+    name: "a.weight and 1 more",
+    args: { gradients: "a.weight, b.bias", bytes: 3_000_000 },
+  }]);
+  assert.equal(events.filter((e) => e.ph === "s").length, 3);
+  const counts = events.filter((e) => e.name === "micro-ops waiting")
+    .map(({ ts, args }) => [ts, args!.count]);
+  assert.deepEqual(counts, [[100, 2], [160, 1], [220, 0]]);
+  const rows = events.filter((e) => e.name === "thread_name")
+    .toSorted((a, b) => a.tid - b.tid).map((e) => e.args!.name);
+  assert.deepEqual(rows, ["gpu", "gradients ready", "gradients"]);
+});
+
+Deno.test("arrows between all-to-alls are drawn only where every rank has recorded both ends", async () => {
+  const own = collectives(3);
+  own[1] = own[1].filter(({ args }) => args?.sequence !== 7); // rank 1 has stopped recording before
+  const events = await trace(own);
+  checkFormat(events);
+  assert.equal(events.filter((e) => e.ph === "s").length, 3 + 2);
+});
+
+Deno.test("a trace has no more spans than its limit: collectives first, then the longest", async () => {
+  const span = (category: Category, start: number, dur: number): Span => ({
+    track: "t",
+    name: `${start}`,
+    category,
+    start,
+    end: start + dur,
+    ...(category === "allToAll" ? { args: { sequence: start } } : {}),
+  });
+  const spans = [
+    span("compute", 0, 5),
+    span("gemm", 10, 50),
+    span("allToAll", 20, 1),
+    span("wait", 30, 7),
+    span("allReduce", 40, 2),
+    span("allToAll", 50, 90),
+  ];
+  const names = (most: number) => keptSpans(spans, most).map(({ name }) => name).join(" ");
+  assert.equal(names(6), "0 10 20 30 40 50");
+  assert.equal(names(5), "10 20 30 40 50");
+  assert.equal(names(4), "10 20 40 50");
+  assert.equal(names(1), "20");
+  const events = await trace([spans, spans.slice(0, 4)], [], 8);
+  checkFormat(events);
+  assert.deepEqual(
+    [0, 1].map((pid) => events.filter((e) => e.ph === "X" && e.pid === pid).length),
+    [
+      4,
+      4,
+    ],
   );
 });
 
