@@ -7,16 +7,19 @@
 #   cluster.sh rate MBIT               changes the links' rate while ranks run
 #   cluster.sh run COMMAND...          starts the command once per rank, with the variables of torchrun (RANK, WORLD_SIZE, ...);
 #                                      a rank that fails ends the others; exits as the first that failed
+#   cluster.sh mpirun COMMAND...       the same through Open MPI, for ranks on processors: TCP between the hosts; its own options may come first
 #   cluster.sh down                    removes what `up` has made
 #
 # up:   MPS=0        no MPS: ranks take turns on the GPU, which is slow, but one that is killed takes no other with it
 #       BURST_KIB=N  what a link sends at once before its rate holds [256]
-# run:  GPU_SHARE=0  every rank may use all multiprocessors instead of its part
+# run:  GPU_SHARE=N  per cent of the GPU's multiprocessors that each rank may use [100 / ranks]; 0 for all of them
 set -euo pipefail
 
 readonly STATE=${LINA_TESTBED:-/tmp/lina-testbed}
 readonly BRIDGE=lina-br NETWORK=10.88.0
 readonly TOOLS=${NET_TOOLS:-}
+SELF=$(realpath "${BASH_SOURCE[0]}")
+readonly SELF
 
 # Runs ip or tc, from the folder of tools if there is one.
 tool() {
@@ -87,7 +90,8 @@ run() {
     mps_variables
     # Enough hardware queues, or streams wait for each other falsely; with many more, contexts cannot be made.
     export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-8}
-    if [[ ${GPU_SHARE:-1} != 0 ]]; then export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=$((100 / size)); fi
+    local share=${GPU_SHARE:-$((100 / size))}
+    if [[ $share != 0 ]]; then export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=$share; fi
   fi
   for ((rank = 0; rank < size; rank++)); do
     (
@@ -110,6 +114,24 @@ run() {
   return "$failed"
 }
 
+mpirun() {
+  local hosts ranks host list=
+  read -r hosts ranks <"$STATE/size"
+  for ((host = 1; host <= hosts; host++)); do list+=$NETWORK.$host:$ranks,; done
+  export MASTER_ADDR=$NETWORK.1 MASTER_PORT=${MASTER_PORT:-29500} LINA_TOKEN=${LINA_TOKEN:-testbed}
+  enter 0 mpirun --allow-run-as-root -n "$((hosts * ranks))" --host "${list%,}" --map-by slot --bind-to none \
+    --mca plm_rsh_agent "$SELF agent" --mca plm_rsh_no_tree_spawn 1 --mca oob_tcp_if_include eth0 --mca btl tcp,self \
+    --mca btl_tcp_if_include eth0 --mca btl_tcp_links 4 --mca mpi_yield_when_idle 1 \
+    -x PATH -x MASTER_ADDR -x MASTER_PORT -x LINA_TOKEN "$@"
+}
+
+# What mpirun takes for a remote shell: an address of this network and a command line.
+agent() {
+  local address=$1
+  shift
+  enter "$((${address##*.} - 1))" sh -c "$*"
+}
+
 down() {
   local hosts host
   read -r hosts _ <"$STATE/size"
@@ -123,9 +145,9 @@ down() {
 }
 
 case ${1:-} in
-  up | rate | run | down) "$@" ;;
+  up | rate | run | mpirun | agent | down) "$@" ;;
   *)
-    sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 2
     ;;
 esac
