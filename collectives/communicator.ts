@@ -22,7 +22,9 @@ import type {
   Communicator,
   Counts,
   Data,
+  OperationOptions,
   ReduceOp,
+  ReduceScatterOptions,
   Traffic,
   Work,
 } from "./types.ts";
@@ -78,10 +80,10 @@ class TransportCommunicator implements Communicator {
       haveLength(caller, to, from.length, "out");
       beApart(caller, from, to, 0);
     }
-    return this.#starter.start(caller, from, to, op, 0, 0, NO_COUNTS, NO_COUNTS, options?.after);
+    return this.#starter.start(caller, from, to, op, 0, 0, NO_COUNTS, NO_COUNTS, options);
   }
 
-  reduceScatter(x: Data, out: Data, options?: { readonly op?: ReduceOp }): Work {
+  reduceScatter(x: Data, out: Data, options?: ReduceScatterOptions): Work {
     const caller = this.#starter.caller("reduceScatter");
     const from = this.#starter.region(caller, x, "x");
     const op = reduction(caller, options?.op, from);
@@ -89,7 +91,7 @@ class TransportCommunicator implements Communicator {
     sameDType(caller, from, to);
     haveLength(caller, from, to.length * this.size, "x");
     beApart(caller, from, to, -this.rank * to.length);
-    return this.#starter.start(caller, from, to, op);
+    return this.#starter.start(caller, from, to, op, 0, 0, NO_COUNTS, NO_COUNTS, options);
   }
 
   allGather(x: Data, out: Data): Work {
@@ -185,7 +187,13 @@ class TransportCommunicator implements Communicator {
     return this.#starter.start(caller, from, to);
   }
 
-  allToAllV(send: Data, sendCounts: Counts, recv: Data, recvCounts: Counts): Work {
+  allToAllV(
+    send: Data,
+    sendCounts: Counts,
+    recv: Data,
+    recvCounts: Counts,
+    options?: OperationOptions,
+  ): Work {
     const caller = this.#starter.caller("allToAllV");
     const from = this.#counted(caller, send, sendCounts, "send");
     const to = this.#counted(caller, recv, recvCounts, "recv");
@@ -199,7 +207,7 @@ class TransportCommunicator implements Communicator {
       );
     }
     beApart(caller, from, to);
-    return this.#starter.start(caller, from, to, "sum", 0, 0, sendCounts, recvCounts);
+    return this.#starter.start(caller, from, to, "sum", 0, 0, sendCounts, recvCounts, options);
   }
 
   send(
@@ -220,7 +228,7 @@ class TransportCommunicator implements Communicator {
       tag,
       NO_COUNTS,
       NO_COUNTS,
-      options?.after,
+      options,
     );
   }
 
@@ -242,7 +250,7 @@ class TransportCommunicator implements Communicator {
       tag,
       NO_COUNTS,
       NO_COUNTS,
-      options?.after,
+      options,
     );
   }
 

@@ -12,6 +12,7 @@ import type {
   Counts,
   Data,
   ReduceOp,
+  ReduceScatterOptions,
   Traffic,
   Work,
 } from "./types.ts";
@@ -86,7 +87,7 @@ export class JobWorld implements World {
     return this.#communicator.allReduce(x, options);
   }
 
-  reduceScatter(x: Data, out: Data, options?: { readonly op?: ReduceOp }): Work {
+  reduceScatter(x: Data, out: Data, options?: ReduceScatterOptions): Work {
     return this.#communicator.reduceScatter(x, out, options);
   }
 
@@ -121,8 +122,8 @@ export class JobWorld implements World {
     return this.#communicator.allToAll(x, out);
   }
 
-  allToAllV(send: Data, sendCounts: Counts, recv: Data, recvCounts: Counts): Work {
-    return this.#communicator.allToAllV(send, sendCounts, recv, recvCounts);
+  allToAllV(...args: Parameters<Communicator["allToAllV"]>): Work {
+    return this.#communicator.allToAllV(...args);
   }
 
   send(...args: Parameters<Communicator["send"]>): Work {

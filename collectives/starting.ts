@@ -2,7 +2,7 @@
 // transport, and gives each its trace and its watchdog. What arguments must be is checked in `communicator.ts`.
 
 import { now, recorder } from "../trace/mod.ts";
-import type { Device, StreamEvent } from "../tensor/device.ts";
+import type { Device } from "../tensor/device.ts";
 import { Tensor } from "../tensor/tensor.ts";
 import { orderChecked } from "./order.ts";
 import { COMPLETED, type Operation, PendingWork } from "./progress.ts";
@@ -16,7 +16,16 @@ import type {
   Region,
   Transport,
 } from "./transport.ts";
-import type { Counts, Data, OperationTraffic, ReduceOp, Traffic, Work } from "./types.ts";
+import type {
+  Counts,
+  Data,
+  Label,
+  OperationOptions,
+  OperationTraffic,
+  ReduceOp,
+  Traffic,
+  Work,
+} from "./types.ts";
 
 /** Options of {@linkcode createCommunicator}. */
 export interface CommunicatorOptions {
@@ -174,7 +183,7 @@ export class Starter {
     tag = 0,
     sendCounts = NO_COUNTS,
     recvCounts = NO_COUNTS,
-    after?: StreamEvent,
+    options?: OperationOptions,
   ): Work {
     const operation = kind.operation as OperationName;
     const paired = operation === "send" || operation === "recv";
@@ -189,7 +198,7 @@ export class Starter {
     lent.op = op;
     lent.peer = peer;
     lent.tag = tag;
-    lent.after = after;
+    lent.after = options?.after;
     const bytes = bytesSent(lent, kind.rank, kind.size);
     kind.calls++;
     kind.bytes += bytes;
@@ -199,7 +208,7 @@ export class Starter {
     if (!paired && !this.#debug) {
       try {
         if (this.transport.now?.(lent)) {
-          if (timed) record(kind.name, lent, bytes, start, now());
+          if (timed) record(kind.name, lent, bytes, start, now(), options?.label);
           return COMPLETED;
         }
       } catch (cause) {
@@ -212,14 +221,19 @@ export class Starter {
     try {
       completion = this.#launch(request);
       if (completion.poll() && completion.waitOn === undefined) {
-        if (timed) record(kind.name, request, bytes, start, now());
+        if (timed) record(kind.name, request, bytes, start, now(), options?.label);
         return COMPLETED;
       }
     } catch (cause) {
       throw this.fail(request, cause);
     }
     return new PendingWork(
-      new Running(this, request, completion, bytes, timed ? start : now(), this.#timeout_ms),
+      new Running(this, request, completion, {
+        bytes,
+        start: timed ? start : now(),
+        timeout_ms: this.#timeout_ms,
+        label: options?.label,
+      }),
     );
   }
 
@@ -281,34 +295,41 @@ export class Starter {
   }
 }
 
+/** What is known of an operation when it begins. */
+interface Begun {
+  /** Bytes that this rank sends. */
+  readonly bytes: number;
+  /** When, in µs. */
+  readonly start: number;
+  readonly timeout_ms: number;
+  readonly label: Label | undefined;
+}
+
 /** One operation in flight: its trace and its watchdog. */
 class Running implements Operation {
   readonly completion: Completion;
   readonly timeout_ms: number;
   readonly #starter: Starter;
   readonly #request: CollectiveRequest;
-  readonly #bytes: number;
-  readonly #start: number;
+  readonly #begun: Begun;
 
   constructor(
     starter: Starter,
     request: CollectiveRequest,
     completion: Completion,
-    bytes: number,
-    start: number,
-    timeout_ms: number,
+    begun: Begun,
   ) {
     this.completion = completion;
-    this.timeout_ms = timeout_ms;
+    this.timeout_ms = begun.timeout_ms;
     this.#starter = starter;
     this.#request = request;
-    this.#bytes = bytes;
-    this.#start = start;
+    this.#begun = begun;
   }
 
   finished(): void {
-    const [start, end] = this.completion.span?.() ?? [this.#start, now()];
-    record(this.#starter.name, this.#request, this.#bytes, start, end);
+    const { bytes, label } = this.#begun;
+    const [start, end] = this.completion.span?.() ?? [this.#begun.start, now()];
+    record(this.#starter.name, this.#request, bytes, start, end, label);
   }
 
   failed(cause: unknown): unknown {
@@ -326,13 +347,19 @@ function record(
   bytes: number,
   start: number,
   end: number,
+  label?: Label,
 ): void {
   const category = operation === "allToAll" || operation === "allToAllV"
     ? "allToAll"
     : operation === "allReduce"
     ? "allReduce"
     : "comm";
-  recorder.record({ track, name: operation, category, start, end, args: { bytes, sequence } });
+  if (!label || !recorder.capturing) {
+    recorder.record({ track, name: operation, category, start, end, args: { bytes, sequence } });
+    return;
+  }
+  const args = { operation, bytes, sequence, ...label.args?.(start) };
+  recorder.record({ track: label.track ?? track, name: label.name, category, start, end, args });
 }
 
 function kept(region: Region | null): Region | null {

@@ -4,6 +4,7 @@
 import { type DType, DTYPES, type TypedArray } from "../tensor/dtype.ts";
 import type { Stream, StreamEvent } from "../tensor/device.ts";
 import type { Tensor } from "../tensor/tensor.ts";
+import type { SpanArgs } from "../trace/mod.ts";
 
 /** What carries a communicator's bytes. `self` is a world of one. */
 export type Backend = "self" | "shm" | "mpi" | "nccl";
@@ -48,17 +49,37 @@ export interface OperationTraffic {
 /** Traffic per operation name; operations that were never called are absent. */
 export type Traffic = Readonly<Partial<Record<string, Readonly<OperationTraffic>>>>;
 
-/** Options of {@linkcode Communicator.allReduce}. */
-export interface AllReduceOptions {
-  /** Elementwise reduction. @default {"sum"} */
-  readonly op?: ReduceOp;
-  /** Where the result goes; in place without it. */
-  readonly out?: Data;
+/** What an operation is called in the trace. */
+export interface Label {
+  /** Name of its span. */
+  readonly name: string;
+  /** Row of the timeline. @default {the communicator's name} */
+  readonly track?: string;
+  /** More values to show with the span, once the operation has ended and only while spans are kept; told when the operation began, in µs. */
+  readonly args?: (start_us: number) => SpanArgs;
+}
+
+/** Options of operations that a schedule places. */
+export interface OperationOptions {
   /**
-   * On a GPU, what the operation is ordered after: the event at which `x` was complete. A host that has run ahead needs it, or the
+   * On a GPU, what the operation is ordered after: the event at which its data was complete. A host that has run ahead needs it, or the
    * operation waits for everything enqueued meanwhile. @default {the present end of the device's stream}
    */
   readonly after?: StreamEvent;
+  /** What it is called in the trace. @default {the operation's name} */
+  readonly label?: Label;
+}
+
+/** Options of {@linkcode Communicator.reduceScatter}. */
+export interface ReduceScatterOptions extends OperationOptions {
+  /** Elementwise reduction. @default {"sum"} */
+  readonly op?: ReduceOp;
+}
+
+/** Options of {@linkcode Communicator.allReduce}. */
+export interface AllReduceOptions extends ReduceScatterOptions {
+  /** Where the result goes; in place without it. */
+  readonly out?: Data;
 }
 
 /**
@@ -81,7 +102,7 @@ export interface Communicator extends AsyncDisposable {
   /** Reduces over all ranks; every rank gets the result. In place unless `out` is given. MPI_Allreduce, ncclAllReduce. */
   allReduce(x: Data, options?: AllReduceOptions): Work;
   /** Reduces `x` (size · n elements) over all ranks; rank r gets the r-th n elements in `out`. MPI_Reduce_scatter_block, ncclReduceScatter. */
-  reduceScatter(x: Data, out: Data, options?: { readonly op?: ReduceOp }): Work;
+  reduceScatter(x: Data, out: Data, options?: ReduceScatterOptions): Work;
   /** Every rank gets the n elements of each rank, in rank order, in `out` (size · n). MPI_Allgather, ncclAllGather. */
   allGather(x: Data, out: Data): Work;
   /** As allGather, with `counts[r]` elements from rank r. MPI_Allgatherv. */
@@ -103,7 +124,13 @@ export interface Communicator extends AsyncDisposable {
    * `sendCounts[r]` elements go to rank r, taken one after another from `send`; `recvCounts[s]` come from rank s, laid one after another in
    * `recv`. Rank s's sendCounts[r] must be rank r's recvCounts[s]. MPI_Alltoallv.
    */
-  allToAllV(send: Data, sendCounts: Counts, recv: Data, recvCounts: Counts): Work;
+  allToAllV(
+    send: Data,
+    sendCounts: Counts,
+    recv: Data,
+    recvCounts: Counts,
+    options?: OperationOptions,
+  ): Work;
   /** Sends `x` to rank `to`; matched by a recv of the same size, in order per (sender, tag). MPI_Send. */
   send(
     x: Data,

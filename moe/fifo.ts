@@ -1,7 +1,7 @@
 // The plain scheduler, first in, first out, as DeepSpeed and PyTorch's DistributedDataParallel do it: gradients are collected in
 // buckets in the order in which they become ready, and a full bucket is reduced at once, beside whatever all-to-all is running.
 
-import { worldGradients } from "./graph.ts";
+import { reducedGradients } from "./graph.ts";
 import type {
   Boundary,
   CollectiveScheduler,
@@ -43,22 +43,22 @@ export class Fifo implements CollectiveScheduler {
   }
 
   /**
-   * Fills buckets with whole gradients, in the order of the graph. A bucket holds one element type only; one of each type is open at a time,
-   * so that small gradients of one type between large ones of another do not cut their buckets short.
+   * Fills buckets with whole gradients, in the order of the graph. A bucket holds gradients of one element type only, reduced over the same
+   * ranks; one of each kind is open at a time, so that small gradients of one type between large ones of another do not cut their buckets short.
    *
    * @param graph The step.
    * @returns One micro-op per bucket, in the order in which their last gradients become ready; all-to-alls stay whole.
    */
   plan(graph: StepGraph): Schedule {
     const buckets: { parts: MicroOpPart[]; bytes: number }[] = [];
-    const open = new Map<number, { parts: MicroOpPart[]; bytes: number }>();
-    for (const { id, elements, bytes } of worldGradients(graph)) {
+    const open = new Map<string, { parts: MicroOpPart[]; bytes: number }>();
+    for (const { id, elements, bytes, group } of reducedGradients(graph)) {
       if (elements === 0) continue;
-      const elementBytes = bytes / elements;
-      let bucket = open.get(elementBytes);
+      const kind = `${group} ${bytes / elements}`;
+      let bucket = open.get(kind);
       if (!bucket || bucket.bytes + bytes > this.#bucketBytes) {
         bucket = { parts: [], bytes: 0 };
-        open.set(elementBytes, bucket);
+        open.set(kind, bucket);
         buckets.push(bucket);
       }
       bucket.parts.push({ gradient: id, start: 0, end: elements });

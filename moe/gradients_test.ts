@@ -38,10 +38,12 @@ for (const exclusive of [false, true]) {
     const parameters = [weights];
     const step = new GradientReducer({ graph, scheduler, comm, device, parameters }).begin(0);
     step.gradientReady("w");
-    await step.allToAll({ layer: 0, phase: "backward", role: "combine" }, () => {
+    const place = { layer: 0, phase: "backward", role: "combine", chunk: 0 } as const;
+    const ended = await step.allToAll(place, () => {
       log.push("all-to-all");
       return COMPLETED;
     });
+    await ended();
     await step.finish();
     assert.deepEqual(log, [
       ...(exclusive ? ["micro-op awaited"] : []),

@@ -6,6 +6,7 @@ import type {
   AllToAllNode,
   ComputeNode,
   GradientNode,
+  MicroOp,
   NodeId,
   StepGraph,
   StepNode,
@@ -29,7 +30,7 @@ export interface LayerOutline {
   readonly moe?: {
     /** Bytes that a rank sends to others in one all-to-all when load is balanced. */
     readonly allToAllBytes: number;
-    /** Gradients of the experts, ready before the dispatch's backward all-to-all. */
+    /** Gradients of the seats where they are reduced among replicas, ready before the dispatch's backward all-to-all. */
     readonly experts: readonly GradientOutline[];
   };
   /** Gradients of the rest of the feed-forward part: gate, shared experts, dense network. */
@@ -110,13 +111,56 @@ export function buildStepGraph(outline: StepOutline): StepGraph {
 }
 
 /**
- * The gradients that every rank reduces with all others, in the order in which they become ready.
+ * The gradients that are reduced, over the world or among replicas, in the order in which they become ready.
  *
  * @param graph The graph.
- * @returns Its gradient nodes of group `world`.
+ * @returns Its gradient nodes.
  */
-export function worldGradients(graph: StepGraph): GradientNode[] {
-  return graph.nodes.filter((node) =>
-    node.kind === "gradient" && node.group === "world"
-  ) as GradientNode[];
+export function reducedGradients(graph: StepGraph): GradientNode[] {
+  return graph.nodes.filter((node) => node.kind === "gradient");
+}
+
+/**
+ * Name of the gradient of a seat: the flat block [up | down] of whichever expert sits there. Ranks that hold the same experts have the same
+ * seats.
+ *
+ * @param layer The layer.
+ * @param seat The seat, from 0.
+ * @returns The name of its node.
+ */
+export function seatGradientName(layer: number, seat: number): string {
+  return `model.layers.${layer}.block_sparse_moe.seats.${seat}`;
+}
+
+/**
+ * Over which ranks a micro-op is reduced.
+ *
+ * @param graph The step.
+ * @param microOp Of a schedule that fits the step.
+ * @returns The group of its gradients.
+ */
+export function groupOf(graph: StepGraph, { parts }: MicroOp): GradientNode["group"] {
+  const node = graph.nodes[parts[0].gradient];
+  return node.kind === "gradient" ? node.group : "world";
+}
+
+/**
+ * Name of a micro-op for readers.
+ *
+ * @param graph The step.
+ * @param microOp Of a schedule for it.
+ * @returns The gradient's name, with the elements if it is a part, or the first gradient's and how many follow.
+ * @throws {RangeError} If a part is of something else than a gradient of the step.
+ */
+export function microOpName(graph: StepGraph, { parts }: MicroOp): string {
+  const { gradient, start, end } = parts[0];
+  const node = graph.nodes[gradient];
+  if (node?.kind !== "gradient") {
+    throw new RangeError(
+      `Cannot name a micro-op as its parts must be gradients: current value is node ${gradient}`,
+    );
+  }
+  const whole = start === 0 && end === node.elements;
+  const first = whole ? node.name : `${node.name} ${start}..${end}`;
+  return parts.length === 1 ? first : `${first} and ${parts.length - 1} more`;
 }

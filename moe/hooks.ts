@@ -45,13 +45,16 @@ export interface GradientNode {
   readonly kind: "gradient";
   /** Index in the graph. */
   readonly id: NodeId;
-  /** The parameter's name. */
+  /** The parameter's name; for a seat of experts, what `seatGradientName` of graph.ts gives. */
   readonly name: string;
   /** Elements. */
   readonly elements: number;
   /** Size in bytes, in the dtype that is reduced. */
   readonly bytes: number;
-  /** Over which ranks: all, or those that hold a replica of the expert. */
+  /**
+   * Over which ranks: all, or those whose seats hold the same experts. A gradient of `replicas` is that of one seat, whichever expert sits in
+   * it on which rank; a graph has them only where every expert of the layer has as many replicas and ranks meet in whole groups.
+   */
   readonly group: "world" | "replicas";
   /** Nodes that must be complete before. */
   readonly after: readonly NodeId[];
@@ -76,7 +79,7 @@ export interface MicroOpPart {
   readonly end: number;
 }
 
-/** One allreduce: a part of a gradient (micro-op), a whole one, or several together (a bucket). */
+/** One allreduce: a part of a gradient (micro-op), a whole one, or several of one group together (a bucket). */
 export interface MicroOp {
   /** What is reduced, in order; the collective is launched once every gradient of it is ready. */
   readonly parts: readonly MicroOpPart[];
@@ -86,10 +89,13 @@ export interface MicroOp {
 
 /** What a scheduler decides once per graph. */
 export interface Schedule {
-  /** Every element of every gradient of group `world` exactly once, in the order in which they are launched. */
+  /** Every element of every gradient exactly once, in the order in which they are launched. */
   readonly microOps: readonly MicroOp[];
-  /** Chunks that each all-to-all is cut into; 1 where absent, and nothing else is run yet. */
-  readonly chunks: ReadonlyMap<NodeId, number>;
+  /**
+   * Chunks that the all-to-alls of each layer are cut into, by layer: contiguous slices of its tokens, so a layer's four all-to-alls are cut
+   * alike. Whole numbers; 1 where absent.
+   */
+  readonly chunks: ReadonlyMap<number, number>;
   /**
    * Starts each all-to-all once the device is past the micro-ops launched before it; a micro-op launched after an all-to-all is behind
    * it in any case, as the device's stream is. Needs one order that all ranks share, so only with pace `program`. @default {false}
@@ -98,13 +104,14 @@ export interface Schedule {
 }
 
 /**
- * What has just happened, told as the host passes it, in the order of the program; all but `microOpEnds` come in the same order on all
- * ranks.
+ * What has just happened. With pace `program`, and on a CPU, it is told as the host passes it, in the order of the program: all but
+ * `microOpEnds` come in the same order on all ranks. With pace `device` on a GPU it is told when the device passes it.
+ * An all-to-all starts and ends once per chunk, from 0; those of one layer may overlap.
  */
 export type Boundary =
   | { readonly kind: "gradientReady"; readonly gradient: NodeId }
-  | { readonly kind: "allToAllStarts"; readonly node: NodeId }
-  | { readonly kind: "allToAllEnds"; readonly node: NodeId }
+  | { readonly kind: "allToAllStarts"; readonly node: NodeId; readonly chunk: number }
+  | { readonly kind: "allToAllEnds"; readonly node: NodeId; readonly chunk: number }
   | { readonly kind: "combineBackwardStarts"; readonly layer: number }
   | { readonly kind: "layerBackwardEnds"; readonly layer: number }
   | { readonly kind: "microOpEnds" }
@@ -120,9 +127,9 @@ export interface LaunchState {
   readonly ready: number;
   /** Micro-ops launched and not seen to be complete; 0 with pace `program`. */
   readonly running: number;
-  /** All-to-alls started and not complete; 0 with pace `program`. */
+  /** All-to-alls, or chunks of them, started and not complete; 0 with pace `program`. */
   readonly allToAlls: number;
-  /** Whether a combine's backward has begun and its all-to-all has not: one is imminent. */
+  /** Whether a combine's backward has begun and its all-to-all has not, or not the last chunk of it: one is imminent. */
   readonly imminent: boolean;
   /** Whether the backward pass of a MoE layer's feed-forward part runs: from `combineBackwardStarts` to `layerBackwardEnds`. */
   readonly insideMoe: boolean;
@@ -138,9 +145,9 @@ export interface CollectiveScheduler {
   readonly name: string;
   /**
    * What `launch` is told. `program`: what the program does; `microOpEnds` is not told, `running` and `allToAlls` are 0, so every rank
-   * decides alike. `device`: what is running now, too, as this rank's host sees it, so ranks may decide differently: `microOpEnds` is told
-   * at the first boundary after a micro-op was complete. Micro-ops of a `device` schedule have one part each: packing would queue behind
-   * the host's lead over a GPU. @default {"program"}
+   * decides alike. `device`: what is running now, too, as this rank's device has it, so ranks may decide differently: a GPU's boundaries and
+   * ends are told as the device passes them; a CPU's host tells of a micro-op's end at the first boundary after it. Micro-ops of a `device`
+   * schedule have one part each: packing would queue behind the host's lead over a GPU. @default {"program"}
    */
   readonly pace?: "program" | "device";
   /** Partitions gradients and all-to-alls. */

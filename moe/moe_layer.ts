@@ -13,10 +13,9 @@
 //
 // Shape letters: N tokens of this rank, D model width, F hidden width, E experts, K choices per token, S rows sent, M rows received.
 
-import type { Work } from "../collectives/types.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
-import { fromExperts, permute, type PlacedPlan, toExperts } from "./dispatch.ts";
+import { fromExperts, permute, type PlacedPlan, toExperts, type Transfer } from "./dispatch.ts";
 import { type ExpertGroups, expertsBackward, expertsForward, releaseExperts } from "./experts.ts";
 import { ExpertStore } from "./expert_store.ts";
 import { FeedForward } from "./feed_forward.ts";
@@ -345,8 +344,11 @@ export class MoeLayer implements Disposable {
     step: Step,
     phase: "forward" | "backward",
     role: "dispatch" | "combine",
-  ): (start: () => Work) => Promise<void> {
-    return (start) => step.allToAll({ layer: this.layer, phase, role }, start);
+  ): Transfer {
+    return async (start) => {
+      const ended = await step.allToAll({ layer: this.layer, phase, role, chunk: 0 }, start);
+      await ended();
+    };
   }
 
   #checkInput(x_ND: Tensor): void {

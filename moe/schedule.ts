@@ -1,7 +1,7 @@
 // Runs a schedule over the boundaries of a step: keeps what is ready, asks the scheduler, and says which micro-ops go now. Pure
 // bookkeeping on plain data: the training engine and a simulator drive the very same object. No communication here.
 
-import { worldGradients } from "./graph.ts";
+import { reducedGradients } from "./graph.ts";
 import type {
   Boundary,
   CollectiveScheduler,
@@ -12,23 +12,30 @@ import type {
 } from "./hooks.ts";
 
 /**
- * Checks that a schedule reduces every element of every gradient of group `world` exactly once, and asks for nothing that is not done.
+ * Checks that a schedule reduces every element of every gradient exactly once, and asks for nothing that cannot be done.
  *
  * @param graph The step.
  * @param schedule What a scheduler planned for it.
  * @param pace Pace of the scheduler.
- * @throws {RangeError} If an element is missing, doubled or outside its gradient (names the gradient), if an all-to-all is cut into
- * chunks, or if a schedule of pace `device` is exclusive or packs gradients together.
+ * @throws {RangeError} If an element is missing, doubled or outside its gradient (names the gradient), if a micro-op mixes groups of ranks,
+ * if a layer's number of chunks is impossible, or if a schedule of pace `device` is exclusive or packs gradients together.
  */
 export function checkSchedule(
   graph: StepGraph,
   schedule: Schedule,
   pace: CollectiveScheduler["pace"] = "program",
 ): void {
-  for (const [node, chunks] of schedule.chunks) {
-    if (chunks !== 1) {
+  const layers = new Set<number>();
+  for (const node of graph.nodes) if (node.kind === "allToAll") layers.add(node.layer);
+  for (const [layer, chunks] of schedule.chunks) {
+    if (!layers.has(layer)) {
       throw new RangeError(
-        `Cannot run all-to-all ${node} in chunks as their number must be 1: current value is ${chunks}`,
+        `Cannot run a layer in chunks as it must have all-to-alls: current value is layer ${layer}`,
+      );
+    }
+    if (!(Number.isSafeInteger(chunks) && chunks >= 1)) {
+      throw new RangeError(
+        `Cannot run layer ${layer} in chunks as their number must be a whole number >= 1: current value is ${chunks}`,
       );
     }
   }
@@ -37,8 +44,9 @@ export function checkSchedule(
       `Cannot run an exclusive schedule as its pace must be program: current value is ${pace}`,
     );
   }
-  const gradients = worldGradients(graph);
+  const gradients = reducedGradients(graph);
   const ranges = new Map<NodeId, [number, number][]>(gradients.map(({ id }) => [id, []]));
+  const groups = new Map(gradients.map(({ id, group }) => [id, group]));
   schedule.microOps.forEach((microOp, i) => {
     if (microOp.parts.length === 0) {
       throw new RangeError(`Cannot run micro-op ${i} as it must have parts`);
@@ -52,7 +60,12 @@ export function checkSchedule(
       const list = ranges.get(gradient);
       if (!list) {
         throw new RangeError(
-          `Cannot run micro-op ${i} as its gradient must be reduced over the world: current value is node ${gradient}`,
+          `Cannot run micro-op ${i} as its parts must be of gradients: current value is node ${gradient}`,
+        );
+      }
+      if (groups.get(gradient) !== groups.get(microOp.parts[0].gradient)) {
+        throw new RangeError(
+          `Cannot run micro-op ${i} as its gradients must be reduced over the same ranks: current value is world and replicas`,
         );
       }
       list.push([start, end]);
@@ -78,8 +91,9 @@ export function checkSchedule(
 
 /** One step under a schedule. */
 export class ScheduleRun {
+  /** What the scheduler planned. */
+  readonly schedule: Schedule;
   readonly #scheduler: CollectiveScheduler;
-  readonly #schedule: Schedule;
   /** Gradients of each micro-op that are not ready yet. */
   readonly #missing: number[];
   /** Micro-ops that wait for a gradient. */
@@ -89,6 +103,8 @@ export class ScheduleRun {
   #running = 0;
   #allToAlls = 0;
   #imminent = false;
+  /** The last chunk of the all-to-all that is imminent. */
+  #lastChunk = 0;
   #insideMoe = false;
 
   /**
@@ -99,7 +115,7 @@ export class ScheduleRun {
    */
   constructor(scheduler: CollectiveScheduler, schedule: Schedule) {
     this.#scheduler = scheduler;
-    this.#schedule = schedule;
+    this.schedule = schedule;
     this.#missing = schedule.microOps.map((microOp, i) => {
       const gradients = new Set(microOp.parts.map((part) => part.gradient));
       for (const gradient of gradients) {
@@ -113,7 +129,7 @@ export class ScheduleRun {
 
   /** Micro-ops that have not been launched. */
   get left(): number {
-    return this.#schedule.microOps.length - this.#next;
+    return this.schedule.microOps.length - this.#next;
   }
 
   /** Gradients that have not become ready, by node. */
@@ -138,16 +154,18 @@ export class ScheduleRun {
         break;
       case "allToAllStarts":
         this.#allToAlls++;
-        this.#imminent = false;
+        if (boundary.chunk >= this.#lastChunk) this.#imminent = false;
         break;
       case "allToAllEnds":
         this.#allToAlls--;
         break;
       case "combineBackwardStarts":
         this.#imminent = true;
+        this.#lastChunk = (this.schedule.chunks.get(boundary.layer) ?? 1) - 1;
         this.#insideMoe = true;
         break;
       case "layerBackwardEnds":
+        this.#imminent = false;
         this.#insideMoe = false;
         break;
       case "microOpEnds":
@@ -156,7 +174,7 @@ export class ScheduleRun {
         break;
     }
     const count = this.#scheduler.launch(boundary, {
-      schedule: this.#schedule,
+      schedule: this.schedule,
       next: this.#next,
       ready: this.#ready,
       running: paced ? this.#running : 0,
@@ -170,7 +188,7 @@ export class ScheduleRun {
         `Cannot launch micro-ops of "${this.#scheduler.name}" at ${boundary.kind} as their number must lie in ${least}..${this.#ready}: current value is ${count}`,
       );
     }
-    const launched = this.#schedule.microOps.slice(this.#next, this.#next + count);
+    const launched = this.schedule.microOps.slice(this.#next, this.#next + count);
     this.#next += count;
     this.#ready -= count;
     this.#running += count;

@@ -1,7 +1,12 @@
 import assert from "node:assert/strict";
 import fc from "fast-check";
 import { Fifo } from "./fifo.ts";
-import { buildStepGraph, type GradientOutline, type StepOutline, worldGradients } from "./graph.ts";
+import {
+  buildStepGraph,
+  type GradientOutline,
+  reducedGradients,
+  type StepOutline,
+} from "./graph.ts";
 import type { Boundary, CollectiveScheduler, MicroOp, Schedule, StepGraph } from "./hooks.ts";
 import { checkSchedule, ScheduleRun } from "./schedule.ts";
 
@@ -48,13 +53,13 @@ Deno.test("fifo: every element once, in order of readiness, no bucket over its s
     const graph = buildStepGraph(outline);
     const schedule = new Fifo({ bucketBytes }).plan(graph);
     checkSchedule(graph, schedule);
-    const nodes = worldGradients(graph),
-      sizes = new Map(nodes.map((n) => [n.id, n.bytes / n.elements]));
+    const nodes = reducedGradients(graph);
+    const kinds = new Map(nodes.map((n) => [n.id, `${n.group} ${n.bytes / n.elements}`]));
     const buckets = schedule.microOps.map(({ parts }) => parts.map(({ gradient }) => gradient));
     const ascends = (ids: number[]) => assert.deepEqual(ids, ids.toSorted((a, b) => a - b));
-    for (const bytes of [2, 4]) {
-      const ofType = buckets.filter((ids) => ids.some((id) => sizes.get(id) === bytes));
-      const ids = nodes.map(({ id }) => id).filter((id) => sizes.get(id) === bytes);
+    for (const kind of new Set(kinds.values())) {
+      const ofType = buckets.filter((ids) => ids.some((id) => kinds.get(id) === kind));
+      const ids = nodes.map(({ id }) => id).filter((id) => kinds.get(id) === kind);
       assert.deepEqual(ofType.flat(), ids);
       // No bucket is closed before the next gradient of its type would overfill it.
       ofType.slice(1).forEach(([next], i) => {
@@ -93,7 +98,7 @@ Deno.test("schedule run: micro-ops go once each, in order, only when ready, what
       }
     };
     // Gradients may become ready in another order than the graph's.
-    const order = reverse ? worldGradients(graph).reverse() : worldGradients(graph);
+    const order = reverse ? reducedGradients(graph).reverse() : reducedGradients(graph);
     for (const { id } of order) {
       ready.add(id);
       on({ kind: "gradientReady", gradient: id });
@@ -112,7 +117,7 @@ Deno.test("schedule: gaps, overlaps, strangers and held back micro-ops are error
     head: [{ name: "w", elements: 10, elementBytes: 4, group: "world" }],
     embedding: [],
   });
-  const id = worldGradients(graph)[0].id;
+  const id = reducedGradients(graph)[0].id;
   const plan = (...parts: [number, number, number][]): Schedule => ({
     microOps: parts.map(([gradient, start, end]) => ({
       parts: [{ gradient, start, end }],
@@ -130,11 +135,14 @@ Deno.test("schedule: gaps, overlaps, strangers and held back micro-ops are error
     /current value is 5\.\.10/,
   );
   assert.throws(() => checkSchedule(graph, plan([id, 0, 9])), /must cover 10/);
-  assert.throws(() => checkSchedule(graph, plan([0, 0, 10])), /over the world/);
+  assert.throws(
+    () => checkSchedule(graph, plan([0, 0, 10])),
+    /parts must be of gradients: current value is node 0/,
+  );
   const whole = plan([id, 0, 10]);
   assert.throws(
     () => checkSchedule(graph, { ...whole, chunks: new Map([[0, 2]]) }),
-    /all-to-all 0 in chunks as their number must be 1: current value is 2/,
+    /must have all-to-alls: current value is layer 0/,
   );
   checkSchedule(graph, { ...whole, exclusive: true });
   assert.throws(
@@ -161,7 +169,7 @@ Deno.test("schedule run: only pace device hears of what is running", () => {
     head: [{ name: "w", elements: 10, elementBytes: 4, group: "world" }],
     embedding: [],
   });
-  const gradient = worldGradients(graph)[0].id;
+  const gradient = reducedGradients(graph)[0].id;
   const told = (pace?: CollectiveScheduler["pace"]) => {
     const seen: [string, number, number][] = [];
     const scheduler: CollectiveScheduler = {
@@ -175,7 +183,7 @@ Deno.test("schedule run: only pace device hears of what is running", () => {
     };
     const run = new ScheduleRun(scheduler, scheduler.plan(graph));
     run.on({ kind: "gradientReady", gradient });
-    run.on({ kind: "allToAllStarts", node: 0 });
+    run.on({ kind: "allToAllStarts", node: 0, chunk: 0 });
     assert.deepEqual(run.on({ kind: "microOpEnds" }), []);
     run.on({ kind: "stepEnds" });
     return seen;

@@ -8,6 +8,7 @@ import type { Device } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
 import type { CheckpointTensor } from "./checkpoint.ts";
+import { groupOf } from "./graph.ts";
 import type { MicroOp, MicroOpPart, Schedule, StepGraph } from "./hooks.ts";
 import type { Moments, Parameter } from "./parameter.ts";
 
@@ -77,6 +78,8 @@ export class OptimizerShards {
   readonly #options: OptimizerShardsOptions;
   /** The parameters by the node of their gradient. */
   readonly #byNode = new Map<number, Parameter>();
+  /** The micro-ops of these parameters. */
+  readonly #microOps: readonly MicroOp[];
   readonly #shards: readonly Shard[];
 
   /**
@@ -93,7 +96,8 @@ export class OptimizerShards {
         this.#byNode.set(node.id, named.get(node.name)!);
       }
     }
-    this.#shards = schedule.microOps.flatMap((microOp) =>
+    this.#microOps = schedule.microOps.filter((op) => groupOf(graph, op) === "world");
+    this.#shards = this.#microOps.flatMap((microOp) =>
       pieceOf(microOp, comm.rank, comm.size).map((part) => this.#shard(part))
     );
     this.parameters = this.#shards;
@@ -121,13 +125,13 @@ export class OptimizerShards {
    * ranks call it together.
    */
   async gatherWeights(): Promise<void> {
-    const { schedule, comm, device } = this.#options;
+    const { comm, device } = this.#options;
     const values = ({ gradient, start, end }: MicroOpPart) =>
       flat(this.#parameterOf(gradient).value).rows(start, end);
     for (const parameter of this.#byNode.values()) {
       if (!parameter.overwrites) ops.fill(parameter.grad, 0);
     }
-    for (const microOp of schedule.microOps) {
+    for (const microOp of this.#microOps) {
       if (microOp.parts.length > 1) {
         await this.#gather(microOp, ({ value }) => value.dtype, values, (part, tensor) => {
           ops.copy(tensor, values(part));
@@ -168,7 +172,7 @@ export class OptimizerShards {
    * @returns One tensor per parameter and kind.
    */
   async forSaving(momentsOf: (shard: Parameter) => Moments): Promise<CheckpointTensor[]> {
-    const { comm, schedule } = this.#options;
+    const { comm } = this.#options;
     const own = new Map(this.#shards.map((shard) => [`${shard.of.name} ${shard.start}`, shard]));
     const arrays = new Map<string, TypedArray>();
     for (const parameter of this.#byNode.values()) {
@@ -181,7 +185,7 @@ export class OptimizerShards {
     for (const kind of KINDS) {
       const mine = ({ gradient, start }: MicroOpPart) =>
         momentsOf(own.get(`${this.#parameterOf(gradient).name} ${start}`)!)[kind]!;
-      for (const microOp of schedule.microOps) {
+      for (const microOp of this.#microOps) {
         const dtype = (parameter: Parameter) => dtypeOf(kind, parameter);
         await this.#gather(microOp, dtype, mine, async ({ gradient, start }, tensor) => {
           const array = arrays.get(`${this.#parameterOf(gradient).name}.${kind}`);

@@ -2,7 +2,19 @@
 // The layers know only this interface; `gradients.ts` drives a `CollectiveScheduler` behind it.
 
 import type { Work } from "../collectives/types.ts";
-import type { Device } from "../tensor/device.ts";
+import type { Device, StreamEvent } from "../tensor/device.ts";
+
+/** Which of a step's all-to-alls. */
+export interface AllToAllPlace {
+  /** The MoE layer. */
+  readonly layer: number;
+  /** Half of the step. */
+  readonly phase: "forward" | "backward";
+  /** Dispatch carries tokens to experts, combine carries them back; their gradients go the other way. */
+  readonly role: "dispatch" | "combine";
+  /** Which slice of the layer's tokens, from 0: see {@linkcode Step.chunks}. */
+  readonly chunk: number;
+}
 
 /** One step of training or inference, as a layer sees it. */
 export interface Step {
@@ -21,18 +33,20 @@ export interface Step {
    */
   readonly repeated?: boolean;
   /**
-   * Runs an all-to-all of a MoE layer: tells the scheduler, starts it, and orders the device after it.
+   * How many contiguous slices a layer's tokens are cut into in this pass, each with all-to-alls of its own. The same on all ranks.
+   * @param layer The layer.
+   */
+  chunks(layer: number): number;
+  /**
+   * Starts an all-to-all of a MoE layer, or one chunk of it: tells the scheduler and calls `start`.
    * @param where Which of the layer's all-to-alls.
-   * @param start Starts it.
+   * @param start Starts it, with what it is to be ordered after: without an event, all that the device's stream holds.
+   * @returns What orders the device's stream after it and tells the scheduler that it has ended: to be called once, when the rows are wanted.
    */
   allToAll(
-    where: {
-      readonly layer: number;
-      readonly phase: "forward" | "backward";
-      readonly role: "dispatch" | "combine";
-    },
-    start: () => Work,
-  ): Promise<void>;
+    where: AllToAllPlace,
+    start: (after?: StreamEvent) => Work,
+  ): Promise<() => Promise<void>>;
   /** The backward pass of a layer's combine begins: an all-to-all is imminent. */
   combineBackwardStarts(layer: number): void;
   /** The backward pass of a layer has ended. */
@@ -45,8 +59,8 @@ export interface Step {
  * A step that reduces nothing: inference, evaluation, and all passes but the last of a step that accumulates gradients.
  *
  * @param device Whose stream all-to-alls are ordered with.
- * @param options Whether gradients will be asked for, the number that seeds noise, and whether gradients are overwritten.
- * @default {{training: false, number: 0, firstPass: false}}
+ * @param options Whether gradients will be asked for, the number that seeds noise, whether gradients are overwritten, and chunks by layer.
+ * @default {{training: false, number: 0, firstPass: false, chunks: none}}
  * @returns The step.
  */
 export function plainStep(
@@ -55,14 +69,17 @@ export function plainStep(
     readonly training?: boolean;
     readonly number?: number;
     readonly firstPass?: boolean;
+    readonly chunks?: ReadonlyMap<number, number>;
   } = {},
 ): Step {
   return {
     training: options.training ?? false,
     number: options.number ?? 0,
     firstPass: options.firstPass ?? false,
-    allToAll: async (_where, start) => {
-      await start().wait(device.stream);
+    chunks: (layer) => options.chunks?.get(layer) ?? 1,
+    allToAll: (_where, start) => {
+      const work = start();
+      return Promise.resolve(async () => await work.wait(device.stream));
     },
     combineBackwardStarts: () => {},
     layerBackwardEnds: () => {},
@@ -96,6 +113,7 @@ export function repeatedStep(step: Step): Step {
     number: step.number,
     firstPass: step.firstPass,
     repeated: true,
+    chunks: (layer) => step.chunks(layer),
     allToAll: (where, start) => step.allToAll(where, start),
     combineBackwardStarts: (layer) => step.combineBackwardStarts(layer),
     layerBackwardEnds: (layer) => step.layerBackwardEnds(layer),

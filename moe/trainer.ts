@@ -11,9 +11,9 @@ import { now, recorder } from "../trace/mod.ts";
 import type { Checkpoint, CheckpointContents, CheckpointTensor } from "./checkpoint.ts";
 import { loadCheckpoint, newestCheckpoint, saveCheckpoint } from "./checkpoint.ts";
 import { Fifo } from "./fifo.ts";
-import { GradientReducer } from "./gradients.ts";
-import { buildStepGraph } from "./graph.ts";
-import type { CollectiveScheduler, Schedule } from "./hooks.ts";
+import { GradientReducer, type Mark } from "./gradients.ts";
+import { buildStepGraph, groupOf } from "./graph.ts";
+import type { CollectiveScheduler, Schedule, StepGraph } from "./hooks.ts";
 import { CheckpointError } from "./manifest.ts";
 import { loadingMasters } from "./masters.ts";
 import { mixtralConfig } from "./mixtral_config.ts";
@@ -21,6 +21,7 @@ import { dropShown, finishShown, readTogether, recordsOf, type Shown } from "./s
 import { type Batch, summaryOf, type Transformer } from "./transformer.ts";
 import { AdamW, type AdamWSettings, learningRate, type LearningRateOptions } from "./optimizer.ts";
 import type { Parameter } from "./parameter.ts";
+import { seatGradients } from "./seats.ts";
 import { OptimizerShards } from "./shards.ts";
 import { plainStep } from "./step.ts";
 import type { TrainingData } from "./training_data.ts";
@@ -82,6 +83,12 @@ export interface StepMetrics {
 // Places of the step's sums over ranks.
 const LOSS = 0, ALL_TO_ALL = 1, SQUARES = 2, SUMS = 3;
 
+/** How the gradients of a step are reduced. */
+interface Reduced {
+  readonly graph: StepGraph;
+  readonly reducer: GradientReducer;
+}
+
 /** Trains a model on all ranks together. */
 export class Trainer implements AsyncDisposable {
   /** The optimizer and its moments. */
@@ -90,7 +97,7 @@ export class Trainer implements AsyncDisposable {
   learningRate: LearningRateOptions;
   readonly #options: Required<TrainerOptions>;
   readonly #gradients: Communicator;
-  readonly #reducer: GradientReducer;
+  #reduced: Reduced;
   readonly #shards: OptimizerShards | null;
   readonly #sums: Tensor;
   /** Factor of the gradients in the update. */
@@ -125,15 +132,20 @@ export class Trainer implements AsyncDisposable {
     }
     const gradients = await options.world.dup();
     try {
-      return new Trainer(full, gradients);
+      const reduced = await reduction(full, gradients, full.scheduler);
+      return new Trainer(full, gradients, reduced);
     } catch (error) {
       await gradients[Symbol.asyncDispose]();
       throw error;
     }
   }
 
-  private constructor(options: Required<TrainerOptions>, gradients: Communicator) {
-    const { model, device, data, world, scheduler, adamW } = options;
+  private constructor(
+    options: Required<TrainerOptions>,
+    gradients: Communicator,
+    reduced: Reduced,
+  ) {
+    const { model, device, world, adamW } = options;
     this.#options = options;
     this.#gradients = gradients;
     this.learningRate = options.learningRate;
@@ -144,21 +156,11 @@ export class Trainer implements AsyncDisposable {
       undo.defer(() => store.holdMoments(false));
       store.holdMoments(true);
     }
-    // The mean, not this rank's own rows: the graph must be alike on all ranks.
-    const rows = data.tokensPerStep / (options.accumulate * world.size);
-    const graph = buildStepGraph(model.outline(rows, world.size));
-    this.#reducer = new GradientReducer({
-      graph,
-      scheduler,
-      comm: gradients,
-      device,
-      parameters: model.parameters,
-      scatter: options.shardOptimizer && world.size > 1,
-    });
+    this.#reduced = reduced;
     this.#shards = options.shardOptimizer && world.size > 1
       ? new OptimizerShards({
-        graph,
-        schedule: this.#reducer.schedule,
+        graph: reduced.graph,
+        schedule: reduced.reducer.schedule,
         comm: world,
         device,
         parameters: model.parameters,
@@ -179,7 +181,29 @@ export class Trainer implements AsyncDisposable {
 
   /** How gradients are reduced. */
   get schedule(): Schedule {
-    return this.#reducer.schedule;
+    return this.#reduced.reducer.schedule;
+  }
+
+  /** What one pass computes, exchanges and reduces; alike on all ranks. */
+  get graph(): StepGraph {
+    return this.#reduced.graph;
+  }
+
+  /**
+   * Reduces gradients by another scheduler from the next step on. All ranks call it together, between steps.
+   *
+   * @param scheduler The scheduler, alike on all ranks.
+   * @throws {RangeError} If its plan does not reduce every element once, or a sharded optimizer would have to be cut otherwise; nothing has
+   * changed then.
+   */
+  async reschedule(scheduler: CollectiveScheduler): Promise<void> {
+    const reduced = await reduction(this.#options, this.#gradients, scheduler);
+    if (this.#shards && cuts(reduced) !== cuts(this.#reduced)) {
+      throw new RangeError(
+        `Cannot reduce gradients by "${scheduler.name}" as a sharded optimizer must keep its shards: current value is a schedule of other micro-ops`,
+      );
+    }
+    this.#reduced = reduced;
   }
 
   /** What this rank has sent: on the model's communicator, and on that of the gradients. */
@@ -195,11 +219,12 @@ export class Trainer implements AsyncDisposable {
   /**
    * One step: forward, backward, reduction, update. All ranks call it together.
    *
+   * @param options `marks`: where the boundaries of the pass whose gradients are reduced are noted, with the device's times. @default {{}}
    * @returns What it has shown.
    * @throws {Error} If the loss or the gradient is not finite; no weight has changed if it is the gradient. A trainer whose step has failed,
    * for whatever reason, makes no more steps, as gradients and loads may be half a step's.
    */
-  async step(): Promise<StepMetrics> {
+  async step(options: { readonly marks?: Mark[] } = {}): Promise<StepMetrics> {
     if (this.#failed) {
       throw new Error(
         `Cannot go on training as the last step must have succeeded: current value is a failed step ${
@@ -208,13 +233,15 @@ export class Trainer implements AsyncDisposable {
       );
     }
     this.#failed = true;
-    const shown = await this.#step();
+    const shown = await this.#step(options.marks);
     this.#failed = false;
     return shown;
   }
 
-  async #step(): Promise<StepMetrics> {
+  async #step(marks: Mark[] | undefined): Promise<StepMetrics> {
     const { model, data, device, world, accumulate, clip } = this.#options;
+    const { reducer, graph } = this.#reduced;
+    const { chunks } = reducer.schedule;
     const began = now();
     // A GPU's all-to-alls are counted when the host sees their end, some in the next step; a CPU's at once.
     if (device.kind === "cpu") this.#allToAll_us = recorder.total("allToAll");
@@ -228,13 +255,14 @@ export class Trainer implements AsyncDisposable {
     held.defer(() => dropShown(shown));
     for (let i = 0; i < accumulate; i++) {
       const pass = (number - 1) * accumulate + i, firstPass = i === 0;
-      const reduces = i === accumulate - 1 ? this.#reducer.begin(pass, { firstPass }) : null;
-      const step = reduces ?? plainStep(device, { training: true, number: pass, firstPass });
+      const reduces = i === accumulate - 1 ? reducer.begin(pass, { firstPass, marks }) : null;
+      const step = reduces ??
+        plainStep(device, { training: true, number: pass, firstPass, chunks });
       const batch = this.#ahead?.pass === pass ? this.#ahead.batch : data.training(pass);
       shown.push(...await model.pass(batch, step, { lossSum: sum(LOSS), ...scales }));
       await reduces?.finish();
     }
-    await model.reduceReplicas();
+    if (!hasSeats(graph)) await model.reduceReplicas();
     const allToAll_us = recorder.total("allToAll");
     ops.fill(sum(ALL_TO_ALL), allToAll_us - this.#allToAll_us);
     this.#allToAll_us = allToAll_us;
@@ -387,6 +415,38 @@ export class Trainer implements AsyncDisposable {
     this.#gradScale[Symbol.dispose]();
     await this.#gradients[Symbol.asyncDispose]();
   }
+}
+
+/** Plans the reduction of a step's gradients, and opens what communicators it needs. All ranks call it together. */
+async function reduction(
+  { model, device, data, world, accumulate, shardOptimizer }: Required<TrainerOptions>,
+  gradients: Communicator,
+  scheduler: CollectiveScheduler,
+): Promise<Reduced> {
+  // The mean, not this rank's own rows: the graph must be alike on all ranks.
+  const rows = data.tokensPerStep / (accumulate * world.size);
+  const graph = buildStepGraph(model.outline(rows, world.size));
+  const reducer = new GradientReducer({
+    graph,
+    scheduler,
+    comm: gradients,
+    device,
+    parameters: model.parameters,
+    seats: await seatGradients(graph, model.moeLayers, world),
+    scatter: shardOptimizer && world.size > 1,
+  });
+  return { graph, reducer };
+}
+
+/** Whether replicas of experts are reduced with the other gradients; else their stores do it. */
+function hasSeats({ nodes }: StepGraph): boolean {
+  return nodes.some((node) => node.kind === "gradient" && node.group === "replicas");
+}
+
+/** How the gradients that all ranks reduce are cut up. */
+function cuts({ graph, reducer }: Reduced): string {
+  const world = reducer.schedule.microOps.filter((op) => groupOf(graph, op) === "world");
+  return JSON.stringify(world.map(({ parts }) => parts));
 }
 
 /** What makes a step's number a position in the text. */

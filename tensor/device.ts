@@ -20,6 +20,8 @@ export interface Stream {
   wait(event: StreamEvent): void;
   /** Resolves when all work enqueued so far is done, without blocking the event loop. */
   synchronize(): Promise<void>;
+  /** As `record`, with an event whose `time()` is the device's own. Absent where every event's is. */
+  recordTimed?(): StreamEvent;
 }
 
 /** A point in a stream's work. */
@@ -93,6 +95,19 @@ export interface Device {
   memory(): MemoryStats;
   /** Makes the present use the peak. */
   resetPeak(): void;
+  /**
+   * A point of a stream that the host can wait for without polling, by {@linkcode Device.passing}. Absent on the CPU, whose work is done when
+   * a call returns.
+   * @param stream One of this device.
+   * @returns The present end of the stream's work.
+   */
+  mark?(stream: Stream): StreamEvent;
+  /**
+   * Resolves as soon as the device has passed a point; the processor is free meanwhile. Absent on the CPU.
+   * @param event What {@linkcode Device.mark} gave.
+   * @throws {Error} If work before it failed.
+   */
+  passing?(event: StreamEvent): Promise<void>;
   /** Another stream; the CPU has but one, and gives that. */
   createStream(name: string): Stream;
   /**

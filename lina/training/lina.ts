@@ -2,7 +2,7 @@
 // nothing more urgent to carry, and are held back as soon as an all-to-all is about to come. Pipelined all-to-alls and packed experts are
 // not here.
 
-import { worldGradients } from "../../moe/graph.ts";
+import { reducedGradients } from "../../moe/graph.ts";
 import type {
   Boundary,
   CollectiveScheduler,
@@ -67,7 +67,7 @@ export class Lina implements CollectiveScheduler {
    * @returns Micro-ops of at most `microOpBytes`, in the order of the graph; all-to-alls stay whole.
    */
   plan(graph: StepGraph): Schedule {
-    return { microOps: partition(worldGradients(graph), this.microOpBytes), chunks: new Map() };
+    return { microOps: partition(reducedGradients(graph), this.microOpBytes), chunks: new Map() };
   }
 
   /**

@@ -26,7 +26,7 @@ function programOf({ nodes }: StepGraph): Item[] {
   for (const node of nodes) {
     if (node.kind === "allToAll") items.push({ kind: "allToAll", node: node.id });
     else if (node.kind === "gradient") {
-      if (node.group === "world") items.push({ kind: "gradientReady", gradient: node.id });
+      items.push({ kind: "gradientReady", gradient: node.id });
     } else if (node.phase === "backward" && node.name === "combine") {
       items.push({ kind: "combineBackwardStarts", layer: moe = node.layer });
     } else if (node.phase === "backward" && node.layer === moe && node.name === "attention") {
@@ -152,12 +152,14 @@ class Ranks {
       rank.at++;
       if (item.kind === "stepEnds") rank.waits = "end";
     } else if (rank.waits === "allToAll") {
-      rank.tell({ kind: "allToAllEnds", node: item.node });
+      rank.tell({ kind: "allToAllEnds", node: item.node, chunk: 0 });
       rank.waits = "nothing";
       rank.at++;
     } else {
       // An exclusive schedule has the all-to-all wait for the rank's own micro-ops.
-      if (rank.waits === "nothing") rank.tell({ kind: "allToAllStarts", node: item.node });
+      if (rank.waits === "nothing") {
+        rank.tell({ kind: "allToAllStarts", node: item.node, chunk: 0 });
+      }
       const waits = this.schedule.exclusive && rank.waits === "nothing" &&
         rank.launched > rank.ended;
       rank.waits = waits ? "microOps" : "allToAll";

@@ -1,7 +1,7 @@
 // Strict priority without partition: whole gradients, one at a time, while no all-to-all runs. The paper's step on the way to Lina (section
 // 3.2, figure 7b), which a long gradient that has just begun makes worse than no scheduling at all: here for comparison.
 
-import { worldGradients } from "../../moe/graph.ts";
+import { reducedGradients } from "../../moe/graph.ts";
 import type {
   Boundary,
   CollectiveScheduler,
@@ -32,7 +32,7 @@ export class Priority implements CollectiveScheduler {
    * @returns One micro-op per gradient, in the order of the graph; all-to-alls stay whole.
    */
   plan(graph: StepGraph): Schedule {
-    return { microOps: partition(worldGradients(graph), Infinity), chunks: new Map() };
+    return { microOps: partition(reducedGradients(graph), Infinity), chunks: new Map() };
   }
 
   /**

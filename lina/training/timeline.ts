@@ -2,6 +2,7 @@
 // says what happens when. It drives the engine's own `ScheduleRun`, so the decisions are the scheduler's real ones. One rank stands for
 // all: load is balanced, and no rank waits for a slower one. It measures nothing and knows no device.
 
+import { microOpName } from "../../moe/graph.ts";
 import type {
   Boundary,
   CollectiveScheduler,
@@ -22,7 +23,7 @@ export interface TimelineOptions {
   /** Costs of the collectives. */
   readonly costs: StepCosts;
   /**
-   * When a scheduler of pace `device` hears that a micro-op has ended: right before the next boundary of the program, as the engine does it,
+   * When a scheduler of pace `device` hears that a micro-op has ended: right after the next boundary of the program, as the engine does it,
    * or at once, as it would be if somebody watched the device. @default {"boundary"}
    */
   readonly endsTold?: "boundary" | "at once";
@@ -106,27 +107,6 @@ export function timeline(
   }).finish();
 }
 
-/**
- * Name of a micro-op for readers.
- *
- * @param graph The step.
- * @param microOp Of a schedule for it.
- * @returns The gradient's name, with the elements if it is a part, or the first gradient's and how many follow.
- * @throws {RangeError} If a part is of something else than a gradient of the step.
- */
-export function microOpName(graph: StepGraph, { parts }: MicroOp): string {
-  const { gradient, start, end } = parts[0];
-  const node = graph.nodes[gradient];
-  if (node?.kind !== "gradient") {
-    throw new RangeError(
-      `Cannot name a micro-op as its parts must be gradients: current value is node ${gradient}`,
-    );
-  }
-  const whole = start === 0 && end === node.elements;
-  const first = whole ? node.name : `${node.name} ${start}..${end}`;
-  return parts.length === 1 ? first : `${first} and ${parts.length - 1} more`;
-}
-
 /** One step on the way. The program is straight-line code; what runs beside it moves whenever the clock does. */
 class Simulation {
   readonly #graph: StepGraph;
@@ -156,7 +136,7 @@ class Simulation {
     let ending: number | null = null;
     for (const node of this.#graph.nodes) {
       if (node.kind === "gradient") {
-        if (node.group === "world") this.#on({ kind: "gradientReady", gradient: node.id });
+        this.#on({ kind: "gradientReady", gradient: node.id });
         continue;
       }
       if (ending !== null) this.#on({ kind: "layerBackwardEnds", layer: ending });
@@ -178,7 +158,7 @@ class Simulation {
         if (node.phase === "backward" && node.name === "gate") ending = node.layer;
       } else {
         const asked_us = link.now_us;
-        this.#on({ kind: "allToAllStarts", node: node.id });
+        this.#on({ kind: "allToAllStarts", node: node.id, chunk: 0 });
         if (this.#options.exclusive) link.runUntil(() => this.#queue.length === 0);
         const cost = this.#options.costs.allToAll(node.bytes);
         const start_us = link.now_us;
@@ -188,7 +168,7 @@ class Simulation {
         const alone_us = timeAlone(cost);
         const name = nodeName(node);
         this.#add({ lane: "allToAll", name, asked_us, start_us, alone_us, bytes: cost.bytes });
-        this.#on({ kind: "allToAllEnds", node: node.id });
+        this.#on({ kind: "allToAllEnds", node: node.id, chunk: 0 });
       }
     }
     if (ending !== null) this.#on({ kind: "layerBackwardEnds", layer: ending });
@@ -205,8 +185,8 @@ class Simulation {
   }
 
   #on(boundary: Boundary): void {
-    for (; this.#untold > 0; this.#untold--) this.#tell({ kind: "microOpEnds" });
     this.#tell(boundary);
+    for (; this.#untold > 0; this.#untold--) this.#tell({ kind: "microOpEnds" });
   }
 
   #tell(boundary: Boundary): void {
