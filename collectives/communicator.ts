@@ -258,7 +258,11 @@ class TransportCommunicator implements Communicator {
     return this.#starter.start(this.#starter.caller("barrier"), null, null);
   }
 
-  async split(color: number | null, key: number = this.rank): Promise<Communicator | null> {
+  async split(
+    color: number | null,
+    key: number = this.rank,
+    options: { readonly urgent?: boolean } = {},
+  ): Promise<Communicator | null> {
     const caller = this.#starter.caller("split");
     if (color !== null && !(Number.isSafeInteger(color) && color >= 0)) {
       throw argumentError(caller, "color must be a whole number >= 0 or null", color);
@@ -276,7 +280,7 @@ class TransportCommunicator implements Communicator {
       const members = [...Array(this.size).keys()]
         .filter((r) => all[2 * r] === color)
         .sort((a, b) => all[2 * a + 1] - all[2 * b + 1] || a - b);
-      return await this.#child(members, `${this.name}/split${number}.${color}`);
+      return await this.#child(members, `${this.name}/split${number}.${color}`, options.urgent);
     });
   }
 
@@ -314,8 +318,12 @@ class TransportCommunicator implements Communicator {
     return made;
   }
 
-  async #child(members: readonly number[], name: string): Promise<Communicator> {
-    const transport = await this.#starter.transport.split(members, name);
+  async #child(
+    members: readonly number[],
+    name: string,
+    urgent?: boolean,
+  ): Promise<Communicator> {
+    const transport = await this.#starter.transport.split(members, name, urgent);
     return new TransportCommunicator(transport, {
       ...this.#options,
       rank: members.indexOf(this.rank),

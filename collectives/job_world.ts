@@ -138,8 +138,8 @@ export class JobWorld implements World {
     return this.#communicator.barrier();
   }
 
-  split(color: number | null, key?: number): Promise<Communicator | null> {
-    return this.#communicator.split(color, key);
+  split(...args: Parameters<Communicator["split"]>): Promise<Communicator | null> {
+    return this.#communicator.split(...args);
   }
 
   dup(): Promise<Communicator> {

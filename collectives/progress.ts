@@ -2,7 +2,7 @@
 // or awaits one operation moves all of them, so that two ranks that await in different orders cannot block each other.
 // A host that awaits first spins, then waits natively for a millisecond at a time, and lets the event loop run in between.
 
-import type { Stream } from "../tensor/device.ts";
+import type { Stream, StreamEvent } from "../tensor/device.ts";
 import type { Completion } from "./transport.ts";
 import type { Work } from "./types.ts";
 
@@ -78,6 +78,17 @@ export class PendingWork implements Work {
     const { completion } = this.#operation;
     if (completion.waitOn) return completion.waitOn(stream);
     return this.#state === State.Done ? resolved : this;
+  }
+
+  /** Where it ends on a GPU. */
+  get end(): StreamEvent | undefined {
+    return this.#operation.completion.end;
+  }
+
+  /** A point behind it that the host can wait for, on a GPU. */
+  get mark(): (() => StreamEvent) | undefined {
+    const { completion } = this.#operation;
+    return completion.mark && (() => completion.mark!());
   }
 
   /** Awaits completion on the host. */
@@ -168,7 +179,7 @@ let nextDeadlineCheck = 0;
 export function progress(): boolean {
   if (pending.length === 1) { // by far the most frequent case
     if (!pending[0].poll()) return false;
-    pending.length = 0;
+    pending.shift(); // it may have started others
     return true;
   }
   let kept = 0;
@@ -177,8 +188,11 @@ export function progress(): boolean {
     const work = pending[i];
     if (!work.poll()) pending[kept++] = work;
   }
-  // Settling may start nothing (callbacks run later), so nothing was appended meanwhile.
-  pending.length = kept;
+  // An operation may start others as it moves on (two_level_flight.ts); they are at the end.
+  if (kept < length) {
+    pending.copyWithin(kept, length);
+    pending.length -= length - kept;
+  }
   return kept < length;
 }
 

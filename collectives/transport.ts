@@ -69,6 +69,10 @@ export interface Completion {
   awaited?(): void;
   /** Orders a GPU stream after the operation; absent on the CPU. */
   waitOn?(stream: Stream): void;
+  /** Where the operation ends on a GPU; absent on the CPU, and while that is not known. */
+  readonly end?: StreamEvent;
+  /** A point on a GPU that the host can wait for without polling, behind the operation and whatever its transport has started since. */
+  mark?(): StreamEvent;
   /** Host-clock times in µs at which the device began and ended it, once it is complete; absent on the CPU, where the host's are right. */
   span?(): readonly [start_us: number, end_us: number];
 }
@@ -89,9 +93,9 @@ export interface Transport {
   now?(request: CollectiveRequest): boolean;
   /**
    * A transport among some of the ranks, called by all of them at the same point. `members[newRank]` is the rank in this transport;
-   * `id` is a name that all members agree on and that nobody else uses.
+   * `id` is a name that all members agree on and that nobody else uses; `urgent` is whether a GPU runs its work before that of others.
    */
-  split(members: readonly number[], id: string): Promise<Transport>;
+  split(members: readonly number[], id: string, urgent?: boolean): Promise<Transport>;
   /** Called instead of `split` by ranks that join none of the groups, where making groups takes all ranks. */
   abstain?(): Promise<void>;
   /** Ranks (of this transport) that have not begun operation `sequence`, as far as can be known; for the watchdog. */

@@ -36,6 +36,13 @@ export interface Work extends PromiseLike<void> {
    * host's own thread, so what is returned must be awaited. Write `await work.wait(stream)` for both.
    */
   wait(stream: Stream): void | PromiseLike<void>;
+  /** On a GPU, where the operation ends on the device: what else is to come after it can wait for that. Absent for what is complete. */
+  readonly end?: StreamEvent;
+  /**
+   * On a GPU, a point that {@linkcode Device.passing} takes, behind this operation: call it right after the operation has been started, as it is
+   * also behind what its communicator has started since. Absent on the CPU.
+   */
+  mark?(): StreamEvent;
 }
 
 /** Calls of an operation, and bytes that this rank has sent to other ranks by them. */
@@ -149,8 +156,13 @@ export interface Communicator extends AsyncDisposable {
    * Ranks of one color form a new communicator, ordered by key, then by rank; null color gives null. MPI_Comm_split, ncclCommSplit.
    * @param color A whole number ≥ 0, or null to stay out.
    * @param key Order within the color. @default {rank}
+   * @param options `urgent`: whether a GPU runs its work before that of other communicators, as it does for the world's. @default {{}}
    */
-  split(color: number | null, key?: number): Promise<Communicator | null>;
+  split(
+    color: number | null,
+    key?: number,
+    options?: { readonly urgent?: boolean },
+  ): Promise<Communicator | null>;
   /** A communicator of the same ranks whose operations are independent of this one's. MPI_Comm_dup. */
   dup(): Promise<Communicator>;
   /** Ends every rank of the job with an error that says why. MPI_Abort. */

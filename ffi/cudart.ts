@@ -57,6 +57,8 @@ const SYMBOLS = {
   cudaEventRecord: { parameters: ["u64", "u64"], result: "i32" },
   // cudaError_t cudaEventQuery(cudaEvent_t event);
   cudaEventQuery: { parameters: ["u64"], result: "i32" },
+  // cudaError_t cudaEventSynchronize(cudaEvent_t event); on another thread, as it waits
+  cudaEventSynchronize: { parameters: ["u64"], result: "i32", nonblocking: true },
   // cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end);
   cudaEventElapsedTime: { parameters: ["u64", "u64", "u64"], result: "i32" },
   // const char *cudaGetErrorName(cudaError_t error);
@@ -117,6 +119,8 @@ export interface CudartCalls {
   cudaEventRecord(event: CudaEventHandle, stream: CudaStreamHandle): number;
   /** cudaError_t cudaEventQuery(cudaEvent_t event) */
   cudaEventQuery(event: CudaEventHandle): number;
+  /** cudaError_t cudaEventSynchronize(cudaEvent_t event), on another thread: resolves once the event has passed. */
+  cudaEventSynchronize(event: CudaEventHandle): Promise<number>;
   /** cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end) */
   cudaEventElapsedTime(ms: bigint, start: CudaEventHandle, end: CudaEventHandle): number;
   /** const char *cudaGetErrorName(cudaError_t error) */
@@ -137,6 +141,7 @@ export const CUDART = {
   deviceToDevice: 3,
   streamNonBlocking: 1,
   eventDefault: 0,
+  eventBlockingSync: 1,
   eventDisableTiming: 2,
   hostAllocPortable: 1,
   attributeMultiprocessors: 16,

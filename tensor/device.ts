@@ -22,6 +22,31 @@ export interface Stream {
   synchronize(): Promise<void>;
   /** As `record`, with an event whose `time()` is the device's own. Absent where every event's is. */
   recordTimed?(): StreamEvent;
+  /** As `record`, with an event that {@linkcode Device.passing} takes. Absent where there is no such thing. */
+  mark?(): StreamEvent;
+}
+
+/**
+ * Several points as one, for {@linkcode Stream.wait}: a stream that waits for it is behind all of them.
+ */
+export class Events implements StreamEvent {
+  /** The points. */
+  readonly all: readonly StreamEvent[];
+
+  /** @param all The points. */
+  constructor(all: readonly StreamEvent[]) {
+    this.all = all;
+  }
+
+  /** Whether the device has passed all of them; never blocks. */
+  done(): boolean {
+    return this.all.every((event) => event.done());
+  }
+
+  /** Host-clock time in µs at which the device passed the last of them, once they are done. */
+  time(): number {
+    return this.all.reduce((last, event) => Math.max(last, event.time()), -Infinity);
+  }
 }
 
 /** A point in a stream's work. */
@@ -96,15 +121,9 @@ export interface Device {
   /** Makes the present use the peak. */
   resetPeak(): void;
   /**
-   * A point of a stream that the host can wait for without polling, by {@linkcode Device.passing}. Absent on the CPU, whose work is done when
-   * a call returns.
-   * @param stream One of this device.
-   * @returns The present end of the stream's work.
-   */
-  mark?(stream: Stream): StreamEvent;
-  /**
-   * Resolves as soon as the device has passed a point; the processor is free meanwhile. Absent on the CPU.
-   * @param event What {@linkcode Device.mark} gave.
+   * Resolves as soon as the device has passed a point; the processor is free meanwhile. Absent on the CPU, whose work is done when a call
+   * returns.
+   * @param event What {@linkcode Stream.mark} gave.
    * @throws {Error} If work before it failed.
    */
   passing?(event: StreamEvent): Promise<void>;

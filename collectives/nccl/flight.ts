@@ -24,6 +24,8 @@ export interface Tower {
   look(heard: boolean): void;
   /** Throws the error of a transport that has failed, to somebody who gets it. */
   check(): void;
+  /** A point behind all that has been enqueued. */
+  mark(): CudaEvent;
   /** Somebody gets the error of a transport that has failed. */
   hear(): void;
   /** Looks for ranks that have gone and for errors of NCCL's own threads. */
@@ -106,5 +108,10 @@ export class DeviceFlight extends HostFlight {
     this.tower.flush();
     this.tower.check();
     stream.wait(this.end!);
+  }
+
+  /** A point that the host can wait for, behind all that the transport has enqueued. @throws {Error} If the transport has failed. */
+  mark(): CudaEvent {
+    return this.tower.mark();
   }
 }

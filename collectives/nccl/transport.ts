@@ -11,7 +11,7 @@ import {
 } from "../../ffi/nccl.ts";
 import { libc } from "../../ffi/libc.ts";
 import type { CudaDevice } from "../../tensor/cuda/device.ts";
-import type { CudaStream } from "../../tensor/cuda/streams.ts";
+import type { CudaEvent, CudaStream } from "../../tensor/cuda/streams.ts";
 import { now, recorder } from "../../trace/mod.ts";
 import { progress } from "../progress.ts";
 import type {
@@ -259,6 +259,12 @@ export class NcclTransport implements Transport, Tower {
     throw this.#failure;
   }
 
+  mark(): CudaEvent {
+    this.check();
+    this.flush();
+    return this.#stream.mark();
+  }
+
   hear(): void {
     if (this.#failure) this.#watch.told = true;
   }
@@ -322,14 +328,14 @@ export class NcclTransport implements Transport, Tower {
     return this.#watch.missing(sequence);
   }
 
-  async split(members: readonly number[], id: string): Promise<Transport> {
+  async split(members: readonly number[], id: string, urgent = false): Promise<Transport> {
     const rank = members.indexOf(this.#place.rank);
     const color = Math.min(...members); // one for all members, another for every other group
     const trunk = await this.#split(color, rank, id);
     const comm = await together(splitComm(trunk!, 0, rank), id, this.#job.context);
     const ranks = members.map((r) => this.#watch.members[r]);
     const communicators = { trunk: trunk!, comm: comm! };
-    return await NcclTransport.open(this.#job, communicators, { members: ranks, id, rank }, false);
+    return await NcclTransport.open(this.#job, communicators, { members: ranks, id, rank }, urgent);
   }
 
   async abstain(): Promise<void> {

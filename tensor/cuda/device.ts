@@ -7,7 +7,7 @@ import { cuda, cudaError } from "../../ffi/cuda.ts";
 import { checkCudart, CUDART, cudart, cudartError } from "../../ffi/cudart.ts";
 import { nvrtc } from "../../ffi/nvrtc.ts";
 import { newArray, type TypedArray } from "../dtype.ts";
-import type { Device, Kernels, MemoryStats } from "../device.ts";
+import type { Device, Kernels, MemoryStats, StreamEvent } from "../device.ts";
 import type { RoutingKernels } from "../routing_kernels.ts";
 import type { Tensor } from "../tensor.ts";
 import { Arena } from "./arena.ts";
@@ -17,7 +17,7 @@ import { CUDA_MODULES, cudaKernels, cudaRoutingKernels } from "./kernels.ts";
 import { Modules } from "./launch.ts";
 import { memoryInfo, memorySource } from "./memory.ts";
 import { PinnedMemory, Staging } from "./pinned.ts";
-import { CudaStream, EventPool } from "./streams.ts";
+import { CudaEvent, CudaStream, EventPool } from "./streams.ts";
 import { encodeTensorMap } from "./tensor_map.ts";
 
 /** Oldest version of CUDA and lowest compute capability, times ten, that are supported. */
@@ -192,6 +192,11 @@ export class CudaDevice implements Device {
     return this.#pool.hostWaits;
   }
 
+  /** How often another thread has waited for an event so far: see {@linkcode CudaDevice.passing}. */
+  get eventWaits(): number {
+    return this.#pool.eventWaits;
+  }
+
   /** CUDA events of this device, in use or kept for the next use. */
   get events(): number {
     return this.#pool.created;
@@ -221,6 +226,11 @@ export class CudaDevice implements Device {
   /** As {@linkcode Device.hostMemory}: page-locked memory, which takes about a millisecond for 4 MiB. */
   hostMemory(bytes: number): PinnedMemory {
     return new PinnedMemory(bytes);
+  }
+
+  /** As {@linkcode Device.passing}: takes a thread of Deno's, of which there are 32, until the device has passed the point. */
+  passing(event: StreamEvent): Promise<void> {
+    return event instanceof CudaEvent ? event.passing() : Promise.resolve();
   }
 
   /** Ties the device's clock to the host's anew, for the times of `recordTimed` events: call it once a step when these are wanted. */

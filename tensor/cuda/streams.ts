@@ -1,5 +1,6 @@
 // Streams and events of a GPU. Events come from a pool and go back to it once they have passed, so recording one allocates
-// nothing in CUDA. Host waits poll and let the event loop run; nothing blocks in native code and nothing calls back from it.
+// nothing in CUDA. Host waits poll and let the event loop run, or another thread waits; nothing blocks this one in native code and nothing
+// calls back from it.
 
 import { addressOf } from "../../ffi/address.ts";
 import {
@@ -12,7 +13,7 @@ import {
   type CudaStreamHandle,
 } from "../../ffi/cudart.ts";
 import { now } from "../../trace/mod.ts";
-import type { Stream, StreamEvent } from "../device.ts";
+import { Events, type Stream, type StreamEvent } from "../device.ts";
 
 /** Polls without leaving the thread for so long; a short wait is over by then. */
 const SPIN_US = 30;
@@ -25,19 +26,36 @@ const LONGEST_ANCHOR_US = 2000;
 /** Events that a stream keeps before it looks for passed ones. */
 const KEPT = 64;
 
-/** What the streams of one device share: the pool of events, the clock, the count of host waits. */
+/**
+ * What an event is made for: `plain` ones order streams and are polled; `timed` ones take the time, too, for a third more of the host's; a
+ * thread that waits for a `waited` one sleeps.
+ */
+export type EventKind = "plain" | "timed" | "waited";
+
+const FLAGS: Readonly<Record<EventKind, number>> = {
+  plain: CUDART.eventDisableTiming,
+  timed: CUDART.eventDefault,
+  waited: CUDART.eventDisableTiming | CUDART.eventBlockingSync,
+};
+
+/** What the streams of one device share: the pools of events, the clock, the count of host waits. */
 export class EventPool {
   readonly #calls: CudartCalls;
   readonly #cell = new BigUint64Array(new ArrayBuffer(8));
   readonly #elapsed = new Float32Array(new ArrayBuffer(4));
-  readonly #untimed: CudaEventHandle[] = [];
-  readonly #timed: CudaEventHandle[] = [];
+  readonly #free: Readonly<Record<EventKind, CudaEventHandle[]>> = {
+    plain: [],
+    timed: [],
+    waited: [],
+  };
   #clock: CudaStreamHandle | undefined;
   #anchor: CudaEventHandle | undefined;
   #anchor_us = -Infinity;
   #tried_us = -Infinity;
   /** Times that the host waited for the device, in all. */
   hostWaits = 0;
+  /** Times that the host waited for an event on another thread, in all. */
+  eventWaits = 0;
   /** CUDA events made, in all; none is destroyed. */
   created = 0;
 
@@ -49,15 +67,14 @@ export class EventPool {
   /**
    * An event that is not in use.
    *
-   * @param timed Whether it takes the time.
+   * @param kind What it is for.
    * @returns Its handle.
    */
-  take(timed: boolean): CudaEventHandle {
-    const handle = (timed ? this.#timed : this.#untimed).pop();
+  take(kind: EventKind): CudaEventHandle {
+    const handle = this.#free[kind].pop();
     if (handle !== undefined) return handle;
-    const flags = timed ? CUDART.eventDefault : CUDART.eventDisableTiming;
     checkCudart(
-      this.#calls.cudaEventCreateWithFlags(addressOf(this.#cell.buffer), flags),
+      this.#calls.cudaEventCreateWithFlags(addressOf(this.#cell.buffer), FLAGS[kind]),
       "cudaEventCreateWithFlags",
     );
     this.created++;
@@ -68,10 +85,10 @@ export class EventPool {
    * Puts an event back.
    *
    * @param handle The event; it has passed, or nobody waits for it.
-   * @param timed Whether it takes the time.
+   * @param kind What it is for.
    */
-  give(handle: CudaEventHandle, timed: boolean): void {
-    (timed ? this.#timed : this.#untimed).push(handle);
+  give(handle: CudaEventHandle, kind: EventKind): void {
+    this.#free[kind].push(handle);
   }
 
   /**
@@ -89,6 +106,19 @@ export class EventPool {
   }
 
   /**
+   * Waits for an event on another thread, which sleeps meanwhile if the event is a `waited` one.
+   *
+   * @param handle The event; it must not be recorded anew before this resolves.
+   * @throws {CudaError} If work before it failed.
+   */
+  async passing(handle: CudaEventHandle): Promise<void> {
+    this.eventWaits++;
+    const code = await this.#calls.cudaEventSynchronize(handle);
+    if (code === CUDART.success) return;
+    throw cudartError(code, "cudaEventSynchronize", ", in work that was enqueued earlier");
+  }
+
+  /**
    * Ties the device's clock to the host's anew: an event on a stream of its own, which is idle, and the host's time around it. Takes
    * some 20 µs; good to a few µs, and the clocks part by about 10 µs per second: once a step is enough. A device that is too busy to pass
    * the event soon leaves the tie as it was.
@@ -98,19 +128,19 @@ export class EventPool {
     const end_us = (this.#tried_us = now()) + LONGEST_ANCHOR_US;
     let width = Infinity;
     for (let round = 0; round < 3; round++) {
-      const event = this.take(true);
+      const event = this.take("timed");
       const before = now();
       checkCudart(this.#calls.cudaEventRecord(event, this.#clock), "cudaEventRecord");
       let passed = this.passed(event);
       while (!passed && now() < end_us) passed = this.passed(event);
       const after = now();
-      if (!passed) return this.give(event, true);
+      if (!passed) return this.give(event, "timed");
       if (after - before >= width) {
-        this.give(event, true);
+        this.give(event, "timed");
         continue;
       }
       width = after - before;
-      if (this.#anchor !== undefined) this.give(this.#anchor, true);
+      if (this.#anchor !== undefined) this.give(this.#anchor, "timed");
       this.#anchor = event;
       this.#anchor_us = (before + after) / 2;
     }
@@ -138,21 +168,23 @@ export class EventPool {
 /** A point in a CUDA stream's work. */
 export class CudaEvent implements StreamEvent {
   readonly #pool: EventPool;
-  readonly #timed: boolean;
+  readonly #kind: EventKind;
   #handle: CudaEventHandle | null;
   #time_us = 0;
+  /** The wait on another thread, which needs the handle as it is. */
+  #waiting: Promise<void> | undefined;
 
   /**
    * {@linkcode CudaStream} makes them. @ignore
    *
    * @param pool Where the event came from and returns to.
    * @param handle An event that has been recorded.
-   * @param timed Whether it takes the time.
+   * @param kind What it is for.
    */
-  constructor(pool: EventPool, handle: CudaEventHandle, timed: boolean) {
+  constructor(pool: EventPool, handle: CudaEventHandle, kind: EventKind) {
     this.#pool = pool;
     this.#handle = handle;
-    this.#timed = timed;
+    this.#kind = kind;
   }
 
   /** The CUDA event; null once it was seen to have passed. */
@@ -165,10 +197,30 @@ export class CudaEvent implements StreamEvent {
     const handle = this.#handle;
     if (handle === null) return true;
     if (!this.#pool.passed(handle)) return false;
-    this.#time_us = this.#timed ? this.#pool.time(handle) : now();
+    this.#time_us = this.#kind === "timed" ? this.#pool.time(handle) : now();
     this.#handle = null;
-    this.#pool.give(handle, this.#timed);
+    if (!this.#waiting) this.#pool.give(handle, this.#kind);
     return true;
+  }
+
+  /**
+   * Resolves once the device has passed the point. The host does not poll: another thread waits, and sleeps if {@linkcode CudaStream.mark}
+   * made the event.
+   *
+   * @throws {CudaError} If work before it failed.
+   */
+  async passing(): Promise<void> {
+    if (this.done()) return;
+    await (this.#waiting ??= this.#wait(this.#handle!));
+  }
+
+  async #wait(handle: CudaEventHandle): Promise<void> {
+    await this.#pool.passing(handle); // an event that failed is not used again
+    if (this.#handle !== null) {
+      this.#time_us = this.#kind === "timed" ? this.#pool.time(handle) : now();
+    }
+    this.#handle = null;
+    this.#pool.give(handle, this.#kind);
   }
 
   /**
@@ -235,20 +287,25 @@ export class CudaStream implements Stream {
 
   /** Marks the present end of the stream's work. */
   record(): CudaEvent {
-    return this.#record(false);
+    return this.#record("plain");
   }
 
   /** As {@linkcode record}, with an event whose `time()` is the device's, on the host's clock. */
   recordTimed(): CudaEvent {
-    return this.#record(true);
+    return this.#record("timed");
   }
 
-  #record(timed: boolean): CudaEvent {
+  /** As {@linkcode record}, with an event that a thread can wait for without spinning: see {@linkcode CudaEvent.passing}. */
+  mark(): CudaEvent {
+    return this.#record("waited");
+  }
+
+  #record(kind: EventKind): CudaEvent {
     if (this.#events.length - this.#oldest >= KEPT) this.#sweep();
-    const handle = this.#pool.take(timed);
+    const handle = this.#pool.take(kind);
     const code = this.#calls.cudaEventRecord(handle, this.handle);
     if (code !== 0) throw cudartError(code, "cudaEventRecord", ` on stream ${this.name}`);
-    const event = new CudaEvent(this.#pool, handle, timed);
+    const event = new CudaEvent(this.#pool, handle, kind);
     this.#events.push(event);
     return event;
   }
@@ -273,6 +330,8 @@ export class CudaStream implements Stream {
       if (handle === null) return;
       const code = this.#calls.cudaStreamWaitEvent(this.handle, handle, 0);
       if (code !== 0) throw cudartError(code, "cudaStreamWaitEvent", ` on stream ${this.name}`);
+    } else if (event instanceof Events) {
+      for (const one of event.all) this.wait(one);
     } else if (!event.done()) {
       throw new TypeError(
         `Cannot wait on stream ${this.name} as the event must be a CUDA event or done: current value is an event of another device`,
