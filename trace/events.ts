@@ -97,6 +97,8 @@ interface Ticks {
   readonly span: Span;
   readonly start: number;
   readonly end: number;
+  /** Whether it has arrows, which must not end on something that lies inside it: such spans share no lane while they run. */
+  readonly alone: boolean;
 }
 
 /** A moment at which gradients became ready, and the micro-ops that it lets go. */
@@ -130,8 +132,8 @@ export function* traceEvents(
   const ticks = (time: number) => Math.round((time + shift) * 1000); // whole ns: rounding keeps nesting
   const all = spans.map((span): Ticks => {
     const start = ticks(span.start), end = ticks(span.end);
-    const hasArrows = span.category === "allToAll" || isMicroOp(span);
-    return { span, start, end: hasArrows ? Math.max(end, start + ARROW_NS) : end };
+    const alone = span.category === "allToAll" || isMicroOp(span);
+    return { span, start, end: alone ? Math.max(end, start + ARROW_NS) : end, alone };
   });
   const ready = readiness(all, ticks);
   const rows = new Rows(pid);
@@ -139,7 +141,7 @@ export function* traceEvents(
   const moments = [...new Set(ready.values().map((microOp) => microOp.ready))];
   for (const [i, { at, gradients, bytes }] of moments.entries()) {
     const end = Math.min(at + READY_NS, moments[i + 1]?.at ?? Infinity);
-    const { tid, events } = rows.place(READY, at, end);
+    const { tid, events } = rows.place(READY, { start: at, end, alone: true });
     yield* events;
     const [first] = gradients, more = gradients.size - 1;
     const name = more > 0 ? `${first} and ${more} more` : first;
@@ -153,7 +155,7 @@ export function* traceEvents(
     const { span, start, end } = ticks;
     const microOp = ready.get(ticks);
     const row = microOp ? MICRO_OPS : ROWS[span.category] ?? span.track;
-    const { tid, events } = rows.place(row, start, end);
+    const { tid, events } = rows.place(row, ticks);
     yield* events;
     const args = row === span.track ? span.args : { ...span.args, communicator: span.track };
     const at = { pid, tid, cat: span.category };
@@ -257,11 +259,13 @@ class Rows {
    * Finds a lane of a row.
    *
    * @param row The row.
-   * @param start Start of a span in ns; without one the first lane is told.
-   * @param end Its end.
+   * @param span Start and end of a span in ns; without one the first lane is told.
    * @returns The number of the lane, and the events that name it if it is new.
    */
-  place(row: string, start?: number, end = 0): { tid: number; events: TraceEvent[] } {
+  place(
+    row: string,
+    span?: Pick<Ticks, "start" | "end" | "alone">,
+  ): { tid: number; events: TraceEvent[] } {
     let found = this.#rows.get(row);
     if (!found) {
       const known = ROW_ORDER.indexOf(row);
@@ -269,10 +273,10 @@ class Rows {
       this.#rows.set(row, found);
     }
     const { lanes } = found, events: TraceEvent[] = [];
-    let lane = start === undefined ? 0 : lanes.findIndex((lane) => lane.fits(start, end));
+    let lane = span ? lanes.findIndex((lane) => lane.fits(span)) : 0;
     const isNew = lane < 0 || lane >= lanes.length;
     if (isNew) lane = lanes.push(new Lane()) - 1;
-    if (start !== undefined) lanes[lane].add(end);
+    if (span) lanes[lane].add(span.end);
     // Viewers order rows by this index, or by the number of the thread.
     const sort_index = found.place * ROWS_OF_A_KIND + lane, tid = sort_index + 1;
     if (isNew) {
@@ -289,9 +293,9 @@ class Rows {
 class Lane {
   #open: number[] = [];
 
-  fits(start: number, end: number): boolean {
+  fits({ start, end, alone }: Pick<Ticks, "start" | "end" | "alone">): boolean {
     while (this.#open.length > 0 && this.#open[this.#open.length - 1] <= start) this.#open.pop();
-    return this.#open.length === 0 || end <= this.#open[this.#open.length - 1];
+    return this.#open.length === 0 || (!alone && end <= this.#open[this.#open.length - 1]);
   }
 
   add(end: number): void {
