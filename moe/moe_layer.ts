@@ -4,6 +4,9 @@
 //
 // In a world of one on a GPU, where hidden rows are narrow, the weights meet those, and the end of it is a plain sum.
 //
+// A step may have a rank's tokens travel in slices (`Step.chunks`): the router runs once, then all dispatches start, and as soon as a slice's
+// rows are there its experts run and its combine starts, so that experts work while other slices travel.
+//
 // Backward is the mirror image. The router is router*.ts, the plan plan.ts, the movements dispatch.ts, the experts experts.ts and
 // expert_store.ts: this file puts them in order and owns nothing but the gate and the shared experts.
 //
@@ -15,13 +18,27 @@
 
 import * as ops from "../tensor/ops.ts";
 import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
-import { fromExperts, permute, type PlacedPlan, toExperts, type Transfer } from "./dispatch.ts";
-import { type ExpertGroups, expertsBackward, expertsForward, releaseExperts } from "./experts.ts";
+import {
+  fromExperts,
+  permute,
+  type PlacedPlan,
+  type Road,
+  sliceOf,
+  toExperts,
+  type Travelling,
+} from "./dispatch.ts";
+import {
+  type ExpertGroups,
+  expertsBackward,
+  expertsForward,
+  type ExpertsSaved,
+  releaseExperts,
+} from "./experts.ts";
 import { ExpertStore } from "./expert_store.ts";
 import { FeedForward } from "./feed_forward.ts";
-import type { PlacementPlan } from "./hooks.ts";
+import type { ExpertPlacement, PlacementPlan } from "./hooks.ts";
 import { createParameter, freeParameter, gradientDtype, type Parameter } from "./parameter.ts";
-import type { MoeLayerOptions, MoeResult, MoeSaved, RoutingTap } from "./moe_types.ts";
+import type { MoeLayerOptions, MoeResult, MoeSaved, RoutingTap, RowExchange } from "./moe_types.ts";
 import { staticPlacement } from "./placement.ts";
 import { dropShown } from "./shown.ts";
 import { createRouter, type Router } from "./router.ts";
@@ -36,6 +53,7 @@ export type {
   MoeSaved,
   MoeStats,
   RoutingTap,
+  RowExchange,
   Shown,
 } from "./moe_types.ts";
 
@@ -55,6 +73,10 @@ export class MoeLayer implements Disposable {
   auxScale = 1;
   /** Records or replays choices; alike on all ranks in whether it replays. */
   tap: RoutingTap | null = null;
+  /** Where experts sit; may be changed between steps, alike on all ranks: in training what it plans must be how they sit. */
+  placement: ExpertPlacement;
+  /** Carries rows in place of the communicator's own all-to-all, or null; may be changed between passes, alike on all ranks. */
+  exchange: RowExchange | null;
   readonly #options: Required<MoeLayerOptions>;
   /** The experts that every token meets (DeepSeek-MoE), as one network of as many times the hidden width. */
   readonly #shared: FeedForward | null;
@@ -80,6 +102,7 @@ export class MoeLayer implements Disposable {
       activation: "swiglu",
       sharedExperts: 0,
       placement: staticPlacement(),
+      exchange: null,
       recompute: false,
       seed: 0,
       downStd: initStd,
@@ -95,6 +118,8 @@ export class MoeLayer implements Disposable {
     this.#options = all;
     this.layer = layer;
     this.router = createRouter(all.router, experts);
+    this.placement = placement;
+    this.exchange = all.exchange;
     const { seats } = placement.plan({ layer, experts, ranks: comm.size, counts: null });
     this.store = new ExpertStore({ ...all, seats });
     this.gate = createParameter(device, `model.layers.${layer}.block_sparse_moe.gate.weight`, {
@@ -146,40 +171,49 @@ export class MoeLayer implements Disposable {
     this.#checkInput(x_ND);
     using undo = new DisposableStack();
     const routed = await this.#route(x_ND, step);
-    const { placed, weights_NK, scales_S, shown } = routed;
+    const { slices, weights_NK, scales_S, shown } = routed;
     undo.defer(() => dropShown([shown]));
     undo.defer(() => routed.release());
 
-    const arriving = toExperts(
-      permute(x_ND, placed),
-      placed,
-      comm,
-      this.#transfer(step, "forward", "dispatch"),
-    );
-    undo.defer(() => freeLater(arriving));
+    const arriving: Travelling[] = [], returning: Travelling[] = [];
+    const experts: ExpertsSaved[] = [], outputs: Tensor[] = [];
+    undo.defer(() => arriving.forEach((rows) => rows.drop()));
+    for (const [chunk, slice] of slices.entries()) {
+      const road = this.#road(step, "forward", "dispatch", chunk, slices.length);
+      arriving.push(await toExperts(permute(sliceOf(x_ND, slice), slice), slice, road));
+    }
     const shared = this.#shared?.forward(x_ND, step) ?? null; // while the rows travel
     if (shared) {
       undo.use(shared.out_ND);
       undo.defer(() => this.#shared!.release(shared.saved));
     }
-    const { y_MD, saved: experts } = expertsForward(
-      await arriving,
-      this.#groups(placed),
-      scales_S,
-    );
-    undo.defer(() => releaseExperts(experts));
-    const y_SD = undo.use(
-      await fromExperts(y_MD, placed, comm, this.#transfer(step, "forward", "combine")),
-    );
-    const out_ND = undo.use(empty(device, x_ND.shape, x_ND.dtype));
-    // Experts, shared experts and residual are added in one pass where there are two of them, else in two.
-    const onto = shared && residual_ND ? out_ND : shared?.out_ND ?? residual_ND;
-    if (shared && residual_ND) ops.add(residual_ND, shared.out_ND, out_ND);
-    ops.combineRows(y_SD, placed.slots_NK, scales_S ? null : weights_NK, out_ND, onto);
+    undo.defer(() => experts.forEach(releaseExperts));
+    undo.defer(() => returning.forEach((rows) => rows.drop()));
+    for (const [chunk, slice] of slices.entries()) {
+      const x_MD = await arriving[chunk].arrive();
+      const { y_MD, saved } = expertsForward(x_MD, this.#groups(slice), scales_S);
+      experts.push(saved);
+      const road = this.#road(step, "forward", "combine", chunk, slices.length);
+      returning.push(await fromExperts(y_MD, slice, road));
+    }
+    let out: Tensor | null = null, onto: Tensor | undefined;
+    for (const [chunk, slice] of slices.entries()) {
+      const y_SD = await returning[chunk].arrive();
+      if (!out) {
+        out = undo.use(empty(device, x_ND.shape, x_ND.dtype));
+        // Experts, shared experts and residual are added in one pass where there are two of them, else in two.
+        onto = shared && residual_ND ? out : shared?.out_ND ?? residual_ND;
+        if (shared && residual_ND) ops.add(residual_ND, shared.out_ND, out);
+      }
+      const weights = scales_S ? null : sliceOf(weights_NK, slice);
+      const below = onto && sliceOf(onto, slice);
+      ops.combineRows(y_SD, slice.slots_NK, weights, sliceOf(out, slice), below);
+      if (scales_S) y_SD[Symbol.dispose]();
+      else outputs.push(y_SD);
+    }
+    const out_ND = out!; // there is a slice at least
     shared?.out_ND[Symbol.dispose]();
-    if (scales_S) y_SD[Symbol.dispose]();
-    const kept_SD = scales_S ? null : y_SD;
-    const saved = { x_ND, routed, experts, y_SD: kept_SD, shared: shared?.saved ?? null };
+    const saved = { x_ND, routed, experts, outputs, shared: shared?.saved ?? null };
     if (!step.training) this.release(saved);
     undo.move();
     return { out_ND, saved, shown };
@@ -195,44 +229,57 @@ export class MoeLayer implements Disposable {
    * @returns Gradient of the input; the caller's.
    */
   async backward(dOut_ND: Tensor, saved: MoeSaved, step: Step): Promise<Tensor> {
-    const { device, comm } = this.#options;
-    const { x_ND, routed, y_SD } = saved;
-    const { placed, weights_NK } = routed;
+    const { device } = this.#options, { x_ND, routed } = saved;
+    const { slices, weights_NK, scales_S } = routed;
     step.combineBackwardStarts(this.layer);
     using undo = new DisposableStack();
-    using dWeights_NK = y_SD && empty(device, weights_NK.shape, weights_NK.dtype);
-    const dY_SD = outputsGradient(dOut_ND, saved, dWeights_NK); // toExperts frees it once it has travelled
-    const arriving = toExperts(dY_SD, placed, comm, this.#transfer(step, "backward", "combine"));
-    undo.defer(() => freeLater(arriving));
+    const arriving: Travelling[] = [], returning: Travelling[] = [];
+    undo.defer(() => [...arriving, ...returning].forEach((rows) => rows.drop()));
+    using dWeights_NK = scales_S ? null : empty(device, weights_NK.shape, weights_NK.dtype);
+    for (const [chunk, slice] of slices.entries()) {
+      const dY_SD = outputsGradient(dOut_ND, saved, chunk, dWeights_NK);
+      const road = this.#road(step, "backward", "combine", chunk, slices.length);
+      arriving.push(await toExperts(dY_SD, slice, road)); // frees the rows once they have travelled
+    }
     // While the rows travel: shared experts, and the router where the weights' gradient is known.
     const later = { firstPass: step.firstPass, gradientReady: () => {} }; // behind the all-to-alls
     const dShared_ND = saved.shared && this.#shared!.backward(dOut_ND, saved.shared, later);
     if (dShared_ND) undo.use(dShared_ND);
     using early_NE = dWeights_NK && await routed.backward(dWeights_NK, this.auxScale);
-    using dY_MD = await arriving;
-    const { gradients, parameters } = this.store;
-    const { dX_MD, dScales_M } = expertsBackward(dY_MD, saved.experts, this.#groups(placed), {
-      grads: gradients,
-      beta: step.firstPass ? 0 : 1,
-    });
-    undo.use(dX_MD);
-    for (const { name } of parameters) step.gradientReady(name);
-    using dScales_S = dScales_M;
-    using late_NE = dScales_S && await routed.backward(dScales_S, this.auxScale);
-    using dX_SD = await fromExperts(
-      dX_MD,
-      placed,
-      comm,
-      this.#transfer(step, "backward", "dispatch"),
-    );
-    const dX_ND = dShared_ND ?? undo.use(empty(device, x_ND.shape, x_ND.dtype));
-    routed.tokensGradient(dX_SD, (early_NE ?? late_NE)!, dX_ND, dShared_ND ? 1 : 0);
+    let late: Tensor | null = null; // of one slice
+    for (const [chunk, slice] of slices.entries()) {
+      using dY_MD = await arriving[chunk].arrive();
+      const { gradients, parameters } = this.store;
+      const { dX_MD, dScales_M } = expertsBackward(
+        dY_MD,
+        saved.experts[chunk],
+        this.#groups(slice),
+        { grads: gradients, beta: step.firstPass && chunk === 0 ? 0 : 1 },
+      );
+      using rows = new DisposableStack();
+      rows.use(dX_MD);
+      using dScales_S = dScales_M;
+      if (chunk === slices.length - 1) {
+        for (const { name } of parameters) step.gradientReady(name);
+        if (dScales_S) late = undo.use(await routed.backward(dScales_S, this.auxScale));
+      }
+      rows.move();
+      const road = this.#road(step, "backward", "dispatch", chunk, slices.length);
+      returning.push(await fromExperts(dX_MD, slice, road));
+    }
+    let dX: Tensor | null = dShared_ND;
+    for (const [chunk, slice] of slices.entries()) {
+      using dX_SD = await returning[chunk].arrive();
+      dX ??= undo.use(empty(device, x_ND.shape, x_ND.dtype));
+      routed.tokensGradient(slice, dX_SD, (early_NE ?? late)!, dX, dShared_ND ? 1 : 0);
+    }
+    late?.[Symbol.dispose]();
     for (const { name } of this.#shared?.parameters ?? []) step.gradientReady(name);
     step.gradientReady(this.gate.name);
     this.release(saved);
     step.layerBackwardEnds(this.layer);
     undo.move();
-    return dX_ND;
+    return dX!;
   }
 
   /**
@@ -241,6 +288,19 @@ export class MoeLayer implements Disposable {
    */
   async reduceReplicas(): Promise<void> {
     await this.store.reduceReplicas();
+  }
+
+  /**
+   * Seats the experts as another placement has them, and uses it from now on. All ranks call it together, between steps; `parameters` changes.
+   *
+   * @param placement Where experts sit from now on.
+   * @throws {RangeError} If its seats are not valid; nothing has changed then.
+   */
+  async moveExperts(placement: ExpertPlacement): Promise<void> {
+    const { comm, experts } = this.#options;
+    const plan = placement.plan({ layer: this.layer, experts, ranks: comm.size, counts: null });
+    if (!sameSeats(plan.seats, this.store.seats)) await this.store.moveTo(plan.seats);
+    this.placement = placement;
   }
 
   /** Ends a step: moves the selection bias of a sigmoid router against the load of all its passes. */
@@ -256,8 +316,8 @@ export class MoeLayer implements Disposable {
    */
   release(saved: MoeSaved): void {
     saved.routed.release();
-    saved.y_SD?.[Symbol.dispose]();
-    releaseExperts(saved.experts);
+    for (const y_SD of saved.outputs) y_SD[Symbol.dispose]();
+    saved.experts.forEach(releaseExperts);
     if (saved.shared) this.#shared!.release(saved.shared);
   }
 
@@ -273,16 +333,16 @@ export class MoeLayer implements Disposable {
    * Whether weights meet the hidden rows, and so no output of an expert is kept: on one GPU, where that is faster, as hidden rows are not (much) wider
    * than the model's. Figures are in bench/NOTES.md, "Where weights meet rows".
    */
-  get #hiddenWeights(): boolean {
+  #hiddenWeights(slices: number): boolean {
     const { device, comm, hidden, width, activation } = this.#options;
-    if (!device.routing || comm.size > 1) return false;
+    if (!device.routing || comm.size > 1 || slices > 1) return false;
     return hidden <= (activation === "swiglu" ? 4 : 1) * width;
   }
 
   /** On the device where it can and the router is plain there; else on the host. Alike on all ranks. */
   #route(x_ND: Tensor, step: Step): Promise<Routed> {
     const { device, comm, seed } = this.#options;
-    const { layer, router, gate, tap } = this;
+    const { layer, router, gate, tap } = this, slices = this.#slicesOf(step);
     const context: RouterContext = {
       comm,
       layer,
@@ -291,7 +351,8 @@ export class MoeLayer implements Disposable {
       bias_E: this.bias,
       seed,
       tap,
-      hiddenWeights: this.#hiddenWeights,
+      slices,
+      hiddenWeights: this.#hiddenWeights(slices),
       place: (counts, step) => this.#place(counts, step),
       count: (chosen_E) => {
         for (let e = 0; e < this.#counts.length; e++) this.#counts[e] += chosen_E[e];
@@ -322,7 +383,7 @@ export class MoeLayer implements Disposable {
 
   /** The placement for these counts. In inference experts move to it; in training they must sit so already. */
   async #place(counts: Int32Array, step: Step): Promise<PlacementPlan> {
-    const { comm, experts, placement } = this.#options;
+    const { comm, experts } = this.#options, { placement } = this;
     const plan = placement.plan({ layer: this.layer, experts, ranks: comm.size, counts });
     if (sameSeats(plan.seats, this.store.seats)) return plan;
     if (step.training) {
@@ -340,15 +401,25 @@ export class MoeLayer implements Disposable {
     return { weights: this.store.matrices, rows: groups, activation, recompute };
   }
 
-  #transfer(
+  #road(
     step: Step,
     phase: "forward" | "backward",
     role: "dispatch" | "combine",
-  ): Transfer {
-    return async (start) => {
-      const ended = await step.allToAll({ layer: this.layer, phase, role, chunk: 0 }, start);
-      await ended();
-    };
+    chunk: number,
+    slices: number,
+  ): Road {
+    const { layer, exchange } = this;
+    const place = { layer, phase, role, chunk };
+    return { comm: this.#options.comm, exchange, step, place, slices };
+  }
+
+  /** How many slices the tokens travel in. */
+  #slicesOf(step: Step): number {
+    const slices = step.chunks(this.layer);
+    if (Number.isSafeInteger(slices) && slices >= 1) return slices;
+    throw new RangeError(
+      `Cannot run layer ${this.layer} in chunks as their number must be a whole number >= 1: current value is ${slices}`,
+    );
   }
 
   #checkInput(x_ND: Tensor): void {
@@ -361,20 +432,21 @@ export class MoeLayer implements Disposable {
   }
 }
 
-/** Gradient of the experts' outputs in the send order, and of the weights if they met those; frees the outputs. */
-function outputsGradient(dOut_ND: Tensor, saved: MoeSaved, dWeights_NK: Tensor | null): Tensor {
-  const { routed: { placed, weights_NK }, y_SD } = saved;
-  if (!y_SD || !dWeights_NK) return permute(dOut_ND, placed);
+/** Gradient of the experts' outputs of a slice in the send order, and of the weights if they met those; frees the outputs. */
+function outputsGradient(
+  dOut_ND: Tensor,
+  { routed: { slices, weights_NK }, outputs }: MoeSaved,
+  chunk: number,
+  dWeights_NK: Tensor | null,
+): Tensor {
+  const slice = slices[chunk], dOut = sliceOf(dOut_ND, slice), y_SD = outputs[chunk];
+  if (!dWeights_NK) return permute(dOut, slice);
   using scope = new TensorScope();
   const dY_SD = empty(y_SD.device, y_SD.shape, y_SD.dtype);
-  ops.combineRowsBackward(dOut_ND, y_SD, placed.slots_NK, weights_NK, dY_SD, dWeights_NK);
+  const weights = sliceOf(weights_NK, slice), dWeights = sliceOf(dWeights_NK, slice);
+  ops.combineRowsBackward(dOut, y_SD, slice.slots_NK, weights, dY_SD, dWeights);
   y_SD[Symbol.dispose]();
   return scope.keep(dY_SD);
-}
-
-/** Frees what is still on its way, when it comes. */
-function freeLater(arriving: Promise<Tensor>): void {
-  arriving.then((tensor) => tensor[Symbol.dispose](), () => {});
 }
 
 function sameSeats(a: PlacementPlan["seats"], b: PlacementPlan["seats"]): boolean {

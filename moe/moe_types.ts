@@ -1,8 +1,8 @@
 // What goes into a MoE layer and what comes out of it: plain data. The layer is moe_layer.ts.
 //
-// Shape letters: N tokens of this rank, D model width, F hidden width, E experts, K choices per token, S rows sent.
+// Shape letters: N tokens of this rank, D model width, F hidden width, E experts, K choices per token, R ranks.
 
-import type { Communicator } from "../collectives/types.ts";
+import type { Communicator, Data, OperationOptions, Work } from "../collectives/types.ts";
 import type { Activation, Device } from "../tensor/device.ts";
 import type { DType } from "../tensor/dtype.ts";
 import type { Tensor } from "../tensor/tensor.ts";
@@ -38,6 +38,8 @@ export interface MoeLayerOptions {
   readonly sharedExperts?: number;
   /** Where experts sit. @default {staticPlacement()} */
   readonly placement?: ExpertPlacement;
+  /** Carries rows between ranks in place of the communicator's own all-to-all. @default {null} */
+  readonly exchange?: RowExchange | null;
   /** Whether the experts' activation is computed again in the backward pass instead of kept. @default {false} */
   readonly recompute?: boolean;
   /** Seed of weights and noise. @default {0} */
@@ -52,16 +54,24 @@ export interface MoeLayerOptions {
   readonly gradientDtype?: DType;
 }
 
+/** An all-to-all that may take another way than the communicator's, as one in two levels does. */
+export interface RowExchange {
+  /**
+   * As `Communicator.allToAllV`, but for the counts: elements from each rank to each, [R, R], by source, then destination; alike on all ranks.
+   */
+  allToAllV(send: Data, counts_RR: readonly number[], recv: Data, options?: OperationOptions): Work;
+}
+
 /** What the backward pass of a layer needs. */
 export interface MoeSaved {
   /** The input; not owned. */
   readonly x_ND: Tensor;
   /** Where every row goes, with what weight, and the way back to the gate; owned. */
   readonly routed: Routed;
-  /** What the experts keep: their rows, hidden rows, weights of rows; owned. */
-  readonly experts: ExpertsSaved;
-  /** Outputs of the experts in the send order; owned. Null where the weights met the hidden rows. */
-  readonly y_SD: Tensor | null;
+  /** What the experts keep of each slice: their rows, hidden rows, weights of rows; owned. */
+  readonly experts: readonly ExpertsSaved[];
+  /** Outputs of the experts in the send order, by slice; owned. None where the weights met the hidden rows. */
+  readonly outputs: readonly Tensor[];
   /** What the shared experts keep; owned. */
   readonly shared: FeedForwardSaved | null;
 }

@@ -39,8 +39,8 @@ export interface PlanOutline {
   readonly offsets: Int32Array;
   /** Rows from each (rank, seat): [R, L]. */
   readonly rows_RL: Int32Array;
-  /** Rows that each rank computes [R]. */
-  readonly rowsPerRank: Int32Array;
+  /** Rows from each rank to each, [R, R]; alike on all ranks. */
+  readonly rows_RR: Int32Array;
   /**
    * Where this rank's choices of each expert lie in the send order, [P, 3]: from its choice `first` on they take the rows from `row` on,
    * (expert, first, row), by expert, then choice; one piece per replica of each expert.
@@ -186,11 +186,11 @@ export function outlinePlan(
     }
   }
   for (let l = 0; l < local; l++) offsets[l + 1] += offsets[l];
-  const rowsPerRank = new Int32Array(ranks);
+  const rows_RR = new Int32Array(ranks * ranks);
   for (let r = 0; r < ranks; r++) {
     for (let e = 0; e < experts; e++) {
       if (counts_RE[r * experts + e] === 0) continue;
-      for (const holder of holders[e]) rowsPerRank[holder] += rows.of(r, e, holder);
+      for (const holder of holders[e]) rows_RR[r * ranks + holder] += rows.of(r, e, holder);
     }
   }
   return {
@@ -198,9 +198,48 @@ export function outlinePlan(
     recvCounts,
     offsets,
     rows_RL,
-    rowsPerRank,
+    rows_RR,
     pieces: Int32Array.from(pieces),
   };
+}
+
+/**
+ * Rows that each rank computes.
+ *
+ * @param outlines Outlines of the slices of a batch.
+ * @returns Their sums over source ranks and slices [R].
+ */
+export function rowsPerRank(outlines: readonly Pick<PlanOutline, "rows_RR">[]): Int32Array {
+  const ranks = Math.sqrt(outlines[0].rows_RR.length), sums = new Int32Array(ranks);
+  for (const { rows_RR } of outlines) rows_RR.forEach((n, i) => sums[i % ranks] += n);
+  return sums;
+}
+
+/**
+ * Copies of each expert where experts sit in the regular way, as `replicatedPlacement` has them: the ranks form groups of neighbours, each
+ * group holds every expert once, all ranks hold as many, and rank r of each group holds the same experts in the same order.
+ *
+ * @param seats Experts of each rank; a valid placement.
+ * @param experts E.
+ * @returns The number of groups k; 0 where experts sit in any other way.
+ *
+ * @example
+ * ```ts
+ * import { regularReplicas } from "./plan.ts";
+ * import assert from "node:assert/strict";
+ *
+ * assert.equal(regularReplicas([[0, 1], [2, 3], [0, 1], [2, 3]], 4), 2);
+ * assert.equal(regularReplicas([[0], [1], [2], [3]], 4), 1);
+ * assert.equal(regularReplicas([[0, 1, 2], [3], [0, 1, 2], [3]], 4), 0);
+ * ```
+ */
+export function regularReplicas(seats: PlacementPlan["seats"], experts: number): number {
+  const perRank = seats[0].length, group = experts / perRank, replicas = seats.length / group;
+  if (!Number.isInteger(group) || !Number.isInteger(replicas)) return 0;
+  const regular = seats.every((held, rank) =>
+    held.length === perRank && held.every((e, seat) => e === seats[rank % group][seat])
+  );
+  return regular ? replicas : 0;
 }
 
 /** Rows per (source, expert, holder): all of the source's rows where there is one holder, else as the placement splits them. */

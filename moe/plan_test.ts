@@ -5,7 +5,7 @@ import assert from "node:assert/strict";
 import fc from "fast-check";
 import type { PlacementPlan } from "./hooks.ts";
 import { holdersOf, replicatedPlacement, staticPlacement } from "./placement.ts";
-import { makePlan, type RoutingPlan } from "./plan.ts";
+import { makePlan, type RoutingPlan, rowsPerRank } from "./plan.ts";
 
 /** Any valid seats: each expert on at least one rank, in any order; rows split over replicas by a rule of (source, expert). */
 const placements = (ranks: number, experts: number): fc.Arbitrary<PlacementPlan> =>
@@ -96,7 +96,7 @@ Deno.test("send counts are the transpose of receive counts, and rows per rank th
         }
         const received = plans[r].recvCounts.reduce((a, b) => a + b, 0);
         assert.equal(plans[r].offsets.at(-1), received);
-        for (const plan of plans) assert.equal(plan.rowsPerRank[r], received);
+        for (const plan of plans) assert.equal(rowsPerRank([plan])[r], received);
       }
     }),
     { numRuns: 500 },

@@ -3,13 +3,13 @@
 // pass, because it must know how many rows to send. What such a device does not do (noise, capacity, expert choice, replays) goes the host's
 // way, router_host.ts.
 //
-// Shape letters: N tokens of this rank, D model width, E experts, K choices per token, R ranks, S rows sent, M rows received.
+// Shape letters: N tokens of this rank, D model width, E experts, K choices per token, R ranks, C slices, S rows sent.
 
 import * as routing from "../tensor/ops/routing.ts";
 import { MOST_CHOICES, MOST_EXPERTS, type RouteOptions } from "../tensor/routing_kernels.ts";
 import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
-import { placeAlone, type PlacedPlan, placeOutline } from "./dispatch.ts";
-import { outlinePlan } from "./plan.ts";
+import { placeAlone, type PlacedPlans, placeOutlines, sliceOf } from "./dispatch.ts";
+import { outlinePlan, rowsPerRank } from "./plan.ts";
 import type { Router } from "./router.ts";
 import type { Routed, RouterContext } from "./router_host.ts";
 import { routerLosses, type RouterSums } from "./router_losses.ts";
@@ -67,20 +67,23 @@ export async function routeOnDevice(
 ): Promise<Routed> {
   const { comm, router, gate, layer, tap } = context;
   const { device } = x_ND, N = x_ND.shape[0], E = router.experts, K = router.topK;
-  const options = routeOptionsOf(router), length = 3 * E + 2;
+  const { slices } = context, options = routeOptionsOf(router), length = 3 * E + 2;
+  // Behind its record a rank shows the choices of all its slices but the last, whose are the rest.
+  const shownLength = comm.size === 1 ? length : length + (slices - 1) * E;
   using undo = new DisposableStack();
   const logits_NE = undo.use(empty(device, [N, E])), lse_N = undo.use(empty(device, [N]));
   const experts_NK = undo.use(empty(device, [N, K], "i32"));
   const weights_NK = undo.use(empty(device, [N, K]));
   const scales_S = context.hiddenWeights ? undo.use(empty(device, [N * K])) : null;
-  const all = undo.use(empty(device, [comm.size, length], "f64"));
+  const all = undo.use(empty(device, [comm.size, shownLength], "f64"));
   const out = { experts: experts_NK, weights: weights_NK, lse: lse_N };
   routing.gate(x_ND, gate.value, logits_NE);
-  let placed: PlacedPlan, shown: Shown;
+  let placed: PlacedPlans, shown: Shown;
   const records = new Shared(all);
   if (comm.size === 1) {
     routing.route(logits_NE, bias_E, options, { ...out, record: all.reshape(length) });
-    placed = undo.use(placeAlone(experts_NK, E, scales_S && { weights_NK, scales_S }));
+    const factors = scales_S && { weights_NK, scales_S };
+    placed = undo.use(placeAlone(experts_NK, E, { slices, factors }));
     // What is shown may be read before or after the backward pass, which needs the record, too.
     const release = records.own();
     shown = {
@@ -88,36 +91,42 @@ export async function routeOnDevice(
       release,
       finish(array) {
         release();
-        const read = readRecords(array, router, 1);
+        const read = readRecords(array, router, 1, 1);
         if (step.training && !step.repeated) context.count(read.chosen_E);
         return { auxLoss: read.auxLoss, stats: statsOf(read.chosen_E, 0, Int32Array.of(N * K)) };
       },
     };
   } else {
-    using record = empty(device, [length], "f64");
-    routing.route(logits_NE, bias_E, options, { ...out, record });
+    using record = empty(device, [shownLength], "f64");
+    routing.route(logits_NE, bias_E, options, { ...out, record: record.rows(0, length) });
+    if (slices > 1) {
+      const counts_CE = record.rows(length, shownLength).reshape(slices - 1, E);
+      routing.countSlices(experts_NK, slices, counts_CE);
+    }
     await comm.allGather(record, all).wait(device.stream);
-    const read = readRecords(await all.toArray() as Float64Array, router, comm.size);
+    const read = readRecords(await all.toArray() as Float64Array, router, comm.size, slices);
     const placement = await context.place(read.counts_RE, step);
     const ranks = { rank: comm.rank, ranks: comm.size, experts: E };
-    const outline = outlinePlan({ ...ranks, counts_RE: read.counts_RE, placement });
-    placed = undo.use(placeOutline(experts_NK, E, outline));
+    const outlines = read.counts_CRE.map((counts_RE) =>
+      outlinePlan({ ...ranks, counts_RE, placement })
+    );
+    placed = undo.use(placeOutlines(experts_NK, E, outlines));
     if (step.training && !step.repeated) context.count(read.chosen_E);
     shown = {
       auxLoss: read.auxLoss,
-      stats: statsOf(read.chosen_E, 0, outline.rowsPerRank),
+      stats: statsOf(read.chosen_E, 0, rowsPerRank(outlines)),
     } satisfies MoeShown;
   }
   if (tap?.record && !step.repeated) {
     const chosen = await experts_NK.toArray() as Int32Array;
     tap.record(layer, { choices: K, experts_NK: chosen });
   }
-  const slots = scales_S ? placed.slots_NK : undefined;
+  const slots = scales_S ? placed.slices[0].slots_NK : undefined;
   const saved = { logits: logits_NE, lse: lse_N, experts: experts_NK, records: all, slots };
   const releaseRecords = records.own();
   undo.move();
   return {
-    placed,
+    slices: placed.slices,
     weights_NK,
     scales_S,
     shown,
@@ -133,9 +142,9 @@ export async function routeOnDevice(
       routing.gateWeightGrad(dLogits_NE, x_ND, gate.grad);
       return Promise.resolve(scope.keep(dLogits_NE));
     },
-    tokensGradient(dRows_SD, dLogits_NE, dX_ND, beta) {
-      const { slots_NK } = placed;
-      routing.combineRowsGate(dRows_SD, slots_NK, dLogits_NE, gate.value, dX_ND, { beta });
+    tokensGradient(slice, dRows_SD, dLogits_NE, dX_ND, beta) {
+      const own_NE = sliceOf(dLogits_NE, slice), own_ND = sliceOf(dX_ND, slice);
+      routing.combineRowsGate(dRows_SD, slice.slots_NK, own_NE, gate.value, own_ND, { beta });
     },
     release() {
       placed[Symbol.dispose]();
@@ -166,18 +175,28 @@ class Shared {
   }
 }
 
-/** What the ranks' records say of the global batch. */
-function readRecords(records: Float64Array, router: Router, ranks: number): {
+/** What the ranks' records say of the global batch, and the choices of each slice. */
+function readRecords(records: Float64Array, router: Router, ranks: number, slices: number): {
   readonly counts_RE: Int32Array;
+  readonly counts_CRE: readonly Int32Array[];
   readonly chosen_E: Float64Array;
   readonly auxLoss: number;
 } {
-  const E = router.experts, length = 3 * E + 2;
+  const E = router.experts, length = 3 * E + 2, stride = length + (slices - 1) * E;
   const counts_RE = new Int32Array(ranks * E), total = new Float64Array(length);
   for (let r = 0; r < ranks; r++) {
-    for (let i = 0; i < length; i++) total[i] += records[r * length + i];
-    for (let e = 0; e < E; e++) counts_RE[r * E + e] = records[r * length + e];
+    for (let i = 0; i < length; i++) total[i] += records[r * stride + i];
+    for (let e = 0; e < E; e++) counts_RE[r * E + e] = records[r * stride + e];
   }
+  const counts_CRE: Int32Array[] = [], rest_RE = slices === 1 ? counts_RE : counts_RE.slice();
+  for (let c = 0; c < slices - 1; c++) {
+    const own_RE = counts_RE.map((_, i) => {
+      return records[Math.floor(i / E) * stride + length + c * E + i % E];
+    });
+    own_RE.forEach((n, i) => rest_RE[i] -= n);
+    counts_CRE.push(own_RE);
+  }
+  counts_CRE.push(rest_RE);
   const sums: RouterSums = {
     choices_E: total.slice(E, 2 * E),
     scores_E: total.slice(2 * E, 3 * E),
@@ -190,5 +209,5 @@ function readRecords(records: Float64Array, router: Router, ranks: number): {
     );
   }
   const { aux, z } = routerLosses(sums, router);
-  return { counts_RE, chosen_E: total.slice(0, E), auxLoss: aux + z };
+  return { counts_RE, counts_CRE, chosen_E: total.slice(0, E), auxLoss: aux + z };
 }

@@ -10,7 +10,7 @@ import * as routing from "../tensor/ops/routing.ts";
 import { empty, fromArray } from "../tensor/tensor.ts";
 import { smallSizes, testDevice } from "../tests/emulator/device.ts";
 import { close, numbers, read, rounded } from "./_device_numbers.ts";
-import { placeOutline } from "./dispatch.ts";
+import { placeOutlines } from "./dispatch.ts";
 import { random } from "./init.ts";
 import { makePlan, outlinePlan } from "./plan.ts";
 import {
@@ -361,7 +361,8 @@ Deno.test(
         const input = { rank, ranks, experts, choices, counts_RE, placement };
         const want = makePlan({ ...input, experts_NK: chosen[rank] });
         using experts_NK = fromArray(device!, chosen[rank], [tokens[rank], choices]);
-        using placed = placeOutline(experts_NK, experts, outlinePlan(input));
+        using plans = placeOutlines(experts_NK, experts, [outlinePlan(input)]);
+        const [placed] = plans.slices;
         assert.deepEqual(placed.sendCounts, want.sendCounts);
         assert.deepEqual(placed.recvCounts, want.recvCounts);
         assert.deepEqual(await placed.groups.offsets.toArray(), want.offsets);

@@ -6,7 +6,11 @@
 //   4. allGatherV of scores of experts over capacity, when there are any and drops go by probability.
 // All numbers are f64 and are added in rank order, so every rank computes the same plan from the same bits.
 //
-// Shape letters: N tokens of this rank, E experts, K choices per token, R ranks, P places: K if drops go by position, else 1.
+// A rank whose tokens travel in slices shows its choices slice by slice. Capacity is that of the whole batch: where it drops, a slice counts
+// as a rank of its own, whose tokens come behind those of the slice before.
+//
+// Shape letters: N tokens of this rank, E experts, K choices per token, R ranks, C slices, V = R C slices of all ranks, P places: K if drops go by
+// position, else 1.
 
 import type { Communicator } from "../collectives/types.ts";
 import {
@@ -27,6 +31,7 @@ import {
 } from "./router_capacity.ts";
 import { chooseByExpert, type ExpertChoices } from "./router_expert_choice.ts";
 import { routerLosses, type RouterSums, sumNormalisedScores } from "./router_losses.ts";
+import { sliceBounds } from "./slices.ts";
 
 /** What {@linkcode routeGlobally} works with; all but the bias's memory is alike on all ranks. */
 export interface RoutingContext {
@@ -42,6 +47,8 @@ export interface RoutingContext {
   readonly seeds: { readonly seed: number; readonly step: number; readonly layer: number };
   /** Experts that take the place of the router's choice, or null. */
   readonly replay: ((firstToken: number, tokens: number) => ExpertChoices) | null;
+  /** C: slices that each rank's tokens travel in. @default {1} */
+  readonly slices?: number;
 }
 
 /** How the tokens of this rank are routed, and what is known of the global batch. */
@@ -50,8 +57,8 @@ export interface GlobalRouting {
   readonly routing: Routing;
   /** This rank's experts [N, K] with −1 where a choice was not kept or dropped. */
   readonly kept_NK: Int32Array;
-  /** Rows per (rank, expert), after drops: [R, E]. */
-  readonly counts_RE: Int32Array;
+  /** Rows per (rank, expert) of each slice, after drops: C of [R, E]. */
+  readonly counts_CRE: readonly Int32Array[];
   /** Choices per expert of the global batch that the router has kept, before drops for want of capacity. */
   readonly chosen_E: Float64Array;
   /** Choices of the global batch that were dropped. */
@@ -74,7 +81,7 @@ export async function routeGlobally(
   context: RoutingContext,
   logits_NE: Float64Array,
 ): Promise<GlobalRouting> {
-  const { comm, router } = context;
+  const { comm, router, slices = 1 } = context;
   const { experts } = router;
   const tokens = logits_NE.length / experts;
   const tokens_R = needsTokenNumbers(context) ? await gatherTokens(comm, tokens) : null;
@@ -93,44 +100,64 @@ export async function routeGlobally(
     router.kind !== "expertChoice";
   const places = drops && router.drop === "position" ? routing.choices : 1;
   let kept_NK = keptExperts(router, routing);
+  const bounds = sliceBounds(tokens, slices);
   const all = await gatherRecords(
     comm,
-    makeRecord(router, { ...routing, experts_NK: kept_NK }, places),
+    makeRecord(router, { ...routing, experts_NK: kept_NK }, places, bounds),
   );
-  const { counts_RPE, sums } = readRecords(all, { ranks: comm.size, places, experts });
-  let counts_RE = sumPlaces(counts_RPE, places, experts);
-  const chosen_E = sumRanks(counts_RE, experts);
+  const { counts_VPE, sums } = readRecords(all, { ranks: comm.size, slices, places, experts });
+  let counts_VE = sumPlaces(counts_VPE, places, experts);
+  const chosen_E = sumRanks(counts_VE, experts);
   const losses = routerLosses(sums, router);
   if (drops) {
     const { choices } = routing;
     const capacity = capacityOf(router.capacityFactor!, { tokens: sums.tokens, choices, experts });
+    /** The tokens of each slice, made anew by its number among those of all ranks. */
+    const eachSlice = (drop: (own_NK: Int32Array, v: number, c: number) => Int32Array) => {
+      const out_NK = new Int32Array(kept_NK.length);
+      for (let c = 0; c < slices; c++) {
+        const start = bounds[c] * choices, end = bounds[c + 1] * choices;
+        out_NK.set(drop(kept_NK.subarray(start, end), comm.rank * slices + c, c), start);
+      }
+      return out_NK;
+    };
     const over = Array.from(chosen_E.keys()).filter((e) => chosen_E[e] > capacity);
     if (over.length > 0 && router.drop === "position") {
-      const size = { ranks: comm.size, choices, experts };
-      const kept_RKE = keptByPosition(counts_RPE, size, capacity);
-      const length = choices * experts, start = comm.rank * length;
-      kept_NK = dropByPosition(kept_NK, kept_RKE.subarray(start, start + length), experts);
-      counts_RE = sumPlaces(kept_RKE, places, experts);
+      const size = { ranks: comm.size * slices, choices, experts };
+      const kept_VKE = keptByPosition(counts_VPE, size, capacity);
+      const length = choices * experts;
+      kept_NK = eachSlice((own_NK, v) =>
+        dropByPosition(own_NK, kept_VKE.subarray(v * length, (v + 1) * length), experts)
+      );
+      counts_VE = sumPlaces(kept_VKE, places, experts);
     } else if (over.length > 0) {
-      const own = scoresOverCapacity(kept_NK, routing.scores_NE, over, { choices, experts });
-      const lengths = Array.from({ length: comm.size }, (_, r) => {
-        return over.reduce((sum, e) => sum + counts_RE[r * experts + e], 0);
+      const lengths = new Array<number>(comm.size).fill(0);
+      for (let v = 0; v < comm.size * slices; v++) {
+        for (const e of over) lengths[Math.floor(v / slices)] += counts_VE[v * experts + e];
+      }
+      const own = new Float64Array(lengths[comm.rank]);
+      let at = 0;
+      eachSlice((own_NK, _, c) => {
+        const scores_NE = routing.scores_NE.subarray(bounds[c] * experts, bounds[c + 1] * experts);
+        const scores = scoresOverCapacity(own_NK, scores_NE, over, { choices, experts });
+        own.set(scores, at);
+        at += scores.length;
+        return own_NK;
       });
       const gathered = await gatherVaried(comm, own, lengths);
-      const kept = dropByProbability(kept_NK, counts_RE, gathered, {
-        experts,
-        rank: comm.rank,
-        capacity,
-        over,
+      const chosen_VE = counts_VE, options = { experts, capacity, over };
+      kept_NK = eachSlice((own_NK, v) => {
+        const kept = dropByProbability(own_NK, chosen_VE, gathered, { ...options, rank: v });
+        counts_VE = kept.kept_RE; // for every slice the same
+        return kept.experts_NK;
       });
-      kept_NK = kept.experts_NK;
-      counts_RE = kept.kept_RE;
     }
   }
-  const kept_E = sumRanks(counts_RE, experts);
+  const kept_E = sumRanks(counts_VE, experts);
   let dropped = 0;
   for (let e = 0; e < experts; e++) dropped += chosen_E[e] - kept_E[e];
-  return { routing, kept_NK, counts_RE, chosen_E, dropped, sums, losses };
+  const counts_CRE = countsOfSlices(counts_VE, slices, experts);
+  return { routing, kept_NK, counts_CRE, chosen_E, dropped, sums, losses };
 }
 
 /** The same on all ranks: it decides on a collective. */
@@ -214,28 +241,35 @@ async function chooseTogether(
 }
 
 /**
- * Length of the record of sums that a rank shows the others in every forward pass, in f64 numbers: choices per (place, expert), choices
+ * Length of the record of sums that a rank shows the others in every forward pass, in f64 numbers: choices per (slice, place, expert), choices
  * and scores per expert for the balance loss, squared log-sum-exps, tokens.
  *
- * @param places P.
+ * @param places C P.
  * @param experts E.
- * @returns (P + 2) E + 2.
+ * @returns (C P + 2) E + 2.
  */
 export function recordLength(places: number, experts: number): number {
   return (places + 2) * experts + 2;
 }
 
-function makeRecord(router: Router, routing: Routing, places: number): Float64Array {
+function makeRecord(
+  router: Router,
+  routing: Routing,
+  places: number,
+  bounds: readonly number[],
+): Float64Array {
   const { experts } = router;
-  const { choices, experts_NK, lse_N } = routing;
-  const record = new Float64Array(recordLength(places, experts));
-  const balance = places * experts, firstOnly = router.kind === "gshard";
-  for (let i = 0; i < experts_NK.length; i++) {
-    const e = experts_NK[i];
-    if (e < 0) continue;
-    const place = i % choices;
-    record[(places > 1 ? place * experts : 0) + e]++;
-    if (place === 0 || !firstOnly) record[balance + e]++;
+  const { choices, experts_NK, lse_N } = routing, slices = bounds.length - 1;
+  const record = new Float64Array(recordLength(slices * places, experts));
+  const balance = slices * places * experts, firstOnly = router.kind === "gshard";
+  for (let c = 0; c < slices; c++) {
+    for (let i = bounds[c] * choices; i < bounds[c + 1] * choices; i++) {
+      const e = experts_NK[i];
+      if (e < 0) continue;
+      const place = i % choices;
+      record[(c * places + (places > 1 ? place : 0)) * experts + e]++;
+      if (place === 0 || !firstOnly) record[balance + e]++;
+    }
   }
   if (router.auxLoss > 0) {
     const kind = router.kind === "sigmoid" ? "sigmoid" : "softmax";
@@ -248,15 +282,20 @@ function makeRecord(router: Router, routing: Routing, places: number): Float64Ar
 
 function readRecords(
   records: Float64Array,
-  size: { readonly ranks: number; readonly places: number; readonly experts: number },
-): { readonly counts_RPE: Int32Array; readonly sums: RouterSums } {
-  const { ranks, places, experts } = size;
-  const length = recordLength(places, experts), counts = places * experts;
-  const counts_RPE = new Int32Array(ranks * counts);
+  size: {
+    readonly ranks: number;
+    readonly slices: number;
+    readonly places: number;
+    readonly experts: number;
+  },
+): { readonly counts_VPE: Int32Array; readonly sums: RouterSums } {
+  const { ranks, slices, places, experts } = size;
+  const length = recordLength(slices * places, experts), counts = slices * places * experts;
+  const counts_VPE = new Int32Array(ranks * counts);
   const total = new Float64Array(length);
   for (let r = 0; r < ranks; r++) {
     for (let i = 0; i < length; i++) total[i] += records[r * length + i];
-    for (let i = 0; i < counts; i++) counts_RPE[r * counts + i] = records[r * length + i];
+    for (let i = 0; i < counts; i++) counts_VPE[r * counts + i] = records[r * length + i];
   }
   const sums = {
     choices_E: total.slice(counts, counts + experts),
@@ -264,17 +303,31 @@ function readRecords(
     squaredLse: total[length - 2],
     tokens: total[length - 1],
   };
-  return { counts_RPE, sums };
+  return { counts_VPE, sums };
 }
 
-function sumPlaces(counts_RPE: Int32Array, places: number, experts: number): Int32Array {
-  if (places === 1) return counts_RPE;
-  const counts_RE = new Int32Array(counts_RPE.length / places);
-  for (let i = 0; i < counts_RPE.length; i++) {
-    const r = Math.floor(i / (places * experts));
-    counts_RE[r * experts + i % experts] += counts_RPE[i];
+function sumPlaces(counts_VPE: Int32Array, places: number, experts: number): Int32Array {
+  if (places === 1) return counts_VPE;
+  const counts_VE = new Int32Array(counts_VPE.length / places);
+  for (let i = 0; i < counts_VPE.length; i++) {
+    const v = Math.floor(i / (places * experts));
+    counts_VE[v * experts + i % experts] += counts_VPE[i];
   }
-  return counts_RE;
+  return counts_VE;
+}
+
+/** Rows per (rank, expert) of each slice, from those of (rank, slice, expert). */
+function countsOfSlices(counts_VE: Int32Array, slices: number, experts: number): Int32Array[] {
+  if (slices === 1) return [counts_VE];
+  const ranks = counts_VE.length / slices / experts;
+  return Array.from({ length: slices }, (_, c) => {
+    const counts_RE = new Int32Array(ranks * experts);
+    for (let r = 0; r < ranks; r++) {
+      const v = (r * slices + c) * experts;
+      counts_RE.set(counts_VE.subarray(v, v + experts), r * experts);
+    }
+    return counts_RE;
+  });
 }
 
 function sumRanks(counts_RE: Int32Array, experts: number): Float64Array {

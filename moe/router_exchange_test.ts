@@ -32,7 +32,7 @@ Deno.test("gshard: a second expert that is not kept at random leaves the first i
   }
   const kept = kept_NK.filter((e) => e === 1).length;
   assert.ok(Math.abs(kept / n - 2 * 3 / 9) < 0.02, `${kept}`); // 2 · weight
-  assert.deepEqual([...all.counts_RE], [n, kept, 0, 0]);
+  assert.deepEqual([...all.counts_CRE[0]], [n, kept, 0, 0]);
   assert.equal(all.dropped, 0);
   // The first expert's weight falls as the second's logit rises, whether the second is kept or not.
   const dWeights = Float64Array.from(kept_NK, (e, i) => e < 0 || i % 2 === 1 ? 0 : 1);
@@ -52,7 +52,7 @@ Deno.test("capacity is for training: inference drops nothing", async () => {
     assert.equal(training.dropped, 8);
     const inference = await routeGlobally(context(router, { training: false }), logits(8));
     assert.equal(inference.dropped, 0);
-    assert.deepEqual([...inference.counts_RE], [8, 8, 0, 0]);
+    assert.deepEqual([...inference.counts_CRE[0]], [8, 8, 0, 0]);
   }
 });
 

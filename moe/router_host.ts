@@ -1,21 +1,22 @@
 // Routing on the host: logits come to it, the pure functions of the router decide, and index arrays go back to the device. Every router and
 // every option works so, on the CPU without a detour. The device's way is router_device.ts; both give the layer the same.
 //
-// Shape letters: N tokens of this rank, D model width, E experts, K choices per token.
+// Shape letters: N tokens of this rank, D model width, E experts, K choices per token, R ranks, C slices, S rows sent.
 
 import type { Communicator } from "../collectives/types.ts";
 import { type DType, type TypedArray, wideDtype } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, fromArray, type Tensor } from "../tensor/tensor.ts";
-import { type PlacedPlan, placePlan } from "./dispatch.ts";
+import { type PlacedPlan, placePlans, sliceOf } from "./dispatch.ts";
 import type { PlacementPlan } from "./hooks.ts";
 import { linear } from "./linear.ts";
 import type { RoutingTap } from "./moe_types.ts";
 import type { Parameter } from "./parameter.ts";
-import { makePlan } from "./plan.ts";
+import { makePlan, rowsPerRank } from "./plan.ts";
 import { routeBackward, type Router } from "./router.ts";
 import { routeGlobally } from "./router_exchange.ts";
 import { type Shown, statsOf } from "./shown.ts";
+import { sliceBounds } from "./slices.ts";
 import type { Step } from "./step.ts";
 
 /** What routing works with; alike on all ranks but for the weights' memory. */
@@ -34,7 +35,9 @@ export interface RouterContext {
   readonly seed: number;
   /** Records or replays choices. */
   readonly tap: RoutingTap | null;
-  /** Whether the weights meet the experts' hidden rows instead of their outputs; never so among ranks. */
+  /** Slices that each rank's tokens travel in; alike on all ranks. */
+  readonly slices: number;
+  /** Whether the weights meet the experts' hidden rows instead of their outputs; never so among ranks, nor in slices. */
   readonly hiddenWeights: boolean;
   /** The placement for rows per (rank, expert) [R, E]; experts sit so when it resolves. */
   place(counts_RE: Int32Array, step: Step): Promise<PlacementPlan>;
@@ -44,8 +47,8 @@ export interface RouterContext {
 
 /** Where the tokens of a pass go, and the way back to the gate. */
 export interface Routed {
-  /** Where every row goes; owned. */
-  readonly placed: PlacedPlan;
+  /** Where every row goes, by slice; owned. */
+  readonly slices: readonly PlacedPlan[];
   /** Weights of the choices [N, K]; owned. */
   readonly weights_NK: Tensor;
   /**
@@ -60,10 +63,16 @@ export interface Routed {
    */
   backward(dWeights: Tensor, scale: number): Promise<Tensor>;
   /**
-   * The gradient of the tokens, from that of their rows in the send order and through the gate:
-   * `dX[n] = Σ_k dRows[slots[n,k]] + dLogits[n] gate + beta · dX[n]`.
+   * The gradient of a slice's tokens, from that of their rows in the send order and, of all tokens, through the gate:
+   * `dX[n] = Σ_k dRows[slots[n,k]] + dLogits[n] gate + beta · dX[n]`; the others of dX stay as they are.
    */
-  tokensGradient(dRows_SD: Tensor, dLogits_NE: Tensor, dX_ND: Tensor, beta: 0 | 1): void;
+  tokensGradient(
+    placed: PlacedPlan,
+    dRows_SD: Tensor,
+    dLogits_NE: Tensor,
+    dX_ND: Tensor,
+    beta: 0 | 1,
+  ): void;
   /** Frees what is owned. */
   release(): void;
 }
@@ -92,26 +101,31 @@ export async function routeOnHost(
     training: step.training,
     seeds: { seed: context.seed, step: step.number, layer },
     replay: tap?.replay ? (first, tokens) => tap.replay!(layer, first, tokens) : null,
+    slices: context.slices,
   }, host);
-  const { routing, kept_NK, counts_RE } = global;
+  const { routing, kept_NK, counts_CRE } = global, { choices } = routing;
   if (!step.repeated) {
     tap?.record?.(layer, routing);
     if (step.training) context.count(global.chosen_E);
   }
-  const placement = await context.place(counts_RE, step);
-  const plan = makePlan({
-    rank: comm.rank,
-    ranks: comm.size,
-    experts: router.experts,
-    choices: routing.choices,
-    experts_NK: kept_NK,
-    counts_RE,
-    placement,
-  });
+  const placement = await context.place(sumOf(counts_CRE), step);
+  const bounds = sliceBounds(x_ND.shape[0], context.slices);
+  const plans = counts_CRE.map((counts_RE, c) =>
+    makePlan({
+      rank: comm.rank,
+      ranks: comm.size,
+      experts: router.experts,
+      choices,
+      experts_NK: kept_NK.subarray(bounds[c] * choices, bounds[c + 1] * choices),
+      counts_RE,
+      placement,
+    })
+  );
   using undo = new DisposableStack();
-  const placed = undo.use(placePlan(device, plan));
+  const placed = undo.use(placePlans(device, plans));
   const { weights_NK: weights } = routing, wide = wideDtype(x_ND.dtype);
-  const weights_NK = undo.use(toDevice(x_ND, weights, [plan.tokens, plan.choices], wide));
+  const weights_NK = undo.use(toDevice(x_ND, weights, [x_ND.shape[0], choices], wide));
+  const [plan] = plans; // of all tokens, where weights meet hidden rows
   let scales_S: Tensor | null = null;
   if (context.hiddenWeights) {
     const ofRows = new Float64Array(plan.tokens_S.length);
@@ -120,12 +134,12 @@ export async function routeOnHost(
   }
   undo.move();
   return {
-    placed,
+    slices: placed.slices,
     weights_NK,
     scales_S,
     shown: {
       auxLoss: global.losses.aux + global.losses.z,
-      stats: statsOf(global.chosen_E, global.dropped, plan.rowsPerRank),
+      stats: statsOf(global.chosen_E, global.dropped, rowsPerRank(plans)),
     },
     async backward(dWeights, scale) {
       const given = await hostNumbers(dWeights);
@@ -144,11 +158,12 @@ export async function routeOnHost(
       undo.move();
       return dLogits_NE;
     },
-    tokensGradient(dRows_SD, dLogits_NE, dX_ND, beta) {
-      ops.combineRows(dRows_SD, placed.slots_NK, null, dX_ND, beta === 1 ? dX_ND : undefined);
-      using dX = widened(dX_ND, dtype);
-      ops.gemm(dLogits_NE, gate.value, dX.tensor, { beta: 1 });
-      if (dX.tensor !== dX_ND) ops.copy(dX.tensor, dX_ND);
+    tokensGradient(slice, dRows_SD, dLogits_NE, dX_ND, beta) {
+      const own_ND = sliceOf(dX_ND, slice);
+      ops.combineRows(dRows_SD, slice.slots_NK, null, own_ND, beta === 1 ? own_ND : undefined);
+      using dX = widened(own_ND, dtype);
+      ops.gemm(sliceOf(dLogits_NE, slice), gate.value, dX.tensor, { beta: 1 });
+      if (dX.tensor !== own_ND) ops.copy(dX.tensor, own_ND);
     },
     release() {
       placed[Symbol.dispose]();
@@ -156,6 +171,12 @@ export async function routeOnHost(
       scales_S?.[Symbol.dispose]();
     },
   };
+}
+
+/** Rows per (rank, expert) of all slices. */
+function sumOf(counts_CRE: readonly Int32Array[]): Int32Array {
+  if (counts_CRE.length === 1) return counts_CRE[0];
+  return counts_CRE[0].map((_, i) => counts_CRE.reduce((sum, counts_RE) => sum + counts_RE[i], 0));
 }
 
 async function logitsOf(x_ND: Tensor, gate: Parameter): Promise<Float64Array> {

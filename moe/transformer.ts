@@ -11,14 +11,15 @@ import { Block, type BlockSaved, type Recompute } from "./block.ts";
 import type { CheckpointTensor } from "./checkpoint.ts";
 import { type ModelConfig, modelDescription } from "./config.ts";
 import { FeedForward } from "./feed_forward.ts";
-import type { GradientOutline, StepOutline } from "./graph.ts";
+import { type GradientOutline, seatGradientName, type StepOutline } from "./graph.ts";
 import type { ExpertPlacement } from "./hooks.ts";
 import { linear } from "./linear.ts";
 import { headLoss } from "./loss.ts";
-import { MoeLayer } from "./moe_layer.ts";
+import { MoeLayer, type RowExchange } from "./moe_layer.ts";
 import { freeNormed, Norm } from "./norm.ts";
-import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
+import { createParameter, freeParameter, gradientDtype, type Parameter } from "./parameter.ts";
 import { staticPlacement } from "./placement.ts";
+import { regularReplicas } from "./plan.ts";
 import { type Rows, RowsOfShapes } from "./rows.ts";
 import { dropShown, type MoeShown, type Shown } from "./shown.ts";
 import type { Step } from "./step.ts";
@@ -45,6 +46,8 @@ export interface TransformerOptions {
   readonly seed: number;
   /** Where experts sit. @default {staticPlacement()} */
   readonly placement?: ExpertPlacement;
+  /** Carries rows between ranks in place of the communicator's own all-to-all. @default {null} */
+  readonly exchange?: RowExchange | null;
   /** What is not kept for the backward pass but computed again. @default {"none"} */
   readonly recompute?: Recompute;
 }
@@ -191,8 +194,8 @@ export class Transformer implements Disposable {
   }
 
   /**
-   * The model as a step graph's outline. It is alike on all ranks: the gradients of experts, which each rank holds others of, are not
-   * in it, as their replicas reduce them among themselves.
+   * The model as a step graph's outline. It is alike on all ranks: of the gradients of experts, which each rank holds others of, it has those
+   * of seats, and only where experts sit in the regular way (see `regularReplicas` of plan.ts); else replicas reduce them among themselves.
    *
    * @param rows Rows of a rank in a pass, on average; alike on all ranks.
    * @param ranks Number of ranks.
@@ -200,7 +203,6 @@ export class Transformer implements Disposable {
    */
   outline(rows: number, ranks: number): StepOutline {
     const { config } = this;
-    const away = rows * (ranks - 1) / ranks;
     return {
       head: [...(config.tied ? [] : [this.#head]), this.#norm.gain].map(outlineOf),
       layers: this.blocks.map(({ feedForward, denseParameters }) => {
@@ -210,12 +212,39 @@ export class Transformer implements Disposable {
           attention: denseParameters.map(outlineOf),
         };
         if (!(feedForward instanceof MoeLayer)) return layer;
+        const { seats } = feedForward.store, replicas = regularReplicas(seats, config.experts);
+        // Rows go to the replicas of a rank's own group.
+        const group = ranks / Math.max(1, replicas), away = rows * (group - 1) / group;
         const rowBytes = config.width * bytesOf(config.dtype);
         const allToAllBytes = Math.round(away * feedForward.router.topK * rowBytes);
-        return { ...layer, moe: { allToAllBytes, experts: [] } };
+        const experts = replicas > 1 ? this.#seatGradients(feedForward, seats[0].length) : [];
+        return { ...layer, moe: { allToAllBytes, experts } };
       }),
       embedding: [outlineOf(this.#embedding)],
     };
+  }
+
+  #seatGradients({ layer }: MoeLayer, seats: number): GradientOutline[] {
+    const { activation, hidden, width, dtype } = this.config;
+    const elements = (activation === "swiglu" ? 3 : 2) * hidden * width;
+    const elementBytes = bytesOf(gradientDtype(dtype, this.config.gradientDtype));
+    return Array.from({ length: seats }, (_, seat) => ({
+      name: seatGradientName(layer, seat),
+      elements,
+      elementBytes,
+      group: "replicas",
+    }));
+  }
+
+  /**
+   * Seats the experts of all layers as another placement has them, and uses it from now on. All ranks call it together, between steps; `parameters`
+   * changes.
+   *
+   * @param placement Where experts sit from now on.
+   * @throws {RangeError} If its seats are not valid.
+   */
+  async moveExperts(placement: ExpertPlacement): Promise<void> {
+    for (const layer of this.moeLayers) await layer.moveExperts(placement);
   }
 
   /**
@@ -371,7 +400,7 @@ function network(options: TransformerOptions, layer: number): FeedForward {
 }
 
 function mixture(options: TransformerOptions, layer: number): MoeLayer {
-  const { comm, config: { experts, router, sharedExperts }, placement } = options;
+  const { comm, config: { experts, router, sharedExperts }, placement, exchange } = options;
   return new MoeLayer({
     ...partOptions(options),
     comm,
@@ -380,6 +409,7 @@ function mixture(options: TransformerOptions, layer: number): MoeLayer {
     router,
     sharedExperts,
     placement: placement ?? staticPlacement(),
+    exchange: exchange ?? null,
   });
 }
 

@@ -3,7 +3,7 @@
 // pass, A passes, and per MoE layer K choices, E experts on all ranks alike, width D, b bytes per element:
 //
 //   allToAllV   A · Σ_layers 4 · N K D b · (R − 1) / R         dispatch and combine, forward and backward
-//   allGather   A · Σ_layers (R − 1) · 8 · ((P + 2) E + 2)      the router's sums; P = K if drops go by position, else 1
+//   allGather   A · Σ_layers (R − 1) · 8 · ((C P + 2) E + 2)    the router's sums; P = K if drops go by position, else 1; C chunks
 //   allReduce   Σ_micro-ops ⌊2 (R − 1) · bytes / R⌋             gradients, on a communicator of their own
 //             + ⌊2 (R − 1) · 24 / R⌋                            loss, time of all-to-alls, norm of the gradients
 //
@@ -29,6 +29,8 @@ export interface VolumeOptions {
   readonly elementBytes?: number;
   /** The MoE layers' routers. */
   readonly routers: readonly MoeLayer["router"][];
+  /** Chunks C that each layer's tokens are cut into. @default {1} */
+  readonly chunks?: number;
   /** How gradients are reduced. */
   readonly schedule: Schedule;
 }
@@ -53,13 +55,14 @@ export interface StepVolume {
  */
 export function stepVolume(options: VolumeOptions): StepVolume {
   const { ranks, rows, passes = 1, width, elementBytes = 4, routers, schedule } = options;
+  const { chunks = 1 } = options;
   const others = ranks - 1;
   const reduced = (bytes: number) => Math.floor(2 * others * bytes / ranks);
   let allToAllV = 0, allGather = 0, gradients = 0;
   for (const { topK, experts, capacityFactor, drop } of routers) {
     allToAllV += 4 * rows * topK * width * elementBytes * others / ranks;
     const places = capacityFactor !== null && drop === "position" ? topK : 1;
-    allGather += others * 8 * recordLength(places, experts);
+    allGather += others * 8 * recordLength(chunks * places, experts);
   }
   for (const { bytes } of schedule.microOps) gradients += reduced(bytes);
   return {
