@@ -19,7 +19,8 @@
 //
 // Environment variables: LINA_EMULATOR=1 takes the emulator even if there is a GPU, =0 never takes it; LINA_EMULATOR_SEED=7 makes thread
 // and block order random; LINA_EMULATOR_FENCE=0 leaves allocations side by side in the arena, where accesses beyond one are not noticed;
-// LINA_EMULATOR_DEFER=0 runs streams at once; LINA_EMULATOR_LIMIT_S=60 bounds a kernel's time; LINA_EMULATOR_CAPABILITY=91 (with 80
+// LINA_EMULATOR_DEFER=0 runs streams at once; LINA_EMULATOR_STREAMS=asynchronous runs them beside the host and each other, with LINA_EMULATOR_PAUSE_US
+// events pass later by random times of up to so much; LINA_EMULATOR_LIMIT_S=60 bounds a kernel's time; LINA_EMULATOR_CAPABILITY=91 (with 80
 // launches do not overlap), LINA_EMULATOR_MULTIPROCESSORS=2, LINA_EMULATOR_MEMORY_MIB=8192 describe the device; LINA_EMULATOR_KEEP=1 keeps
 // the sources of kernels in the folder that LINA_EMULATOR_CACHE names.
 //

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -44,6 +45,8 @@ struct Id {
 std::string last_error;
 
 int fail(Comm* comm, int result, const std::string& why) {
+  static std::mutex writing;  // streams may run beside each other
+  std::lock_guard<std::mutex> guard(writing);
   last_error = why;
   if (comm) comm->error = result;
   return result;

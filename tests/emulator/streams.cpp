@@ -1,18 +1,24 @@
 // libcudart for the CPU emulator: streams, events and copies. A stream's work is kept until the host asks about the stream or an event of it,
 // so work comes as late as it may: what reads pinned memory that the host has changed since, or memory that another stream has not been
 // waited for, shows. Nothing runs beside the host.
+// With LINA_EMULATOR_STREAMS=asynchronous each stream has a thread, which begins at once: streams run beside the host and each other, as a
+// host needs that waits for events on other threads; LINA_EMULATOR_PAUSE_US has every event pass later by a random time of up to so much.
 
 #include "emulator.h"
 
+#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <random>
+#include <thread>
 #include <vector>
 
 #include <time.h>
+#include <unistd.h>
 
 using namespace lina;
 
@@ -22,6 +28,7 @@ namespace {
 struct Stream {
   std::deque<std::function<void()>> work;
   uint64_t enqueued = 0, done = 0;
+  bool ends = false;  // once its work is done
 };
 
 // Where an event was recorded last; what waits for it keeps a copy.
@@ -35,17 +42,59 @@ struct Event {
   Point point;
 };
 
-std::recursive_mutex order;  // of all that concerns streams
-std::map<void*, std::shared_ptr<Stream>> streams;
+// Never destroyed: threads of streams may be at work when the process ends.
+auto& order = *new std::recursive_mutex;  // of all that concerns streams
+auto& moved = *new std::condition_variable_any;
+auto& streams = *new std::map<void*, std::shared_ptr<Stream>>;
+
+bool asynchronous() {
+  static bool wish = [] {
+    const char* text = getenv("LINA_EMULATOR_STREAMS");
+    return text && std::string(text) == "asynchronous";
+  }();
+  return wish;
+}
+
+// A stream's thread.
+void work_on(std::shared_ptr<Stream> stream) {
+  std::unique_lock<std::recursive_mutex> guard(order);
+  for (;;) {
+    moved.wait(guard, [&] { return stream->ends || !stream->work.empty(); });
+    if (stream->work.empty()) return;
+    auto work = std::move(stream->work.front());
+    stream->work.pop_front();
+    guard.unlock();
+    if (!lina::sticky()) work();
+    work = nullptr;
+    guard.lock();
+    stream->done++;
+    moved.notify_all();
+  }
+}
+
+// Some time passes on the stream that calls it.
+void linger() {
+  static size_t most = lina::setting("LINA_EMULATOR_PAUSE_US", 0);
+  thread_local std::minstd_rand random(std::random_device{}());
+  if (asynchronous() && most) usleep(useconds_t(random() % most));
+}
 
 std::shared_ptr<Stream> stream_of(void* handle) {
   auto& found = streams[handle];
-  if (!found) found = std::make_shared<Stream>();
+  if (!found) {
+    found = std::make_shared<Stream>();
+    if (asynchronous()) std::thread(work_on, found).detach();
+  }
   return found;
 }
 
-// Runs a stream's work up to a number.
+// Runs a stream's work up to a number, or waits for that; the caller holds `order` once at most.
 void run_until(Stream& stream, uint64_t number) {
+  if (asynchronous()) {
+    std::unique_lock<std::recursive_mutex> guard(order);
+    moved.wait(guard, [&] { return stream.done >= number; });
+    return;
+  }
   while (stream.done < number && !stream.work.empty()) {
     auto work = std::move(stream.work.front());
     stream.work.pop_front();
@@ -60,8 +109,9 @@ constexpr size_t LONGEST_QUEUE = 1024;
 }  // namespace
 
 void lina::run_all() {
-  std::lock_guard<std::recursive_mutex> guard(order);
+  std::unique_lock<std::recursive_mutex> guard(order);
   auto all = streams;
+  if (asynchronous()) guard.unlock();
   for (auto& [handle, stream] : all) run_until(*stream, stream->enqueued);
 }
 void lina::enqueue(void* handle, std::function<void()> work) {
@@ -69,6 +119,7 @@ void lina::enqueue(void* handle, std::function<void()> work) {
   auto stream = stream_of(handle);
   stream->work.push_back(std::move(work));
   stream->enqueued++;
+  if (asynchronous()) return moved.notify_all();
   const char* text = getenv("LINA_EMULATOR_DEFER");
   if (text && text[0] == '0') run_until(*stream, stream->enqueued);
   if (stream->work.size() > LONGEST_QUEUE) run_until(*stream, stream->enqueued - LONGEST_QUEUE);
@@ -94,8 +145,9 @@ EXPORT int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, v
   enqueue(stream, [=] { copy(from); });
   if (kind == 2 && !is_pinned(to)) {
     // Pageable memory is written before the call returns.
-    std::lock_guard<std::recursive_mutex> guard(order);
+    std::unique_lock<std::recursive_mutex> guard(order);
     auto mine = stream_of(stream);
+    if (asynchronous()) guard.unlock();
     run_until(*mine, mine->enqueued);
   }
   return sticky();
@@ -121,9 +173,13 @@ EXPORT int cudaStreamCreateWithPriority(void** stream, unsigned, int) {
   return 0;
 }
 EXPORT int cudaStreamDestroy(void* handle) {
-  std::lock_guard<std::recursive_mutex> guard(order);
+  std::unique_lock<std::recursive_mutex> guard(order);
   auto stream = stream_of(handle);
+  if (asynchronous()) guard.unlock();
   run_until(*stream, stream->enqueued);
+  if (asynchronous()) guard.lock();
+  stream->ends = true;
+  moved.notify_all();
   streams.erase(handle);
   delete static_cast<char*>(handle);
   return sticky();
@@ -147,14 +203,15 @@ EXPORT int cudaStreamQuery(void* handle) {
   STICKY;
   std::lock_guard<std::recursive_mutex> guard(order);
   auto stream = stream_of(handle);
-  bool idle = stream->work.empty();
-  run_until(*stream, stream->enqueued);
+  bool idle = stream->done == stream->enqueued;
+  if (!asynchronous()) run_until(*stream, stream->enqueued);
   STICKY;
   return idle ? 0 : 600;
 }
 EXPORT int cudaStreamSynchronize(void* handle) {
-  std::lock_guard<std::recursive_mutex> guard(order);
+  std::unique_lock<std::recursive_mutex> guard(order);
   auto stream = stream_of(handle);
+  if (asynchronous()) guard.unlock();
   run_until(*stream, stream->enqueued);
   return sticky();
 }
@@ -175,7 +232,10 @@ EXPORT int cudaEventRecord(void* handle, void* stream) {
   std::lock_guard<std::recursive_mutex> guard(order);
   auto* event = static_cast<Event*>(handle);
   event->at = std::make_shared<timespec>();
-  enqueue(stream, [at = event->at] { clock_gettime(CLOCK_MONOTONIC, at.get()); });
+  enqueue(stream, [at = event->at] {
+    linger();
+    clock_gettime(CLOCK_MONOTONIC, at.get());
+  });
   event->point = {stream_of(stream), stream_of(stream)->enqueued};
   event->recorded = true;
   return 0;
@@ -185,13 +245,14 @@ EXPORT int cudaEventQuery(void* handle) {
   std::lock_guard<std::recursive_mutex> guard(order);
   Point& point = static_cast<Event*>(handle)->point;
   if (!point.stream || point.stream->done >= point.number) return 0;
-  run_until(*point.stream, point.number);
+  if (!asynchronous()) run_until(*point.stream, point.number);
   STICKY;
   return 600;
 }
 EXPORT int cudaEventSynchronize(void* handle) {
-  std::lock_guard<std::recursive_mutex> guard(order);
-  Point& point = static_cast<Event*>(handle)->point;
+  std::unique_lock<std::recursive_mutex> guard(order);
+  Point point = static_cast<Event*>(handle)->point;  // of this call: the event may be recorded anew
+  if (asynchronous()) guard.unlock();
   if (point.stream) run_until(*point.stream, point.number);
   return sticky();
 }
