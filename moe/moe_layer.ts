@@ -4,8 +4,8 @@
 //
 // In a world of one on a GPU, where hidden rows are narrow, the weights meet those, and the end of it is a plain sum.
 //
-// A step may have a rank's tokens travel in slices (`Step.chunks`): the router runs once, then all dispatches start, and as soon as a slice's
-// rows are there its experts run and its combine starts, so that experts work while other slices travel.
+// A step may have a rank's tokens travel in slices (`Step.chunks`): the router runs once for all, then experts work on one slice while others
+// travel (pipeline.ts).
 //
 // Backward is the mirror image. The router is router*.ts, the plan plan.ts, the movements dispatch.ts, the experts experts.ts and
 // expert_store.ts: this file puts them in order and owns nothing but the gate and the shared experts.
@@ -18,15 +18,7 @@
 
 import * as ops from "../tensor/ops.ts";
 import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
-import {
-  fromExperts,
-  permute,
-  type PlacedPlan,
-  type Road,
-  sliceOf,
-  toExperts,
-  type Travelling,
-} from "./dispatch.ts";
+import { permute, type PlacedPlan, sliceOf } from "./dispatch.ts";
 import {
   type ExpertGroups,
   expertsBackward,
@@ -39,6 +31,7 @@ import { FeedForward } from "./feed_forward.ts";
 import type { ExpertPlacement, PlacementPlan } from "./hooks.ts";
 import { createParameter, freeParameter, gradientDtype, type Parameter } from "./parameter.ts";
 import type { MoeLayerOptions, MoeResult, MoeSaved, RoutingTap, RowExchange } from "./moe_types.ts";
+import { dropAll, type HalfPass, sendSlices, workOnSlices } from "./pipeline.ts";
 import { staticPlacement } from "./placement.ts";
 import { dropShown } from "./shown.ts";
 import { createRouter, type Router } from "./router.ts";
@@ -167,51 +160,37 @@ export class MoeLayer implements Disposable {
    * @throws {RangeError} If the input does not fit, or a logit is not finite.
    */
   async forward(x_ND: Tensor, step: Step, residual_ND?: Tensor): Promise<MoeResult> {
-    const { device, comm } = this.#options;
     this.#checkInput(x_ND);
     using undo = new DisposableStack();
     const routed = await this.#route(x_ND, step);
-    const { slices, weights_NK, scales_S, shown } = routed;
+    const { weights_NK, scales_S, shown } = routed;
     undo.defer(() => dropShown([shown]));
     undo.defer(() => routed.release());
-
-    const arriving: Travelling[] = [], returning: Travelling[] = [];
+    const half = this.#half(step, "forward", routed);
     const experts: ExpertsSaved[] = [], outputs: Tensor[] = [];
-    undo.defer(() => arriving.forEach((rows) => rows.drop()));
-    for (const [chunk, slice] of slices.entries()) {
-      const road = this.#road(step, "forward", "dispatch", chunk, slices.length);
-      arriving.push(await toExperts(permute(sliceOf(x_ND, slice), slice), slice, road));
-    }
+    undo.defer(() => experts.forEach(releaseExperts));
+    undo.defer(() => outputs.forEach((y_SD) => y_SD[Symbol.dispose]()));
+    const arriving = await sendSlices(half, (slice) => permute(sliceOf(x_ND, slice), slice));
+    undo.defer(() => dropAll(arriving));
     const shared = this.#shared?.forward(x_ND, step) ?? null; // while the rows travel
     if (shared) {
       undo.use(shared.out_ND);
       undo.defer(() => this.#shared!.release(shared.saved));
     }
-    undo.defer(() => experts.forEach(releaseExperts));
-    undo.defer(() => returning.forEach((rows) => rows.drop()));
-    for (const [chunk, slice] of slices.entries()) {
-      const x_MD = await arriving[chunk].arrive();
+    const work = (x_MD: Tensor, slice: PlacedPlan) => {
       const { y_MD, saved } = expertsForward(x_MD, this.#groups(slice), scales_S);
       experts.push(saved);
-      const road = this.#road(step, "forward", "combine", chunk, slices.length);
-      returning.push(await fromExperts(y_MD, slice, road));
-    }
-    let out: Tensor | null = null, onto: Tensor | undefined;
-    for (const [chunk, slice] of slices.entries()) {
-      const y_SD = await returning[chunk].arrive();
-      if (!out) {
-        out = undo.use(empty(device, x_ND.shape, x_ND.dtype));
-        // Experts, shared experts and residual are added in one pass where there are two of them, else in two.
-        onto = shared && residual_ND ? out : shared?.out_ND ?? residual_ND;
-        if (shared && residual_ND) ops.add(residual_ND, shared.out_ND, out);
-      }
+      return y_MD;
+    };
+    let out_ND!: Tensor; // made once rows are back: there is a slice at least
+    const outs = { residual_ND, shared_ND: shared?.out_ND };
+    await workOnSlices(half, arriving, work, (y_SD, slice, chunk) => {
+      outputs.push(y_SD);
+      if (chunk === 0) out_ND = undo.use(empty(x_ND.device, x_ND.shape, x_ND.dtype));
       const weights = scales_S ? null : sliceOf(weights_NK, slice);
-      const below = onto && sliceOf(onto, slice);
-      ops.combineRows(y_SD, slice.slots_NK, weights, sliceOf(out, slice), below);
-      if (scales_S) y_SD[Symbol.dispose]();
-      else outputs.push(y_SD);
-    }
-    const out_ND = out!; // there is a slice at least
+      combineOnto(y_SD, slice, weights, { ...outs, out_ND });
+      if (scales_S) outputs.pop()![Symbol.dispose]();
+    });
     shared?.out_ND[Symbol.dispose]();
     const saved = { x_ND, routed, experts, outputs, shared: shared?.saved ?? null };
     if (!step.training) this.release(saved);
@@ -229,57 +208,56 @@ export class MoeLayer implements Disposable {
    * @returns Gradient of the input; the caller's.
    */
   async backward(dOut_ND: Tensor, saved: MoeSaved, step: Step): Promise<Tensor> {
-    const { device } = this.#options, { x_ND, routed } = saved;
-    const { slices, weights_NK, scales_S } = routed;
+    const { x_ND, routed } = saved, { weights_NK, scales_S, slices } = routed;
+    const { gradients, parameters } = this.store;
     step.combineBackwardStarts(this.layer);
     using undo = new DisposableStack();
-    const arriving: Travelling[] = [], returning: Travelling[] = [];
-    undo.defer(() => [...arriving, ...returning].forEach((rows) => rows.drop()));
-    using dWeights_NK = scales_S ? null : empty(device, weights_NK.shape, weights_NK.dtype);
-    for (const [chunk, slice] of slices.entries()) {
-      const dY_SD = outputsGradient(dOut_ND, saved, chunk, dWeights_NK);
-      const road = this.#road(step, "backward", "combine", chunk, slices.length);
-      arriving.push(await toExperts(dY_SD, slice, road)); // frees the rows once they have travelled
-    }
+    using dWeights_NK = scales_S ? null : empty(x_ND.device, weights_NK.shape, weights_NK.dtype);
+    const half = this.#half(step, "backward", routed);
+    const arriving = await sendSlices(half, (_, chunk) => {
+      return outputsGradient(dOut_ND, saved, chunk, dWeights_NK);
+    });
+    undo.defer(() => dropAll(arriving));
     // While the rows travel: shared experts, and the router where the weights' gradient is known.
     const later = { firstPass: step.firstPass, gradientReady: () => {} }; // behind the all-to-alls
     const dShared_ND = saved.shared && this.#shared!.backward(dOut_ND, saved.shared, later);
     if (dShared_ND) undo.use(dShared_ND);
-    using early_NE = dWeights_NK && await routed.backward(dWeights_NK, this.auxScale);
-    let late: Tensor | null = null; // of one slice
-    for (const [chunk, slice] of slices.entries()) {
-      using dY_MD = await arriving[chunk].arrive();
-      const { gradients, parameters } = this.store;
-      const { dX_MD, dScales_M } = expertsBackward(
-        dY_MD,
-        saved.experts[chunk],
-        this.#groups(slice),
-        { grads: gradients, beta: step.firstPass && chunk === 0 ? 0 : 1 },
-      );
+    using logits = new DisposableStack();
+    let dLogits_NE!: Tensor;
+    const routeBackward = async (dWeights: Tensor) => {
+      dLogits_NE = logits.use(await routed.backward(dWeights, this.auxScale));
+    };
+    if (dWeights_NK) await routeBackward(dWeights_NK);
+    const work = async (dY_MD: Tensor, slice: PlacedPlan, chunk: number) => {
+      using _ = dY_MD;
+      const groups = this.#groups(slice), beta = step.firstPass && chunk === 0 ? 0 : 1;
+      const options = { grads: gradients, beta } as const;
+      const { dX_MD, dScales_M } = expertsBackward(dY_MD, saved.experts[chunk], groups, options);
       using rows = new DisposableStack();
       rows.use(dX_MD);
-      using dScales_S = dScales_M;
+      using dScales_S = dScales_M; // of the one slice
       if (chunk === slices.length - 1) {
-        for (const { name } of parameters) step.gradientReady(name);
-        if (dScales_S) late = undo.use(await routed.backward(dScales_S, this.auxScale));
+        for (const { name } of parameters) {
+          step.gradientReady(name);
+        }
       }
+      if (dScales_S) await routeBackward(dScales_S);
       rows.move();
-      const road = this.#road(step, "backward", "dispatch", chunk, slices.length);
-      returning.push(await fromExperts(dX_MD, slice, road));
-    }
-    let dX: Tensor | null = dShared_ND;
-    for (const [chunk, slice] of slices.entries()) {
-      using dX_SD = await returning[chunk].arrive();
-      dX ??= undo.use(empty(device, x_ND.shape, x_ND.dtype));
-      routed.tokensGradient(slice, dX_SD, (early_NE ?? late)!, dX, dShared_ND ? 1 : 0);
-    }
-    late?.[Symbol.dispose]();
+      return dX_MD;
+    };
+    let dX_ND!: Tensor;
+    const beta = dShared_ND ? 1 : 0;
+    await workOnSlices(half, arriving, work, (rows_SD, slice, chunk) => {
+      using dX_SD = rows_SD;
+      if (chunk === 0) dX_ND = dShared_ND ?? undo.use(empty(x_ND.device, x_ND.shape, x_ND.dtype));
+      routed.tokensGradient(slice, dX_SD, dLogits_NE, dX_ND, beta);
+    });
     for (const { name } of this.#shared?.parameters ?? []) step.gradientReady(name);
     step.gradientReady(this.gate.name);
     this.release(saved);
     step.layerBackwardEnds(this.layer);
     undo.move();
-    return dX!;
+    return dX_ND;
   }
 
   /**
@@ -401,16 +379,9 @@ export class MoeLayer implements Disposable {
     return { weights: this.store.matrices, rows: groups, activation, recompute };
   }
 
-  #road(
-    step: Step,
-    phase: "forward" | "backward",
-    role: "dispatch" | "combine",
-    chunk: number,
-    slices: number,
-  ): Road {
+  #half(step: Step, phase: HalfPass["phase"], { slices }: Routed): HalfPass {
     const { layer, exchange } = this;
-    const place = { layer, phase, role, chunk };
-    return { comm: this.#options.comm, exchange, step, place, slices };
+    return { comm: this.#options.comm, exchange, step, layer, phase, slices };
   }
 
   /** How many slices the tokens travel in. */
@@ -430,6 +401,25 @@ export class MoeLayer implements Disposable {
       );
     }
   }
+}
+
+/** `out = experts + shared experts + residual` of a slice: in one pass where two of them are, else in two. */
+function combineOnto(
+  y_SD: Tensor,
+  slice: PlacedPlan,
+  weights_NK: Tensor | null,
+  outs: {
+    readonly out_ND: Tensor;
+    readonly shared_ND: Tensor | undefined;
+    readonly residual_ND: Tensor | undefined;
+  },
+): void {
+  const of = (x: Tensor | undefined) => x && sliceOf(x, slice);
+  const out = sliceOf(outs.out_ND, slice), shared = of(outs.shared_ND);
+  const residual = of(outs.residual_ND);
+  if (shared && residual) ops.add(residual, shared, out);
+  const onto = shared && residual ? out : shared ?? residual;
+  ops.combineRows(y_SD, slice.slots_NK, weights_NK, out, onto);
 }
 
 /** Gradient of the experts' outputs of a slice in the send order, and of the weights if they met those; frees the outputs. */

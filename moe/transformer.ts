@@ -4,22 +4,22 @@
 
 import type { Communicator } from "../collectives/types.ts";
 import type { Device } from "../tensor/device.ts";
-import { bytesOf, wideDtype } from "../tensor/dtype.ts";
+import { wideDtype } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, fromArray, type Tensor, TensorScope } from "../tensor/tensor.ts";
 import { Block, type BlockSaved, type Recompute } from "./block.ts";
 import type { CheckpointTensor } from "./checkpoint.ts";
 import { type ModelConfig, modelDescription } from "./config.ts";
 import { FeedForward } from "./feed_forward.ts";
-import { type GradientOutline, seatGradientName, type StepOutline } from "./graph.ts";
+import type { StepOutline } from "./graph.ts";
 import type { ExpertPlacement } from "./hooks.ts";
 import { linear } from "./linear.ts";
 import { headLoss } from "./loss.ts";
 import { MoeLayer, type RowExchange } from "./moe_layer.ts";
 import { freeNormed, Norm } from "./norm.ts";
-import { createParameter, freeParameter, gradientDtype, type Parameter } from "./parameter.ts";
+import { expertsOutline, gradientOutline } from "./outline.ts";
+import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
 import { staticPlacement } from "./placement.ts";
-import { regularReplicas } from "./plan.ts";
 import { type Rows, RowsOfShapes } from "./rows.ts";
 import { dropShown, type MoeShown, type Shown } from "./shown.ts";
 import type { Step } from "./step.ts";
@@ -204,36 +204,18 @@ export class Transformer implements Disposable {
   outline(rows: number, ranks: number): StepOutline {
     const { config } = this;
     return {
-      head: [...(config.tied ? [] : [this.#head]), this.#norm.gain].map(outlineOf),
+      head: [...(config.tied ? [] : [this.#head]), this.#norm.gain].map(gradientOutline),
       layers: this.blocks.map(({ feedForward, denseParameters }) => {
         const world = feedForward.parameters.filter(({ group }) => group === "world");
         const layer = {
-          feedForward: world.map(outlineOf),
-          attention: denseParameters.map(outlineOf),
+          feedForward: world.map(gradientOutline),
+          attention: denseParameters.map(gradientOutline),
         };
         if (!(feedForward instanceof MoeLayer)) return layer;
-        const { seats } = feedForward.store, replicas = regularReplicas(seats, config.experts);
-        // Rows go to the replicas of a rank's own group.
-        const group = ranks / Math.max(1, replicas), away = rows * (group - 1) / group;
-        const rowBytes = config.width * bytesOf(config.dtype);
-        const allToAllBytes = Math.round(away * feedForward.router.topK * rowBytes);
-        const experts = replicas > 1 ? this.#seatGradients(feedForward, seats[0].length) : [];
-        return { ...layer, moe: { allToAllBytes, experts } };
+        return { ...layer, moe: expertsOutline(feedForward, config, { rows, ranks }) };
       }),
-      embedding: [outlineOf(this.#embedding)],
+      embedding: [gradientOutline(this.#embedding)],
     };
-  }
-
-  #seatGradients({ layer }: MoeLayer, seats: number): GradientOutline[] {
-    const { activation, hidden, width, dtype } = this.config;
-    const elements = (activation === "swiglu" ? 3 : 2) * hidden * width;
-    const elementBytes = bytesOf(gradientDtype(dtype, this.config.gradientDtype));
-    return Array.from({ length: seats }, (_, seat) => ({
-      name: seatGradientName(layer, seat),
-      elements,
-      elementBytes,
-      group: "replicas",
-    }));
   }
 
   /**
@@ -417,8 +399,4 @@ function mixture(options: TransformerOptions, layer: number): MoeLayer {
 function imbalanceOf(counts: Float64Array): number {
   const sum = counts.reduce((a, b) => a + b, 0);
   return sum > 0 ? Math.max(...counts) * counts.length / sum : 1;
-}
-
-function outlineOf({ name, grad, group }: Parameter): GradientOutline {
-  return { name, elements: grad.size, elementBytes: bytesOf(grad.dtype), group };
 }

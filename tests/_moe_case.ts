@@ -12,6 +12,7 @@ import { readShown } from "../moe/shown.ts";
 import { plainStep } from "../moe/step.ts";
 import { cpuDevice } from "../tensor/cpu/device.ts";
 import type { Activation, Device } from "../tensor/device.ts";
+import * as ops from "../tensor/ops.ts";
 import { fromArray, type Tensor } from "../tensor/tensor.ts";
 import { loopbackWorld } from "./_loopback.ts";
 
@@ -29,6 +30,10 @@ export interface Case {
   readonly device?: Device;
   readonly dtype?: "f32" | "f64";
   readonly training?: boolean;
+  /** Slices that tokens travel in. @default {1} */
+  readonly chunks?: number;
+  /** Whether gradients are overwritten, of which rubbish is left. @default {false} */
+  readonly firstPass?: boolean;
   /** Called once the layer is made: changes its weights, sets its tap. */
   readonly prepare?: (layer: MoeLayer, comm: Communicator) => void | Promise<void>;
 }
@@ -106,7 +111,15 @@ export async function runRank(
   };
   using x_ND = part(x);
   using mix_ND = part(mix);
-  const step = plainStep(device, { training: c.training ?? true, number: 5 });
+  const step = plainStep(device, {
+    training: c.training ?? true,
+    number: 5,
+    firstPass: c.firstPass ?? false,
+    chunks: new Map([[3, c.chunks ?? 1]]),
+  });
+  if (c.firstPass) {
+    for (const { grad, overwrites } of layer.parameters) if (overwrites) ops.fill(grad, 3);
+  }
   const { out_ND, saved, shown } = await layer.forward(x_ND, step);
   const [{ auxLoss, stats }] = await readShown([shown]);
   using out = out_ND;
