@@ -2,7 +2,7 @@
 // batches, so losses of policies can be compared, and a turn says nothing of the one before. All ranks call everything here together.
 
 import { progress } from "../collectives/progress.ts";
-import type { World } from "../collectives/world.ts";
+import type { Communicator } from "../collectives/types.ts";
 import { stepBounds } from "../lina/training/bounds.ts";
 import { type StepCosts, stepCosts } from "../lina/training/links.ts";
 import { computing } from "../lina/training/measures.ts";
@@ -10,7 +10,6 @@ import { measureLinks } from "../lina/training/measure_links.ts";
 import { agreeProfile, readProfile, type StepProfile } from "../lina/training/profile.ts";
 import { createScheduler } from "../lina/training/schedulers.ts";
 import { timeline } from "../lina/training/timeline.ts";
-import type { Communicator } from "../collectives/types.ts";
 import type { Mark } from "../moe/gradients.ts";
 import type { CollectiveScheduler, ComputeNode } from "../moe/hooks.ts";
 import { replicatedPlacement, staticPlacement } from "../moe/placement.ts";
@@ -18,6 +17,7 @@ import type { AllToAllPlace } from "../moe/step.ts";
 import { Trainer } from "../moe/trainer.ts";
 import { trainingData } from "../moe/training_data.ts";
 import { Transformer } from "../moe/transformer.ts";
+import type { Device } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
 import { now, recorder, type Span } from "../trace/mod.ts";
@@ -57,21 +57,23 @@ interface Training {
 
 /** One rank's job. */
 export class Job implements AsyncDisposable {
-  readonly #world: World;
+  readonly #world: Communicator;
+  readonly #device: Device;
   /** For measuring links: what gradients have is the trainer's. */
   readonly #beside: Communicator;
   #training: Training | null = null;
   #links: Pick<LinksReply, "allToAll" | "reduction"> | null = null;
   #mbit = 0;
 
-  private constructor(world: World, beside: Communicator) {
+  private constructor(world: Communicator, device: Device, beside: Communicator) {
     this.#world = world;
+    this.#device = device;
     this.#beside = beside;
   }
 
-  /** Joins. */
-  static async create(world: World): Promise<Job> {
-    return new Job(world, await world.dup());
+  /** Joins. @param world All ranks. @param device Where tensors live. */
+  static async create(world: Communicator, device: Device): Promise<Job> {
+    return new Job(world, device, await world.dup());
   }
 
   /** Does what is asked. */
@@ -89,7 +91,7 @@ export class Job implements AsyncDisposable {
   }
 
   async #measureLinks(mbit: number): Promise<LinksReply> {
-    const world = this.#world, { device } = world;
+    const world = this.#world, device = this.#device;
     const times = await measureBandwidth({ world, gradients: this.#beside, device, mbit });
     const { allToAll, allReduce } = await measureLinks(world, device);
     this.#mbit = mbit;
@@ -100,7 +102,7 @@ export class Job implements AsyncDisposable {
 
   async #make(name: string, settle: number): Promise<ShapeReply> {
     await this.#free();
-    const world = this.#world, { device, rank, size } = world, shape = SHAPES[name];
+    const world = this.#world, device = this.#device, { rank, size } = world, shape = SHAPES[name];
     const cuda = device.kind === "cuda";
     const text = await Deno.readFile(TEXT);
     const data = trainingData(
@@ -147,7 +149,7 @@ export class Job implements AsyncDisposable {
   async #turn(request: Request & { kind: "turn" }): Promise<TurnReply> {
     const training = this.#training;
     if (!training) throw new Error("Cannot train as there must be a model: current value is none");
-    const { policy } = request, { trainer } = training, { device } = this.#world;
+    const { policy } = request, { trainer } = training, device = this.#device;
     await seat(training, policy.experts);
     const scheduler = this.#scheduler(policy, training);
     await trainer.reschedule(scheduler);

@@ -11,8 +11,9 @@ import type { LinksReply } from "./_schedule_messages.ts";
 const MIB = 1 << 20;
 /** Runs of each, after one that is not counted. */
 const REPEATS = 5;
-/** Bytes of the collectives, for links of 10 Gbit/s; slower ones carry as much less. */
+/** Bytes of the collectives, for links of 10 Gbit/s; slower ones carry as much less, but more than what a link sends at once. */
 const ALL_TO_ALL_BYTES = 8 * MIB, ALL_REDUCE_BYTES = 32 * MIB, RATE_MBIT = 10_000;
+const LEAST_SCALE = 1 / 16;
 
 /** What {@linkcode measureBandwidth} needs. */
 export interface LinkPlace {
@@ -36,7 +37,7 @@ export async function measureBandwidth(
   place: LinkPlace,
 ): Promise<Omit<LinksReply, "allToAll" | "reduction">> {
   const { world, gradients, device, mbit } = place, { size } = world;
-  const scale = mbit === 0 ? 1 : Math.min(1, mbit / RATE_MBIT);
+  const scale = mbit === 0 ? 1 : Math.min(1, Math.max(LEAST_SCALE, mbit / RATE_MBIT));
   const elements = (bytes: number) => Math.ceil(bytes * scale / 4 / size) * size;
   const n = elements(ALL_TO_ALL_BYTES), m = elements(ALL_REDUCE_BYTES);
   using send = zeros(device, [n]), recv = empty(device, [n]), sum = zeros(device, [m]);

@@ -8,7 +8,7 @@ import { Job } from "./_schedule_job.ts";
 
 const [path, kind] = Deno.args;
 await using world = await init({ device: kind === "cuda" ? "cuda" : "cpu" });
-await using job = await Job.create(world);
+await using job = await Job.create(world, world.device);
 using connection = await Deno.connect({ transport: "unix", path });
 const writer = connection.writable.getWriter();
 const { device, backend } = world;

@@ -184,7 +184,7 @@ export function rowOf(
     device: key.device,
     experts_per_device: policy.experts,
     chunks: plan.chunks,
-    micro_op_bytes: plan.microOpBytes,
+    micro_op_bytes: policy.microOpBytes ?? plan.microOpBytes,
     micro_ops: plan.microOps,
     step_ms,
     step_quartiles_ms: [quantile(times, 0.25), quantile(times, 0.75)],

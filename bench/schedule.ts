@@ -79,10 +79,28 @@ const ranksList = numbers("ranks", 2), rates = numbers("mbit", 0);
 if (rates.length !== 1 && rates.length !== ranksList.length) {
   refuse("mbit", "one rate, or one for each number of ranks", options.mbit);
 }
-const [perHost] = numbers("per-host", 1);
+const [perHost] = numbers("per-host", 1), otherRates = numbers("other-mbit", 1);
 const shapes = names("shapes", Object.keys(SHAPES));
 const begin_ms = performance.now();
-const end_ms = begin_ms + 1000 * Number(options["budget-s"]);
+/** What holds for every number of ranks. */
+const asked = {
+  perHost,
+  device,
+  policies: names("policies", SCHEDULER_NAMES),
+  otherPolicies: names("other-policies", SCHEDULER_NAMES),
+  microOpBytes: numbers("micro-op-mb", 0.001).map((mb) => Math.round(mb * 1e6)),
+  experts: numbers("experts-per-device", 1),
+  chunks: numbers("chunks", 1)[0],
+  rounds: numbers("rounds", 1)[0],
+  steps: numbers("steps", 1)[0],
+  warm: numbers("warm", 0)[0],
+  settle: numbers("settle", 0)[0],
+  end_ms: begin_ms + 1000 * Number(options["budget-s"]),
+  progress,
+};
+for (const ranks of ranksList) {
+  if (ranks % perHost !== 0) refuse("per-host", `a divisor of ${ranks} ranks`, perHost);
+}
 
 /** NCCL's settings, alike for all policies; whoever sets them has it so. */
 const NCCL: Readonly<Record<string, string>> = { NCCL_MAX_CTAS: "1" };
@@ -121,7 +139,6 @@ for (const signal of ["SIGINT", "SIGTERM"] as const) {
 
 /** Everything with one number of ranks. */
 async function launch(ranks: number, mbit: number): Promise<void> {
-  if (ranks % perHost !== 0) refuse("per-host", `a divisor of ${ranks} ranks`, perHost);
   const box = mbit > 0, env = settings(ranks);
   if (box) await testbed("up", String(ranks / perHost), String(mbit), String(perHost));
   try {
@@ -129,25 +146,13 @@ async function launch(ranks: number, mbit: number): Promise<void> {
     about.machine = running.about;
     progress(`${ranks} ranks are connected: ${running.about}`);
     const plan: Launch = {
+      ...asked,
       ranks,
-      perHost,
-      device,
       box,
-      rates: [mbit, ...(box ? numbers("other-mbit", 1) : [])],
-      policies: names("policies", SCHEDULER_NAMES),
-      otherPolicies: names("other-policies", SCHEDULER_NAMES),
-      microOpBytes: numbers("micro-op-mb", 0.001).map((mb) => Math.round(mb * 1e6)),
-      experts: numbers("experts-per-device", 1),
-      chunks: numbers("chunks", 1)[0],
-      rounds: numbers("rounds", 1)[0],
-      steps: numbers("steps", 1)[0],
-      warm: numbers("warm", 0)[0],
-      settle: numbers("settle", 0)[0],
-      end_ms,
-      progress,
+      rates: [mbit, ...(box ? otherRates : [])],
     };
     for (const shape of shapes) {
-      if (performance.now() > end_ms) return;
+      if (performance.now() > asked.end_ms) return;
       for await (const part of measureShape(running, plan, shape)) {
         results.rows.push(...part.rows.map((row) => ({ ...row, ...about })));
         (results.timelines as object[]).push(...part.timelines);

@@ -11,7 +11,7 @@
 #   cluster.sh down                    removes what `up` has made
 #
 # up:   MPS=0        no MPS: ranks take turns on the GPU, which is slow, but one that is killed takes no other with it
-#       BURST_KIB=N  what a link sends at once before its rate holds [256]
+#       BURST_KIB=N  what a link sends at once before its rate holds [256 at 10 Gbit/s, less at less, at least 64]
 # run:  GPU_SHARE=N  per cent of the GPU's multiprocessors that each rank may use [100 / ranks]; 0 for all of them
 set -euo pipefail
 
@@ -41,7 +41,11 @@ enter() {
 }
 
 # Limits what a device sends.
-limit() { tool tc "${@:3}" qdisc add dev "$1" root tbf rate "${2}mbit" burst "$((${BURST_KIB:-256} * 1024))" latency 20ms; }
+limit() {
+  local burst=${BURST_KIB:-$(($2 * 256 / 10000))}
+  if [[ -z ${BURST_KIB:-} ]]; then burst=$((burst < 64 ? 64 : burst > 256 ? 256 : burst)); fi
+  tool tc "${@:3}" qdisc add dev "$1" root tbf rate "${2}mbit" burst "$((burst * 1024))" latency 20ms
+}
 
 rate() {
   local hosts host
