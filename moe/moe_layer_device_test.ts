@@ -59,6 +59,7 @@ interface Case {
   readonly residual?: boolean;
   readonly firstPass?: boolean;
   readonly recompute?: boolean;
+  readonly chunks?: number;
   readonly prepare?: (layer: MoeLayer, comm: Communicator) => void;
 }
 
@@ -131,7 +132,12 @@ async function pass(
   using x = part("x");
   using dOut = part("dOut");
   using residual = part("residual");
-  const step = plainStep(device, { training: true, number: 5, firstPass: c.firstPass });
+  const step = plainStep(device, {
+    training: true,
+    number: 5,
+    firstPass: c.firstPass,
+    chunks: new Map([[3, c.chunks ?? 1]]),
+  });
   layer.auxScale = 0.5;
   const forward = await layer.forward(x, step, c.residual ? residual : undefined);
   using out = forward.out_ND;
@@ -205,7 +211,7 @@ for (const [name, router] of Object.entries({ ...PLAIN, ...HOST })) {
           sharedExperts: 2,
           residual: true,
           firstPass: true,
-        }]
+        }, { sharedExperts: 1, firstPass: true, chunks: 3 }]
       ) {
         for (const tokens of name === "softmax" ? [33, 1, 0] : [21]) {
           const { gpu: got, cpu, waits } = await both({ router, dtype, ...more }, tokens);
@@ -275,11 +281,23 @@ for (const [name, router] of Object.entries(PLAIN)) {
       const c: Case = { router, sharedExperts: 1 };
       const one = await ranks(c, [12]);
       for (const split of [[6, 6], [3, 3, 3, 3], [0, 7, 5], [0, 0, 12]]) {
-        alike(await ranks(c, split), one, BOUND.f32);
+        const whole = await ranks(c, split);
+        alike(whole, one, BOUND.f32);
+        for (const chunks of [2, 3, 5]) {
+          const cut = await ranks({ ...c, chunks, firstPass: true }, split);
+          alike(cut, whole, 2e-6);
+          assert.deepEqual(cut.shown, whole.shown);
+          assert.deepEqual(await ranks({ ...c, chunks, firstPass: true }, split), cut);
+        }
       }
       for (const replicas of [2, 4]) {
         alike(
-          await ranks({ ...c, placement: replicatedPlacement(replicas) }, [2, 5, 4, 1]),
+          await ranks({ ...c, placement: replicatedPlacement(replicas), chunks: replicas - 1 }, [
+            2,
+            5,
+            4,
+            1,
+          ]),
           one,
           BOUND.f32,
         );
@@ -300,10 +318,11 @@ Deno.test(
           maxLength: 6,
         }),
         split: fc.array(fc.nat(9), { minLength: size, maxLength: size }),
+        chunks: fc.integer({ min: 1, max: 4 }),
       })
     );
     await fc.assert(
-      fc.asyncProperty(cases, async ({ router, homes, split }) => {
+      fc.asyncProperty(cases, async ({ router, homes, split, chunks }) => {
         const placement: ExpertPlacement = {
           name: "any",
           plan: () => ({
@@ -318,7 +337,8 @@ Deno.test(
           }),
         };
         const all = split.reduce((a, b) => a + b, 0);
-        alike(await ranks({ router, placement }, split), await ranks({ router }, [all]), BOUND.f32);
+        const whole = await ranks({ router }, [all]);
+        alike(await ranks({ router, placement, chunks }, split), whole, BOUND.f32);
       }),
       { numRuns: 12 },
     );
@@ -363,6 +383,24 @@ Deno.test("logits that are not finite are told when the losses are read", option
   dropShown([second.shown]);
 });
 
+Deno.test("in slices, host and device route alike", onRanks, async () => {
+  for (const router of Object.values(PLAIN)) {
+    for (const chunks of [1, 3]) {
+      // A replay goes the host's way; one of the device's own choices changes nothing else.
+      const recorders = [new RoutingRecorder(), new RoutingRecorder()];
+      const c: Case = { router, chunks };
+      const watch = (layer: MoeLayer, comm: Communicator) =>
+        void (layer.tap = recorders[comm.rank]);
+      const onDevice = await ranks({ ...c, prepare: watch }, [5, 8]);
+      const [record] = await loopbackWorld(2).run((comm) => recorders[comm.rank].gather(comm, 6));
+      const replay = (layer: MoeLayer) => void (layer.tap = new RoutingReplay(record));
+      const onHost = await ranks({ ...c, prepare: replay }, [5, 8]);
+      alike(onHost, onDevice, BOUND.f32);
+      assert.deepEqual(onHost.shown.stats, onDevice.shown.stats);
+    }
+  }
+});
+
 Deno.test(
   "rows that travel when a pass fails are freed once they have arrived",
   onRanks,
@@ -376,7 +414,7 @@ Deno.test(
         },
       });
       using x = upload(gpu!, numbers(comm.rank, "x", 20 * 16), [20, 16], "f32");
-      const step = plainStep(gpu!, { training: true });
+      const step = plainStep(gpu!, { training: true, chunks: new Map([[3, 3]]) });
       const { out_ND, saved, shown } = await layer.forward(x, step);
       await assert.rejects(layer.backward(x, saved, step), /no scale/);
       layer.release(saved);
