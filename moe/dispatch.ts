@@ -9,7 +9,6 @@
 import { COMPLETED } from "../collectives/progress.ts";
 import type { Communicator, Label } from "../collectives/types.ts";
 import type { Device, RowGroups } from "../tensor/device.ts";
-import { bytesOf } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
 import * as routing from "../tensor/ops/routing.ts";
 import { empty, fromArray, type Tensor, TensorScope } from "../tensor/tensor.ts";
@@ -328,8 +327,7 @@ async function exchange(
   const { sent, received, matrix, rows } = counts, width = send.shape[1];
   const recv = undo.use(empty(send.device, [rows, width], send.dtype));
   const ends = await step.allToAll(place, (after) => {
-    const bytes = (send.shape[0] - sent[comm.rank]) * width * bytesOf(send.dtype);
-    const options = { after, label: labelOf(place, slices, bytes) };
+    const options = { after, label: labelOf(place, slices) };
     if (exchange) return exchange.allToAllV(send, elements(matrix, width), recv, options);
     return comm.allToAllV(send, elements(sent, width), recv, elements(received, width), options);
   });
@@ -355,13 +353,13 @@ function travelling(owned: readonly Tensor[], arrives: () => Promise<Tensor>): T
   };
 }
 
-/** Name and values of an all-to-all's span; the bytes go to other ranks. */
-function labelOf(place: AllToAllPlace, slices: number, bytes: number): Label {
+/** Name and values of an all-to-all's span. */
+function labelOf(place: AllToAllPlace, slices: number): Label {
   const { layer, phase, role, chunk } = place;
   const name = `layer ${layer} ${phase} ${role}`;
   return {
     name: slices === 1 ? name : `${name} ${chunk}/${slices}`,
-    args: () => ({ bytes, layer, phase, role, chunk }),
+    args: () => ({ layer, phase, role, chunk }),
   };
 }
 
