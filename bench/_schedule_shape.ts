@@ -60,6 +60,8 @@ export interface Launch {
 
 /** What came of one rate. */
 export interface Part {
+  /** What has ended it too soon; null if nothing has. */
+  readonly failure: unknown;
   readonly rows: readonly Row[];
   readonly timelines: readonly PolicyTimeline[];
   readonly slowdowns: readonly SlowdownSamples[];
@@ -121,7 +123,9 @@ export async function* measureShape(
   for (const [i, mbit] of rates.entries()) {
     if (performance.now() > launch.end_ms) break;
     if (box) await testbed("rate", String(mbit));
-    yield await measureRate(running, launch, { shape, mbit, first: i === 0 });
+    const part = await measureRate(running, launch, { shape, mbit, first: i === 0 });
+    yield part;
+    if (part.failure !== null) throw part.failure; // what was measured before is not lost
   }
   await running.ask({ kind: "free" });
 }
@@ -148,15 +152,20 @@ async function measureRate(
     progress(`${shape}, ${mbit} Mbit/s, ${JSON.stringify(policy)}: ${seconds} s`);
     return replies;
   };
-  for (let round = 0; round < rounds; round++) {
-    for (const { policy, turns } of contenders) {
-      if (performance.now() > launch.end_ms) break;
-      if (!rests.has(policy.experts)) {
-        const profiled = { name: PROFILED, experts: policy.experts };
-        rests.set(policy.experts, restOf([await turn(profiled, { profile: true })]));
+  let failure: unknown = null;
+  try {
+    for (let round = 0; round < rounds; round++) {
+      for (const { policy, turns } of contenders) {
+        if (performance.now() > launch.end_ms) break;
+        if (!rests.has(policy.experts)) {
+          const profiled = { name: PROFILED, experts: policy.experts };
+          rests.set(policy.experts, restOf([await turn(profiled, { profile: true })]));
+        }
+        turns.push(await turn(policy, { spans: round === 0 && first }));
       }
-      turns.push(await turn(policy, { spans: round === 0 && first }));
     }
+  } catch (error) {
+    failure = error ?? new Error("unknown");
   }
   const shown = contenders.filter(({ turns }) => turns.length > 0);
   const keyOf = ({ policy }: Contender): RowKey => ({
@@ -175,6 +184,7 @@ async function measureRate(
   const plain = shown.find(({ policy }) => policy.name === "fifo" && policy.experts === 1);
   const fifo = plain && rowOf(keyOf(plain), measuredOf(plain));
   return {
+    failure,
     rows: shown.map((one) => ({
       ...rowOf(keyOf(one), measuredOf(one), fifo),
       ...(one.swept && { swept: true }),
