@@ -167,3 +167,56 @@ export interface ScheduleResults {
   /** For the distribution of slowdowns. */
   readonly slowdowns?: readonly SlowdownSamples[];
 }
+
+/**
+ * Reads what {@linkcode ScheduleResults} is written as.
+ *
+ * @param json The text of a file.
+ * @param name Its name, for errors.
+ * @returns The results. A step that is no positive number makes its row void; a file of rows alone has no conditions.
+ * @throws {TypeError} If the text is no JSON, or a row lacks what tells it from others.
+ */
+export function parseResults(json: string, name: string): ScheduleResults {
+  const problem = (what: string) => new TypeError(`Cannot read ${name} as ${what}`);
+  let value: unknown;
+  try {
+    value = JSON.parse(json);
+  } catch (error) {
+    throw problem(`it must be JSON: ${(error as Error).message}`);
+  }
+  const file = (Array.isArray(value) ? { rows: value } : value) as Partial<ScheduleResults> | null;
+  const list = <T>(key: keyof ScheduleResults): readonly T[] => {
+    const found = file?.[key] ?? (key === "rows" ? undefined : []);
+    if (!Array.isArray(found)) throw problem(`"${key}" must be a list`);
+    return found;
+  };
+  const rows = list<ScheduleRow>("rows").map((row, i): ScheduleRow => {
+    for (const key of ["policy", "shape"] as const) {
+      if (typeof row?.[key] !== "string") throw problem(`row ${i} must have a text "${key}"`);
+    }
+    for (const key of ["ranks", "mbit"] as const) {
+      if (typeof row[key] !== "number") throw problem(`row ${i} must have a number "${key}"`);
+    }
+    const usual: Partial<ScheduleRow> = { per_host: 1, experts_per_device: 1, device: "cuda" };
+    const known: ScheduleRow = { ...usual, ...present(row) };
+    const valid = Number.isFinite(row.step_ms) && row.step_ms > 0;
+    return valid ? known : { ...known, step_ms: NaN, void: row.void ?? "no step was measured" };
+  });
+  const timelines = list<PolicyTimeline>("timelines");
+  for (const [i, { spans }] of timelines.entries()) {
+    if (!Array.isArray(spans)) throw problem(`timeline ${i} must have a list "spans"`);
+  }
+  const slowdowns = list<SlowdownSamples>("slowdowns");
+  for (const [i, own] of slowdowns.entries()) {
+    if (!Array.isArray(own.slowdowns)) throw problem(`sample ${i} must have a list "slowdowns"`);
+  }
+  return { conditions: file!.conditions ?? {}, rows, timelines, slowdowns };
+}
+
+/** A row without what JSON writes for numbers that are none. */
+function present(row: ScheduleRow): ScheduleRow {
+  const entries = Object.entries(row).filter(([key, value]) =>
+    value !== null || key === "micro_op_bytes"
+  );
+  return Object.fromEntries(entries) as unknown as ScheduleRow;
+}
