@@ -1,6 +1,7 @@
 // A rank's part of bench/schedule.ts: a model and its trainer that policies take turns with. Every turn begins at the same weights, moments and
 // batches, so losses of policies can be compared, and a turn says nothing of the one before. All ranks call everything here together.
 
+import { TwoLevel } from "../collectives/two_level.ts";
 import { progress } from "../collectives/progress.ts";
 import type { Communicator } from "../collectives/types.ts";
 import { stepBounds } from "../lina/training/bounds.ts";
@@ -64,6 +65,7 @@ export class Job implements AsyncDisposable {
   #training: Training | null = null;
   #links: Pick<LinksReply, "allToAll" | "reduction"> | null = null;
   #mbit = 0;
+  #twoLevel: TwoLevel | null = null;
 
   private constructor(world: Communicator, device: Device, beside: Communicator) {
     this.#world = world;
@@ -152,6 +154,10 @@ export class Job implements AsyncDisposable {
     const { policy } = request, { trainer } = training, device = this.#device;
     await seat(training, policy.experts);
     const scheduler = this.#scheduler(policy, training);
+    if (policy.twoLevel) this.#twoLevel ??= await TwoLevel.create(this.#world);
+    for (const layer of training.model.moeLayers) {
+      layer.exchange = policy.twoLevel ? this.#twoLevel : null;
+    }
     await trainer.reschedule(scheduler);
     restore(training);
     device.resetPeak?.();
@@ -214,6 +220,7 @@ export class Job implements AsyncDisposable {
   /** Frees the model. */
   async [Symbol.asyncDispose](): Promise<void> {
     await this.#free();
+    await this.#twoLevel?.[Symbol.asyncDispose]();
     await this.#beside[Symbol.asyncDispose]();
   }
 }

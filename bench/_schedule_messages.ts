@@ -14,6 +14,8 @@ export interface Policy {
   readonly microOpBytes?: number;
   /** Slices of an all-to-all, for pipelining. */
   readonly chunks?: number;
+  /** Whether all-to-alls go inside hosts first, then between them. @default {false} */
+  readonly twoLevel?: boolean;
 }
 
 /** What a rank is asked to do; all ranks are asked together. */

@@ -128,11 +128,11 @@ export function slowdownsOf(step: readonly StepSample[], link: LinksReply["allTo
 
 /** All slowdowns of a policy. */
 export function slowdownSamples(key: RowKey, measured: Measured): SlowdownSamples {
-  const { policy: { name }, shape, ranks, mbit } = key;
+  const { policy, shape, ranks, mbit } = key;
   const slowdowns = stepsOf(measured.turns).flatMap((step) =>
     slowdownsOf(step, measured.links[0].allToAll)
   );
-  return { policy: name, shape, ranks, mbit, slowdowns };
+  return { policy: nameOfPolicy(policy), shape, ranks, mbit, slowdowns };
 }
 
 /** Every step's samples, by rank. */
@@ -175,7 +175,7 @@ export function rowOf(
   const host = samples.flatMap(({ hostCpu_ms }) => hostCpu_ms === null ? [] : [hostCpu_ms]);
   const host_ms = host.length > 0 ? median(host) : undefined;
   return {
-    policy: policy.name,
+    policy: nameOfPolicy(policy),
     shape: key.shape,
     ranks: key.ranks,
     per_host: key.perHost,
@@ -222,6 +222,11 @@ export function rowOf(
       ? `links reached ${achieved.toFixed(2)} of their rate`
       : undefined,
   };
+}
+
+/** How rows and timelines call a policy. */
+export function nameOfPolicy({ name, twoLevel }: Policy): string {
+  return twoLevel ? `${name}, two-level` : name;
 }
 
 /** What one rank's step consists of. */

@@ -9,6 +9,7 @@ import type { Ranks } from "./_schedule_ranks.ts";
 import { testbed } from "./_schedule_ranks.ts";
 import {
   type Measured,
+  nameOfPolicy,
   restOf,
   type Row,
   type RowKey,
@@ -26,6 +27,8 @@ const PACKED: readonly SchedulerName[] = [
   "planned",
   "planned+pipeline",
 ];
+/** Policies that all-to-alls of two levels are compared by. */
+const TWO_LEVEL: readonly SchedulerName[] = ["fifo", "lina", "planned"];
 /** The policy whose computation has no reductions beside all-to-alls, and so is profiled. */
 const PROFILED: SchedulerName = "outside";
 
@@ -46,7 +49,9 @@ export interface Launch {
   /** Experts of a device. */
   readonly experts: readonly number[];
   /** Slices of the all-to-alls of pipelined policies. */
-  readonly chunks: number;
+  readonly chunks: readonly number[];
+  /** Whether some policies run with all-to-alls of two levels, too. */
+  readonly twoLevel: boolean;
   readonly rounds: number;
   readonly steps: number;
   /** Steps of a turn before those that count. */
@@ -87,10 +92,17 @@ function contendersOf(launch: Launch, first: boolean): Contender[] {
     if (count > 1 && (!first || ranks / count < 2)) continue; // no all-to-all would be left
     const these = count === 1 ? names : PACKED.filter((name) => names.includes(name));
     for (const name of these) {
-      const piped = name.endsWith("+pipeline") ? { chunks } : {};
-      list.push({ policy: { name, experts: count, ...piped }, swept: false, turns: [] });
+      for (const slices of name.endsWith("+pipeline") ? chunks : [1]) {
+        const piped = slices > 1 ? { chunks: slices } : {};
+        list.push({ policy: { name, experts: count, ...piped }, swept: false, turns: [] });
+      }
     }
-    if (count > 1 || !names.includes("lina")) continue;
+    if (count > 1) continue;
+    for (const name of launch.twoLevel ? TWO_LEVEL : []) {
+      if (!names.includes(name)) continue;
+      list.push({ policy: { name, experts: 1, twoLevel: true }, swept: false, turns: [] });
+    }
+    if (!names.includes("lina")) continue;
     for (const bytes of microOpBytes) {
       const policy = { name: "lina", experts: 1, microOpBytes: bytes } as const;
       list.push({ policy, swept: true, turns: [] });
@@ -198,7 +210,7 @@ async function measureRate(
     traces: first
       ? shown.filter(({ swept }) => !swept).map(({ policy, turns }) => ({
         policy: policy.experts === 1
-          ? policy.name
+          ? nameOfPolicy(policy)
           : `${policy.name}, ${policy.experts} experts per device`,
         spans: turns[0].map(({ spans }) => spans),
       }))
@@ -210,7 +222,7 @@ async function measureRate(
 function timelineOf({ policy, turns }: Contender, key: RowKey): PolicyTimeline | null {
   const layer = Math.floor(SHAPES[key.shape].layers / 2);
   const { shape, ranks, mbit } = key, [{ spans, steps }] = turns[0];
-  const choice = { layer, policy: policy.name, shape, ranks, mbit };
+  const choice = { layer, policy: nameOfPolicy(policy), shape, ranks, mbit };
   const record = { spans, computing: steps.at(-1)!.computing };
   return layerTimeline(record, { ...choice, experts_per_device: policy.experts });
 }

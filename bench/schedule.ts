@@ -2,12 +2,13 @@
 // MPI or GPU ranks over NCCL; or, without a rate, ranks of this host over shared memory.
 //
 //   deno task bench:schedule [--device cpu|cuda] [--ranks 4,8] [--per-host P] [--mbit 10000,5000] [--policies fifo,lina,…] [--shapes txl,…]
-//                            [--micro-op-mb 1,3,…] [--experts-per-device 1,2] [--chunks 2] [--rounds N] [--steps N] [--warm N] [--settle N]
-//                            [--gpu-share %] [--budget-s N] [--json FILE] [--report FILE.html] [--trace FILE]
+//                            [--micro-op-mb 1,3,…] [--experts-per-device 1,2] [--chunks 2,4] [--two-level] [--rounds N] [--steps N]
+//                            [--warm N] [--settle N] [--gpu-share %] [--budget-s N] [--json FILE] [--report FILE.html] [--trace FILE]
 //
 // --ranks and --mbit go together: one rate, or one for each number of ranks; --other-mbit R,R adds rates at which only --other-policies run.
-// --mbit 0: no testbed. --micro-op-mb adds a `lina` of each size. --chunks: slices of the pipelined policies. With more than one expert per
-// device those policies run that packing is compared by.
+// --mbit 0: no testbed. --two-level, with --per-host: `fifo`, `lina` and `planned` with all-to-alls of two levels, too. --micro-op-mb adds a
+// `lina` of each size. --chunks: slices of the pipelined policies. With more than one expert per device those policies run that packing is
+// compared by.
 //
 // Ranks start once for each number of ranks. They make a shape's model, train it for --settle steps without a limit of the rate, until its
 // load is about even, and then policies take turns, --rounds times: every turn restores weights, moments and batches, so all train the same
@@ -37,6 +38,7 @@ const { values: options } = parseArgs({
     "micro-op-mb": { type: "string", default: "" },
     "experts-per-device": { type: "string", default: "1" },
     chunks: { type: "string", default: "2" },
+    "two-level": { type: "boolean", default: false },
     rounds: { type: "string", default: "2" },
     steps: { type: "string", default: "6" },
     warm: { type: "string", default: "2" },
@@ -90,7 +92,8 @@ const asked = {
   otherPolicies: names("other-policies", SCHEDULER_NAMES),
   microOpBytes: numbers("micro-op-mb", 0.001).map((mb) => Math.round(mb * 1e6)),
   experts: numbers("experts-per-device", 1),
-  chunks: numbers("chunks", 1)[0],
+  chunks: numbers("chunks", 1),
+  twoLevel: options["two-level"],
   rounds: numbers("rounds", 1)[0],
   steps: numbers("steps", 1)[0],
   warm: numbers("warm", 0)[0],
