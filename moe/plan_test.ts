@@ -5,7 +5,7 @@ import assert from "node:assert/strict";
 import fc from "fast-check";
 import type { PlacementPlan } from "./hooks.ts";
 import { holdersOf, replicatedPlacement, staticPlacement } from "./placement.ts";
-import { makePlan, type RoutingPlan, rowsPerRank } from "./plan.ts";
+import { makePlan, regularReplicas, type RoutingPlan, rowsPerRank } from "./plan.ts";
 
 /** Any valid seats: each expert on at least one rank, in any order; rows split over replicas by a rule of (source, expert). */
 const placements = (ranks: number, experts: number): fc.Arbitrary<PlacementPlan> =>
@@ -96,11 +96,38 @@ Deno.test("send counts are the transpose of receive counts, and rows per rank th
         }
         const received = plans[r].recvCounts.reduce((a, b) => a + b, 0);
         assert.equal(plans[r].offsets.at(-1), received);
-        for (const plan of plans) assert.equal(rowsPerRank([plan])[r], received);
+        for (const plan of plans) {
+          assert.equal(rowsPerRank([plan])[r], received);
+          const row = plan.rows_RR.slice(r * c.ranks, (r + 1) * c.ranks);
+          assert.deepEqual(row, plans[r].sendCounts);
+        }
+        assert.equal(rowsPerRank([plans[0], plans[0]])[r], 2 * received);
       }
     }),
     { numRuns: 500 },
   );
+});
+
+Deno.test("replicas are regular where seats repeat from group to group, alike in number", () => {
+  for (let ranks = 1; ranks <= 6; ranks++) {
+    for (let experts = 1; experts <= 12; experts++) {
+      for (let replicas = 1; replicas <= ranks; replicas++) {
+        const group = ranks / replicas;
+        if (!Number.isInteger(group) || group > experts) continue;
+        const context = { layer: 0, experts, ranks, counts: null };
+        const { seats } = replicatedPlacement(replicas).plan(context);
+        const want = experts % group === 0 ? replicas : 0;
+        assert.equal(
+          regularReplicas(seats, experts),
+          want,
+          `${experts} experts, ${seats.join("|")}`,
+        );
+      }
+    }
+  }
+  assert.equal(regularReplicas([[0, 1], [1, 0]], 2), 0, "another order of seats");
+  assert.equal(regularReplicas([[0], [0], [1], [1]], 2), 0, "no groups of neighbours");
+  assert.equal(regularReplicas([[0, 1, 2], [0, 1, 2], [0], [1, 2]], 3), 0);
 });
 
 Deno.test("each expert gets its rows together, in the order of the global batch", () => {
