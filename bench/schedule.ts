@@ -5,7 +5,8 @@
 //                            [--micro-op-mb 1,3,…] [--experts-per-device 1,2] [--chunks 2,4] [--two-level] [--rounds N] [--steps N]
 //                            [--warm N] [--settle N] [--gpu-share %] [--budget-s N] [--json FILE] [--report FILE.html] [--trace FILE]
 //
-// --ranks and --mbit go together: one rate, or one for each number of ranks; --other-mbit R,R adds rates at which only --other-policies run.
+// --ranks and --mbit go together: one rate, or one for each number of ranks; --other-mbit R,R adds rates at which only --other-policies run, once,
+// for half the steps.
 // --mbit 0: no testbed. --two-level, with --per-host: `fifo`, `lina` and `planned` with all-to-alls of two levels, too. --micro-op-mb adds a
 // `lina` of each size. --chunks: slices of the pipelined policies. With more than one expert per device those policies run that packing is
 // compared by.
