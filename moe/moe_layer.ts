@@ -29,13 +29,13 @@ import {
 import { ExpertStore } from "./expert_store.ts";
 import { FeedForward } from "./feed_forward.ts";
 import type { ExpertPlacement, PlacementPlan } from "./hooks.ts";
-import { createParameter, freeParameter, gradientDtype, type Parameter } from "./parameter.ts";
+import { layerOptions } from "./layer_options.ts";
+import { createParameter, freeParameter, type Parameter } from "./parameter.ts";
 import type { MoeLayerOptions, MoeResult, MoeSaved, RoutingTap, RowExchange } from "./moe_types.ts";
 import { dropAll, type HalfPass, sendSlices, workOnSlices } from "./pipeline.ts";
-import { staticPlacement } from "./placement.ts";
 import { dropShown } from "./shown.ts";
 import { createRouter, type Router } from "./router.ts";
-import { isPlain, routeOnDevice } from "./router_device.ts";
+import { isPlain, PlacedBias, routeOnDevice } from "./router_device.ts";
 import { type Routed, routeOnHost, type RouterContext } from "./router_host.ts";
 import { updateBias } from "./router_sigmoid.ts";
 import type { Step } from "./step.ts";
@@ -80,8 +80,8 @@ export class MoeLayer implements Disposable {
   } = { experts: null, all: [] };
   /** Choices per expert since the bias was moved. */
   readonly #counts: Float64Array;
-  /** The selection bias where the device routes, and what was written there last. */
-  #placedBias: { readonly tensor: Tensor; readonly values: Float32Array } | null = null;
+  /** The selection bias of a sigmoid router where the device routes. */
+  #placedBias: PlacedBias | null = null;
 
   /**
    * Makes the gate, the experts that sit on this rank, and the shared experts.
@@ -90,23 +90,8 @@ export class MoeLayer implements Disposable {
    * @throws {RangeError} If a size is impossible: more ranks than experts, more choices than experts, …
    */
   constructor(options: MoeLayerOptions) {
-    const initStd = options.initStd ?? 0.02;
-    const all: Required<MoeLayerOptions> = {
-      activation: "swiglu",
-      sharedExperts: 0,
-      placement: staticPlacement(),
-      exchange: null,
-      recompute: false,
-      seed: 0,
-      downStd: initStd,
-      dtype: "f32",
-      gradientDtype: gradientDtype(options.dtype ?? "f32"),
-      ...options,
-      initStd,
-    };
-    const { device, comm, layer, width, experts, placement, seed, dtype } = all;
-    for (const name of ["width", "hidden", "experts"] as const) checkSize(name, all[name], 1);
-    checkSize("sharedExperts", all.sharedExperts, 0);
+    const all = layerOptions(options);
+    const { device, comm, layer, width, experts, placement, seed, dtype, initStd } = all;
     using scope = new TensorScope();
     this.#options = all;
     this.layer = layer;
@@ -303,7 +288,7 @@ export class MoeLayer implements Disposable {
   [Symbol.dispose](): void {
     this.store[Symbol.dispose]();
     this.#shared?.[Symbol.dispose]();
-    this.#placedBias?.tensor[Symbol.dispose]();
+    this.#placedBias?.[Symbol.dispose]();
     freeParameter(this.gate);
   }
 
@@ -338,25 +323,9 @@ export class MoeLayer implements Disposable {
     };
     const onDevice = device.routing && gate.value.dtype === "f32" && !tap?.replay &&
       isPlain(router, step.training);
-    return onDevice
-      ? routeOnDevice(context, x_ND, step, this.#biasOnDevice())
-      : routeOnHost(context, x_ND, step);
-  }
-
-  /** The selection bias on the device, as it is now; null where the router has none. */
-  #biasOnDevice(): Tensor | null {
-    if (this.router.kind !== "sigmoid") return null;
-    const { bias } = this;
-    this.#placedBias ??= {
-      tensor: empty(this.#options.device, [bias.length]),
-      values: new Float32Array(bias.length).fill(NaN),
-    };
-    const { tensor, values } = this.#placedBias;
-    if (bias.some((b, e) => Math.fround(b) !== values[e])) {
-      values.set(bias);
-      tensor.device.write(values, tensor);
-    }
-    return tensor;
+    if (!onDevice) return routeOnHost(context, x_ND, step);
+    if (router.kind === "sigmoid") this.#placedBias ??= new PlacedBias(device, this.bias);
+    return routeOnDevice(context, x_ND, step, this.#placedBias?.now ?? null);
   }
 
   /** The placement for these counts. In inference experts move to it; in training they must sit so already. */
@@ -443,12 +412,4 @@ function sameSeats(a: PlacementPlan["seats"], b: PlacementPlan["seats"]): boolea
   return a === b || a.every((held, rank) => {
     return held.length === b[rank].length && held.every((e, i) => e === b[rank][i]);
   });
-}
-
-function checkSize(name: string, value: number, least: number): void {
-  if (!Number.isSafeInteger(value) || value < least) {
-    throw new RangeError(
-      `Cannot make a MoE layer as ${name} must be a whole number >= ${least}: current value is ${value}`,
-    );
-  }
 }

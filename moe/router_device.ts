@@ -5,6 +5,7 @@
 //
 // Shape letters: N tokens of this rank, D model width, E experts, K choices per token, R ranks, C slices, S rows sent.
 
+import type { Device } from "../tensor/device.ts";
 import * as routing from "../tensor/ops/routing.ts";
 import { MOST_CHOICES, MOST_EXPERTS, type RouteOptions } from "../tensor/routing_kernels.ts";
 import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
@@ -154,6 +155,39 @@ export async function routeOnDevice(
       releaseRecords();
     },
   };
+}
+
+/** A selection bias on a device. */
+export class PlacedBias implements Disposable {
+  readonly #bias_E: Float64Array;
+  readonly #tensor: Tensor;
+  /** What was written last. */
+  readonly #written: Float32Array;
+
+  /**
+   * @param device Where.
+   * @param bias_E The bias, whose values change.
+   */
+  constructor(device: Device, bias_E: Float64Array) {
+    this.#bias_E = bias_E;
+    this.#tensor = empty(device, [bias_E.length]);
+    this.#written = new Float32Array(bias_E.length).fill(NaN);
+  }
+
+  /** The bias as it is now, f32 [E]; its memory stays this object's. */
+  get now(): Tensor {
+    const written = this.#written, tensor = this.#tensor;
+    if (this.#bias_E.some((b, e) => Math.fround(b) !== written[e])) {
+      written.set(this.#bias_E);
+      tensor.device.write(written, tensor);
+    }
+    return tensor;
+  }
+
+  /** Frees its memory. */
+  [Symbol.dispose](): void {
+    this.#tensor[Symbol.dispose]();
+  }
 }
 
 /** A tensor with several owners: the last one that lets go of it frees it. */
