@@ -122,14 +122,15 @@ for (
 ) {
   Deno.test(`model: what is computed again has the same bits ${JSON.stringify(change)}`, async () => {
     const config = modelConfig({ ...SMALL, layers: 4, ...change });
-    const run = async (recompute: Recompute) => {
+    const run = async (recompute: Recompute, slices: number) => {
+      const chunks = new Map([0, 1, 2, 3].map((layer) => [layer, slices]));
       const options = { device, config, seed: 3, comm: worldOfOne(), recompute };
       using model = new Transformer(options), sum = zeros(device, [1], "f64");
       const batch = batchOf(config.vocab, [5, 100, 4]);
       device.resetPeak();
       const before = device.memory().used_bytes;
       for (const firstPass of [true, false]) {
-        const step = plainStep(device, { training: true, number: 7, firstPass });
+        const step = plainStep(device, { training: true, number: 7, firstPass, chunks });
         dropShown(await model.pass(batch, step, { lossSum: sum, gradScale: 1 / 100 }));
       }
       const peak = device.memory().peak_bytes - before;
@@ -140,12 +141,18 @@ for (
       );
       return { peak, biases, arrays };
     };
-    const kept = await run("none");
-    for (const recompute of ["activation", "block"] as const) {
-      const again = await run(recompute);
-      assert.deepEqual(again.arrays, kept.arrays, recompute);
-      assert.deepEqual(again.biases, kept.biases);
-      assert.ok(again.peak < kept.peak, `${again.peak} bytes, ${kept.peak} kept`);
+    let whole = 0;
+    for (const slices of "experts" in change ? [1, 3] : [1]) {
+      const kept = await run("none", slices);
+      for (const recompute of ["activation", "block"] as const) {
+        const again = await run(recompute, slices);
+        assert.deepEqual(again.arrays, kept.arrays, recompute);
+        assert.deepEqual(again.biases, kept.biases);
+        assert.ok(again.peak < kept.peak, `${again.peak} bytes, ${kept.peak} kept`);
+      }
+      if (slices === 1) whole = kept.peak;
+      // Index arrays and rows to tensors of their own: a few hundred bytes each.
+      else assert.ok(kept.peak < 1.02 * whole, `${kept.peak} bytes in slices, ${whole} without`);
     }
   });
 }
@@ -155,12 +162,13 @@ Deno.test("model: the first pass of a step overwrites what gradients held before
     const config = modelConfig({ ...SMALL, ...change });
     using model = new Transformer({ device, config, seed: 3, comm: worldOfOne() });
     using sum = zeros(device, [1], "f64");
-    const run = async (stale: number) => {
+    const run = async (stale: number, slices = 1) => {
+      const chunks = new Map([0, 1].map((layer) => [layer, slices]));
       for (const { grad, overwrites } of model.parameters) {
         device.kernels.fill(grad, overwrites ? stale : 0);
       }
       for (const firstPass of [true, false]) {
-        const step = plainStep(device, { training: true, firstPass });
+        const step = plainStep(device, { training: true, firstPass, chunks });
         const batch = batchOf(config.vocab, [5, 1, 4]);
         dropShown(await model.pass(batch, step, { lossSum: sum, gradScale: 1 / 10 }));
       }
@@ -168,5 +176,6 @@ Deno.test("model: the first pass of a step overwrites what gradients held before
     };
     assert.ok(model.parameters.filter(({ overwrites }) => overwrites).length >= 6);
     assert.deepEqual(await run(NaN), await run(0));
+    assert.deepEqual(await run(NaN, 20), await run(0, 20)); // more slices than tokens
   }
 });
