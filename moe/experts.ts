@@ -145,6 +145,73 @@ export function expertsBackward(
   return scope.keep({ dX_MD, dScales_M });
 }
 
+/** What {@linkcode rowsBackward} gives. */
+export interface RowsBackward extends Disposable {
+  /** Gradient of the rows [M, D]; the caller's. */
+  readonly dX_MD: Tensor;
+  /** Gradient of the factors [M], where there are any; the caller's. */
+  readonly dScales_M: Tensor | null;
+  /**
+   * Makes the weights' gradients: to be called once, then all else is freed. What is disposed of instead makes none.
+   *
+   * @param gradients Where they go.
+   */
+  weightGradients(gradients: ExpertGradients): void;
+}
+
+/**
+ * The same gradient as {@linkcode expertsBackward}'s in two parts: that of the rows now, which others wait for, those of the weights later. The same
+ * kernels on the same numbers, in another order, so the same bits; the rows' gradient lives beside what the weights' still need.
+ *
+ * @param dY_MD Gradient of the outputs; freed with the rest. If this throws, it is still to be freed.
+ * @param saved From the forward pass; freed with the rest. If this throws, still to be released.
+ * @param groups As in the forward pass.
+ * @returns The rows' gradient, and the other part.
+ */
+export function rowsBackward(
+  dY_MD: Tensor,
+  saved: ExpertsSaved,
+  groups: ExpertGroups,
+): RowsBackward {
+  const { weights, rows, activation } = groups;
+  const { x_MD, scales_M, up_MH } = saved;
+  const { device, dtype } = x_MD, [M] = x_MD.shape;
+  const scales = scales_M ?? undefined;
+  using scope = new TensorScope();
+  const dScales_M = scales_M && empty(device, [M], scales_M.dtype);
+  const dX_MD = empty(device, x_MD.shape, dtype), dUp_MH = empty(device, up_MH.shape, dtype);
+  if (M > 0) {
+    ops.groupedGemmActivationBackward(dY_MD, weights.down, rows, activation, up_MH, dUp_MH, {
+      scales,
+      dScales: dScales_M ?? undefined,
+    });
+    ops.groupedGemm(dUp_MH, weights.up, rows, dX_MD, { transposeWeight: true });
+  }
+  const free = () => {
+    dY_MD[Symbol.dispose]();
+    dUp_MH[Symbol.dispose]();
+    releaseExperts(saved);
+  };
+  return scope.keep({
+    dX_MD,
+    dScales_M,
+    weightGradients({ grads, beta }) {
+      using _ = { [Symbol.dispose]: free };
+      if (M === 0) {
+        if (beta === 0) { for (const grad of [...grads.up, ...grads.down]) ops.fill(grad, 0); }
+        return;
+      }
+      ops.groupedGemmWeightGrad(dUp_MH, x_MD, rows, grads.up, { beta });
+      dUp_MH[Symbol.dispose]();
+      x_MD[Symbol.dispose]();
+      using active = saved.active_MF ?? empty(device, [M, weights.down[0].shape[1]], dtype);
+      if (!saved.active_MF) ops.activation(activation, up_MH, active, scales);
+      ops.groupedGemmWeightGrad(dY_MD, active, rows, grads.down, { beta });
+    },
+    [Symbol.dispose]: free,
+  });
+}
+
 /**
  * Frees what a forward pass saved.
  *

@@ -20,11 +20,14 @@ import * as ops from "../tensor/ops.ts";
 import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
 import { permute, type PlacedPlan, sliceOf } from "./dispatch.ts";
 import {
+  type ExpertGradients,
   type ExpertGroups,
   expertsBackward,
   expertsForward,
   type ExpertsSaved,
   releaseExperts,
+  type RowsBackward,
+  rowsBackward,
 } from "./experts.ts";
 import { ExpertStore } from "./expert_store.ts";
 import { FeedForward } from "./feed_forward.ts";
@@ -70,6 +73,8 @@ export class MoeLayer implements Disposable {
   placement: ExpertPlacement;
   /** Carries rows in place of the communicator's own all-to-all, or null; may be changed between passes, alike on all ranks. */
   exchange: RowExchange | null;
+  /** Whether, in slices, the gradients of the experts' weights are made when those of rows are on their way; alike on all ranks. */
+  weightGradientsBehind = false;
   readonly #options: Required<MoeLayerOptions>;
   /** The experts that every token meets (DeepSeek-MoE), as one network of as many times the hidden width. */
   readonly #shared: FeedForward | null;
@@ -213,30 +218,46 @@ export class MoeLayer implements Disposable {
       dLogits_NE = logits.use(await routed.backward(dWeights, this.auxScale));
     };
     if (dWeights_NK) await routeBackward(dWeights_NK);
+    const weightsOf = (chunk: number): ExpertGradients => {
+      return { grads: gradients, beta: step.firstPass && chunk === 0 ? 0 : 1 };
+    };
+    const complete = (chunk: number) => {
+      if (chunk < slices.length - 1) return;
+      for (const { name } of parameters) step.gradientReady(name);
+    };
     const work = async (dY_MD: Tensor, slice: PlacedPlan, chunk: number) => {
       using _ = dY_MD;
-      const groups = this.#groups(slice), beta = step.firstPass && chunk === 0 ? 0 : 1;
-      const options = { grads: gradients, beta } as const;
-      const { dX_MD, dScales_M } = expertsBackward(dY_MD, saved.experts[chunk], groups, options);
+      const groups = this.#groups(slice), kept = saved.experts[chunk];
+      const { dX_MD, dScales_M } = expertsBackward(dY_MD, kept, groups, weightsOf(chunk));
       using rows = new DisposableStack();
       rows.use(dX_MD);
       using dScales_S = dScales_M; // of the one slice
-      if (chunk === slices.length - 1) {
-        for (const { name } of parameters) {
-          step.gradientReady(name);
-        }
-      }
+      complete(chunk);
       if (dScales_S) await routeBackward(dScales_S);
       rows.move();
       return dX_MD;
     };
+    // Weights' gradients behind those of rows: then the last of these travels beside computation, too.
+    let due: RowsBackward | null = null;
+    undo.defer(() => due?.[Symbol.dispose]());
+    const rowsFirst = (dY_MD: Tensor, slice: PlacedPlan, chunk: number) => {
+      due = rowsBackward(dY_MD, saved.experts[chunk], this.#groups(slice));
+      return due.dX_MD;
+    };
+    const weightsLast = (_: PlacedPlan, chunk: number) => {
+      due!.weightGradients(weightsOf(chunk));
+      complete(chunk);
+    };
     let dX_ND!: Tensor;
     const beta = dShared_ND ? 1 : 0;
-    await workOnSlices(half, arriving, work, (rows_SD, slice, chunk) => {
+    const take = (rows_SD: Tensor, slice: PlacedPlan, chunk: number) => {
       using dX_SD = rows_SD;
       if (chunk === 0) dX_ND = dShared_ND ?? undo.use(empty(x_ND.device, x_ND.shape, x_ND.dtype));
       routed.tokensGradient(slice, dX_SD, dLogits_NE, dX_ND, beta);
-    });
+    };
+    if (this.weightGradientsBehind && slices.length > 1) {
+      await workOnSlices(half, arriving, rowsFirst, take, weightsLast);
+    } else await workOnSlices(half, arriving, work, take);
     for (const { name } of this.#shared?.parameters ?? []) step.gradientReady(name);
     step.gradientReady(this.gate.name);
     this.release(saved);

@@ -58,12 +58,14 @@ export async function sendSlices(
  * @param arriving From {@linkcode sendSlices}; if this throws, still to be dropped.
  * @param work What the experts do with the rows of a slice, which it takes over: gives new rows of as many.
  * @param take Gets the rows of a slice in the send order; they are its own.
+ * @param behind Work that nobody waits for: done when the results of the slice are on their way. @default {none}
  */
 export async function workOnSlices(
   half: HalfPass,
   arriving: readonly Travelling[],
   work: (rows_MD: Tensor, slice: PlacedPlan, chunk: number) => Tensor | Promise<Tensor>,
   take: (rows_SD: Tensor, slice: PlacedPlan, chunk: number) => void,
+  behind?: (slice: PlacedPlan, chunk: number) => void,
 ): Promise<void> {
   const role = half.phase === "forward" ? "combine" : "dispatch";
   const returning: Travelling[] = [];
@@ -72,6 +74,7 @@ export async function workOnSlices(
   for (const [chunk, slice] of half.slices.entries()) {
     const rows_MD = await work(await arriving[chunk].arrive(), slice, chunk);
     returning.push(await fromExperts(rows_MD, slice, roadOf(half, role, chunk)));
+    behind?.(slice, chunk);
   }
   for (const [chunk, slice] of half.slices.entries()) {
     take(await returning[chunk].arrive(), slice, chunk);
