@@ -313,14 +313,18 @@ export class Reduction implements ReducingStep {
 
   /** What the trace says of a micro-op; readiness is the device's, and on the clock of the span. */
   #label(microOp: MicroOp): Label {
-    const priority = this.#launched.length;
+    const { graph } = this.#options, priority = this.#launched.length;
     const ready = microOp.parts.map(({ gradient }) => this.#ready.get(gradient));
+    const parts = microOp.parts.slice(-1);
+    const last: SpanArgs = microOp.parts.length > 1
+      ? { last: microOpName(graph, { ...microOp, parts }) }
+      : {};
     return {
-      name: microOpName(this.#options.graph, microOp),
+      name: microOpName(graph, microOp),
       track: "gradients",
       args: (start_us) => {
         const ready_us = ready.reduce((last, event) => Math.max(last, event?.time() ?? NaN), 0);
-        const args: SpanArgs = { priority };
+        const args: SpanArgs = { priority, ...last };
         return ready_us > 0 ? { ...args, queued_us: start_us - ready_us } : args;
       },
     };

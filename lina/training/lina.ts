@@ -31,8 +31,8 @@ export interface LinaOptions {
  * that has not ended, and none from the start of a combine's backward to the all-to-all that follows it. So an all-to-all meets at most one
  * micro-op on the link, of a known size.
  *
- * Each rank decides by what it sees to be running, so the schedule must not be exclusive, for the reason that `Priority` has. The host's
- * view is meant: with a GPU, where the host enqueues ahead of the device, all-to-alls seem to end as they start.
+ * Each rank decides by what it sees to be running, so the schedule must not be exclusive, for the reason that `Priority` has. On a GPU it is
+ * told what the device passes, by threads that wait for events; on a CPU what its host passes.
  */
 export class Lina implements CollectiveScheduler {
   /** Name for traces and tables. */
