@@ -154,7 +154,7 @@ export function* traceEvents(
   for (const ticks of all) {
     const { span, start, end } = ticks;
     const microOp = ready.get(ticks);
-    const row = microOp ? MICRO_OPS : ROWS[span.category] ?? span.track;
+    const row = microOp || span.track === MICRO_OPS ? MICRO_OPS : ROWS[span.category] ?? span.track;
     const { tid, events } = rows.place(row, ticks);
     yield* events;
     const args = row === span.track ? span.args : { ...span.args, communicator: span.track };

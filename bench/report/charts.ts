@@ -63,6 +63,8 @@ export function splitSvg(group: Group): Markup | null {
   rows.forEach((row, i) => {
     const y = top + i * BAR_STEP;
     out.push(text(BARS_LEFT - 10, y + 15, nameOf(row), { anchor: "end" }));
+    const ticks = ([[row.floor_ms, "floor"], [row.bound_ms, "bound"]] as const)
+      .flatMap(([value, name]) => value === undefined ? [] : [[value, name] as const]);
     let at = 0;
     const parts: { ms: number; name: string }[] = PARTS.map(({ key, class: name }) => ({
       ms: row[key] ?? 0,
@@ -76,13 +78,18 @@ export function splitSvg(group: Group): Markup | null {
       if (to <= from) continue;
       const width = x(to) - x(from), label = ms.toFixed(1);
       out.push(rect({ x: x(from), y, width, height: BAR }, `${name} span`, `${label} ms`));
-      if (width > textWidth(label, 11) + 8) {
-        const middle = x(from) + width / 2;
-        out.push(text(middle, y + 14, label, { anchor: "middle", class: "in", size: 11 }));
+      // In the middle, or wherever no tick goes through it.
+      const half = textWidth(label, 11) / 2 + 4;
+      const free = [0.5, 0.25, 0.75].map((part) => x(from) + part * width).find((middle) =>
+        middle - half >= x(from) && middle + half <= x(to) &&
+        ticks.every(([value]) => Math.abs(x(value) - middle) > half)
+      );
+      if (free !== undefined) {
+        out.push(text(free, y + 14, label, { anchor: "middle", class: "in", size: 11 }));
       }
     }
-    for (const [value, name] of [[row.floor_ms, "floor"], [row.bound_ms, "bound"]] as const) {
-      if (value !== undefined) out.push(line([x(value), y - 3], [x(value), y + BAR + 3], name));
+    for (const [value, name] of ticks) {
+      out.push(line([x(value), y - 3], [x(value), y + BAR + 3], name));
     }
     const right = x(Math.max(row.step_ms, row.bound_ms ?? 0)) + 8;
     out.push(text(right, y + 15, `${row.step_ms.toFixed(1)} ms`, { class: "strong" }));
@@ -117,7 +124,8 @@ export function slowdownSvg(samples: readonly SlowdownSamples[], title: string):
   const curves = [...Map.groupBy(samples, ({ policy }) => policy)]
     .map(([policy, own]) => ({
       policy,
-      values: own.flatMap(({ slowdowns }) => slowdowns).filter(Number.isFinite)
+      values: own.flatMap(({ slowdowns }) => slowdowns)
+        .filter((value) => value > 0 && value < 1e6)
         .sort((a, b) => a - b),
     })).filter(({ values }) => values.length > 0)
     .sort((a, b) => placeOf(a.policy) - placeOf(b.policy));
@@ -127,7 +135,7 @@ export function slowdownSvg(samples: readonly SlowdownSamples[], title: string):
   // Up to nearly the slowest of all: a few outliers would press everything else together.
   const most = Math.max(2.2, ...curves.map(({ values }) => at(values, 0.99))) * 1.04;
   const least = Math.min(0.9, ...curves.map(({ values }) => at(values, 0.01)));
-  const left = 64, right = 300, top = 20, bottom = 340;
+  const left = 64, right = 300, top = 28, bottom = 340;
   const x = linear([Math.max(0, least), most], [left, WIDTH - right], 8);
   const y = linear([0, 1], [bottom, top], 5);
   const out: Markup[] = verticalGrid(
@@ -141,6 +149,9 @@ export function slowdownSvg(samples: readonly SlowdownSamples[], title: string):
     out.push(text(left - 8, y(tick) + 4, label, { anchor: "end", class: "dim" }));
   }
   out.push(
+    text(left - 48, top - 8, "part of the all-to-alls that take at most so long", { class: "dim" }),
+  );
+  out.push(
     line([x(FIGURE_3.median), top], [x(FIGURE_3.median), bottom], "paper"),
     text(x(FIGURE_3.median) + 6, bottom - 8, `the paper's baseline, median ${FIGURE_3.median}x`, {
       class: "paper",
@@ -148,9 +159,10 @@ export function slowdownSvg(samples: readonly SlowdownSamples[], title: string):
   );
   curves.forEach(({ policy, values }, i) => {
     const shown = thin(values);
-    const d = shown.map(([value, part], j) =>
-      `${j === 0 ? "M" : "L"}${x(Math.min(value, most)).toFixed(1)} ${y(part).toFixed(1)}`
-    ).join("");
+    const d = shown.map(([value, part], j) => {
+      const to = x(Math.min(value, most)).toFixed(1), up = y(part).toFixed(1);
+      return j === 0 ? `M${to} ${up}` : `H${to}V${up}`;
+    }).join("");
     const name = policyClass(policy), row = top + 14 + i * 40, edge = WIDTH - right + 24;
     out.push(`<path d="${d}" class="curve ${name}"/>`);
     out.push(line([edge, row - 4], [edge + 28, row - 4], `curve ${name}`));
@@ -191,7 +203,7 @@ export function gainsSvg(groups: readonly Group[]): Markup | null {
   if (shown.length === 0) return null;
   const most = Math.max(1.45, ...shown.flatMap(({ bars }) => bars.map(({ gain }) => gain)));
   const x = linear([0, most], [BARS_LEFT, WIDTH - BARS_RIGHT], 8);
-  const out: Markup[] = [];
+  const out: Markup[] = [], grid: Markup[] = [];
   let y = 12;
   for (const { group, bars } of shown) {
     out.push(text(20, y + 12, group.title, { class: "strong", size: 13 }));
@@ -201,8 +213,7 @@ export function gainsSvg(groups: readonly Group[]): Markup | null {
       out.push(text(BARS_LEFT - 10, y + 14, row.policy, { anchor: "end" }));
       const box = { x: x(0), y, width: x(gain) - x(0), height: 18 };
       out.push(rect(box, `fill ${policyClass(row.policy)}`, `${row.step_ms.toFixed(2)} ms`));
-      const name = "strong";
-      out.push(text(x(gain) + 8, y + 14, `${gain.toFixed(2)}x`, { class: name }));
+      out.push(text(x(gain) + 8, y + 14, `${gain.toFixed(2)}x`, { class: "strong" }));
       const paper = row.policy === "lina" ? FIGURE_14.get(group.ranks) : undefined;
       if (paper !== undefined) {
         out.push(line([x(paper), y - 4], [x(paper), y + 22], "paper"));
@@ -212,9 +223,10 @@ export function gainsSvg(groups: readonly Group[]): Markup | null {
       }
       y += 24;
     }
-    out.push(line([x(1), top - 4], [x(1), y], "axis"));
+    grid.push(line([x(1), top - 4], [x(1), y], "axis"));
     y += 14;
   }
+  out.unshift(...grid);
   out.unshift(...verticalGrid(x, [8, y], "speedup over fifo (step time of fifo / step time)"));
   return svg({ width: WIDTH, height: y + 42 }, "Speedup over fifo by policy", out);
 }

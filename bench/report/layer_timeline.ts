@@ -49,7 +49,7 @@ export function layerTimeline(record: StepRecord, choice: TimelineChoice): Polic
   // The layer's own computation ends where the next layer's all-to-all begins, or with the pass.
   let done = busy.reduce((at, [start, end]) => start < next ? Math.max(at, end) : at, last);
   done = Math.max(Math.min(done, next), last);
-  for (const { name, end } of gradients) if (layerOf(name) === layer) done = Math.max(done, end);
+  for (const span of gradients) if (isOf(span, layer)) done = Math.max(done, span.end);
   const from = Math.max(before, first - LEAD * (done - first));
   const shift = (time: number) => Math.min(Math.max(time, from), done) - from;
   const spans: LaneSpan[] = [];
@@ -85,7 +85,8 @@ export function layerTimeline(record: StepRecord, choice: TimelineChoice): Polic
       ...(isOwn ? {} : { own: false }),
     });
   }
-  for (const { name, start, end, args } of gradients) {
+  for (const span of gradients) {
+    const { name, start, end, args } = span;
     const queued_us = args?.queued_us;
     add({
       lane: "gradients",
@@ -94,7 +95,7 @@ export function layerTimeline(record: StepRecord, choice: TimelineChoice): Polic
       end_us: end,
       ...bytesOf(args?.bytes),
       ...(typeof queued_us === "number" ? { queued_us } : {}),
-      ...(layerOf(name) === layer ? {} : { own: false }),
+      ...(isOf(span, layer) ? {} : { own: false }),
     });
   }
   spans.sort((a, b) => a.start_us - b.start_us);
@@ -154,8 +155,20 @@ function computing({ spans, computing }: StepRecord): Interval[] {
   );
 }
 
-/** The layer of a gradient, as its name has it; −1 outside the layers. */
-function layerOf(name: string): number {
+/** Whether a micro-op has a gradient of the layer: buckets hold those of layers from the first's down to the last's. */
+function isOf({ name, args }: Span, layer: number): boolean {
+  const first = layerOf(name);
+  const last = typeof args?.last === "string" ? layerOf(args.last) : first;
+  return first === layer || last === layer || (first > layer && layer > last && last >= 0);
+}
+
+/**
+ * The layer of a gradient.
+ *
+ * @param name The gradient's name, or a micro-op's that begins with it.
+ * @returns The layer; −1 outside the layers.
+ */
+export function layerOf(name: string): number {
   return Number(/\blayers\.(\d+)\./.exec(name)?.[1] ?? -1);
 }
 

@@ -199,7 +199,7 @@ export function parseResults(json: string, name: string): ScheduleResults {
     }
     const usual: Partial<ScheduleRow> = { per_host: 1, experts_per_device: 1, device: "cuda" };
     const known: ScheduleRow = { ...usual, ...present(row) };
-    const valid = Number.isFinite(row.step_ms) && row.step_ms > 0;
+    const valid = known.step_ms > 0;
     return valid ? known : { ...known, step_ms: NaN, void: row.void ?? "no step was measured" };
   });
   const timelines = list<PolicyTimeline>("timelines");
@@ -213,10 +213,14 @@ export function parseResults(json: string, name: string): ScheduleResults {
   return { conditions: file!.conditions ?? {}, rows, timelines, slowdowns };
 }
 
-/** A row without what JSON writes for numbers that are none. */
+/** No time, size or ratio is larger: what is has no meaning, and no place in a drawing. */
+const MOST = 1e15;
+
+/** A row without numbers that are none, as which JSON writes null, and without times and sizes that cannot be. */
 function present(row: ScheduleRow): ScheduleRow {
-  const entries = Object.entries(row).filter(([key, value]) =>
-    value !== null || key === "micro_op_bytes"
-  );
+  const entries = Object.entries(row).filter(([key, value]) => {
+    if (typeof value !== "number") return value !== null || key === "micro_op_bytes";
+    return Math.abs(value) < MOST && (value >= 0 || !/(_ms|bytes)$/.test(key));
+  });
   return Object.fromEntries(entries) as unknown as ScheduleRow;
 }

@@ -24,9 +24,9 @@ export function isValid(row: ScheduleRow): boolean {
   return row.void === undefined && Number.isFinite(row.step_ms) && row.step_ms > 0;
 }
 
-/** Rank of a policy from the plainest on. */
+/** Rank of a policy from the plainest on; what follows a comma is a variant of it. */
 export function placeOf(policy: string): number {
-  const place = POLICY_ORDER.indexOf(policy);
+  const place = POLICY_ORDER.indexOf(policy.split(",")[0]);
   return place < 0 ? POLICY_ORDER.length : place;
 }
 

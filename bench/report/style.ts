@@ -15,11 +15,11 @@ export const POLICY_ORDER: readonly string[] = [
 /**
  * The class of a policy's colour and dashes.
  *
- * @param policy Its name.
+ * @param policy Its name; what follows a comma, a variant of it, changes nothing.
  * @returns `p0` to `p6`, or `px`.
  */
 export function policyClass(policy: string): string {
-  const place = POLICY_ORDER.indexOf(policy);
+  const place = POLICY_ORDER.indexOf(policy.split(",")[0]);
   return place < 0 ? "px" : `p${place}`;
 }
 
@@ -51,7 +51,7 @@ export const STYLE: string = `
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--ground);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:1080px;margin:0 auto;padding:24px 20px 64px}
+main{max-width:1140px;margin:0 auto;padding:24px 20px 64px}
 h1{font-size:1.7rem;line-height:1.2;margin:.3em 0}
 h2{font-size:1.25rem;margin:2.2em 0 .4em;border-top:1px solid var(--faint);padding-top:1em}
 h3{font-size:1rem;margin:1.4em 0 .3em}
@@ -67,10 +67,12 @@ figure{margin:1em 0 1.6em}
 figcaption{margin-top:.4em;max-width:80ch}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;width:100%}
 caption{text-align:left;padding-bottom:.4em}
-th,td{padding:4px 10px 4px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--faint);vertical-align:top}
+th,td{padding:4px 9px 4px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--faint);vertical-align:top}
 th{font-weight:600;color:var(--dim);vertical-align:bottom}
 th.l,td.l{text-align:left}
-td.w{white-space:normal;min-width:16em}
+th.l:not(:first-child),td.l:not(:first-child){padding-left:14px}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:8px 40px;align-items:start}
+details{margin:.6em 0}summary{cursor:pointer;color:var(--dim);font-size:.9rem}
 tr.best td{font-weight:650}
 tr.void td{color:var(--dim);text-decoration:line-through}
 tr.void td.why{text-decoration:none;white-space:normal;text-align:left}
@@ -82,9 +84,9 @@ tr.group th{color:var(--ink);padding-top:1em;text-align:left}
 .tile span{font-size:.86rem;color:var(--dim)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 16px;font-size:.9rem}
 dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
-svg text{fill:var(--ink);font-family:inherit}
+svg text{fill:var(--ink);font-family:inherit;paint-order:stroke;stroke:var(--ground);stroke-width:3px;stroke-linejoin:round}
 svg text.dim{fill:var(--dim)}svg text.strong{font-weight:650}
-svg text.in{fill:#0b0e12}svg text.good{fill:var(--good)}
+svg text.in{fill:#0b0e12;stroke:none}svg text.good{fill:var(--good)}
 svg .axis{stroke:var(--dim);stroke-width:1}
 svg .grid{stroke:var(--faint);stroke-width:1}
 svg .lane{fill:var(--panel)}
@@ -96,7 +98,7 @@ svg .done{stroke:var(--mark);stroke-width:1.6}
 svg .bound{stroke:var(--mark);stroke-width:2}
 svg .floor{stroke:var(--mark);stroke-width:1.6;stroke-dasharray:2 2}
 svg .paper{stroke:var(--bad);stroke-width:1.5;stroke-dasharray:6 3}
-svg text.paper{fill:var(--bad);stroke:none}
+svg text.paper{fill:var(--bad);stroke:var(--ground);stroke-width:3px;stroke-dasharray:none}
 svg .whisker{stroke:var(--ink);stroke-width:1}
 svg .curve{fill:none;stroke-width:2.2}
 ${
