@@ -145,6 +145,30 @@ Deno.test("schedule: gaps, overlaps, strangers and held back micro-ops are error
     /must have all-to-alls: current value is layer 0/,
   );
   checkSchedule(graph, { ...whole, exclusive: true });
+  const moe = buildStepGraph({
+    layers: [{
+      moe: {
+        allToAllBytes: 1,
+        experts: [{ name: "seat", elements: 4, elementBytes: 4, group: "replicas" }],
+      },
+      feedForward: [{ name: "w", elements: 10, elementBytes: 4, group: "world" }],
+      attention: [],
+    }],
+    head: [],
+    embedding: [],
+  });
+  const plain = new Fifo().plan(moe);
+  const cut = (chunks: number) => ({ ...plain, chunks: new Map([[0, chunks]]) });
+  for (const chunks of [1, 2, 7]) checkSchedule(moe, cut(chunks));
+  for (const chunks of [0, 1.5, NaN, -1]) {
+    assert.throws(() => checkSchedule(moe, cut(chunks)), /layer 0 in chunks as their number must/);
+  }
+  assert.equal(plain.microOps.length, 2); // no bucket of both
+  const parts = plain.microOps.flatMap(({ parts }) => parts);
+  assert.throws(
+    () => checkSchedule(moe, { ...plain, microOps: [{ parts, bytes: 56 }] }),
+    /micro-op 0 as its gradients must be reduced over the same ranks/,
+  );
   assert.throws(
     () => checkSchedule(graph, { ...whole, exclusive: true }, "device"),
     /exclusive schedule as its pace must be program: current value is device/,
@@ -161,6 +185,29 @@ Deno.test("schedule: gaps, overlaps, strangers and held back micro-ops are error
   const stingy = run(0);
   stingy.on({ kind: "gradientReady", gradient: id });
   assert.throws(() => stingy.on({ kind: "stepEnds" }), /must lie in 1\.\.1/);
+});
+
+Deno.test("schedule run: an all-to-all is imminent until its last chunk has started", () => {
+  const graph = buildStepGraph({
+    layers: [{ moe: { allToAllBytes: 1, experts: [] }, feedForward: [], attention: [] }],
+    head: [],
+    embedding: [],
+  });
+  const seen: boolean[] = [];
+  const scheduler: CollectiveScheduler = {
+    name: "curious",
+    plan: () => ({ microOps: [], chunks: new Map([[0, 3]]) }),
+    launch: (_boundary, { imminent }) => {
+      seen.push(imminent);
+      return 0;
+    },
+  };
+  const run = new ScheduleRun(scheduler, scheduler.plan(graph));
+  run.on({ kind: "combineBackwardStarts", layer: 0 });
+  for (const chunk of [0, 1, 2]) run.on({ kind: "allToAllStarts", node: 7, chunk });
+  run.on({ kind: "combineBackwardStarts", layer: 0 });
+  run.on({ kind: "layerBackwardEnds", layer: 0 }); // whatever a layer has left out
+  assert.deepEqual(seen, [true, true, true, false, true, false]);
 });
 
 Deno.test("schedule run: only pace device hears of what is running", () => {
