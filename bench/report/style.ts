@@ -63,7 +63,7 @@ code{font:0.86em ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",m
 pre{background:var(--panel);padding:10px 12px;border-radius:6px;overflow-x:auto}
 figure{margin:1em 0 1.6em}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
-.scroll svg{display:block;width:100%;min-width:680px;height:auto}
+.scroll svg{display:block;width:100%;min-width:880px;height:auto}
 figcaption{margin-top:.4em;max-width:80ch}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;width:100%}
 caption{text-align:left;padding-bottom:.4em}
@@ -109,6 +109,7 @@ ${
   ).join("\n")
 }
 svg .fill.px{fill:var(--px)}svg .curve.px{stroke:var(--px)}
+@media screen{tbody td:first-child,thead th:first-child{position:sticky;left:0;background:var(--ground)}}
 @media (max-width:600px){main{padding:14px 12px 48px}body{font-size:15px}dl{grid-template-columns:1fr}dt{margin-top:.5em}
 table{font-size:.82rem}h1{font-size:1.4rem}}
 @media print{body{font-size:10.5pt}main{max-width:none;padding:0}.scroll{overflow:visible}.scroll svg{min-width:0}
