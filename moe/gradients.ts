@@ -66,6 +66,14 @@ export class GradientReducer {
   }
 
   /**
+   * Time of the host in µs that all steps so far have spent on the schedule: asking the scheduler, launching micro-ops, noting and noticing
+   * what the device passes. Other threads' sleep is not in it.
+   */
+  get host_us(): number {
+    return this.#tables.spent.host_us;
+  }
+
+  /**
    * Begins the pass whose gradients are reduced: the last one of a step.
    *
    * @param number Number of the pass.
@@ -102,5 +110,5 @@ function tablesOf({ graph, parameters, seats = [] }: GradientReducerOptions): Ta
     names.set(node.id, parts.length);
     if (seat) replicas.set(node.id, seat.comm);
   }
-  return { gradients, names, allToAlls, flat, replicas };
+  return { gradients, names, allToAlls, flat, replicas, spent: { host_us: 0 } };
 }

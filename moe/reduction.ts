@@ -7,7 +7,7 @@ import type { Communicator, Label, Work } from "../collectives/types.ts";
 import { Events, type Stream, type StreamEvent } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
 import { empty, type Tensor } from "../tensor/tensor.ts";
-import { recorder, type SpanArgs } from "../trace/mod.ts";
+import { now, recorder, type SpanArgs } from "../trace/mod.ts";
 import type { GradientReducerOptions } from "./gradients.ts";
 import { groupOf, microOpName } from "./graph.ts";
 import type { Boundary, MicroOp, NodeId, Schedule } from "./hooks.ts";
@@ -50,6 +50,8 @@ export interface Tables {
   readonly flat: ReadonlyMap<NodeId, Tensor>;
   /** Communicators, by node, of group `replicas`. */
   readonly replicas: ReadonlyMap<NodeId, Communicator>;
+  /** Time of the host that steps have spent on the schedule. */
+  readonly spent: { host_us: number };
 }
 
 /** A micro-op in flight. */
@@ -89,6 +91,8 @@ export class Reduction implements ReducingStep {
   readonly #pump: Pump | null = null;
   /** Whether a gradient is ready. Before that there is nothing to launch, and what happens is told as the host passes it. */
   #begun = false;
+  /** Whether time is being counted. */
+  #spending = false;
   /** Ends of all-to-alls that the device's computation is behind. */
   #behind: Place | null = null;
 
@@ -132,7 +136,8 @@ export class Reduction implements ReducingStep {
     const pump = this.#begun ? this.#pump : null;
     let end: Place | null = null;
     if (pump && work.mark) {
-      pump.push(pump.allToAlls, work.mark(), () => this.#tell(ends), [pump.compute.end]);
+      const tell = () => this.#spend(() => this.#tell(ends));
+      this.#spend(() => pump.push(pump.allToAlls, work.mark!(), tell, [pump.compute.end]));
       end = pump.allToAlls.end;
     }
     if (pump) await turn(); // what has passed is told now, though the host has more to enqueue
@@ -204,8 +209,10 @@ export class Reduction implements ReducingStep {
     }
     this.#mark({ kind: "passEnds" });
     const ends = { kind: "stepEnds" } as const;
-    if (this.#pump) await this.#pump.finish(stream.mark!(), () => this.#tell(ends), this.#causes);
-    else this.#on(ends);
+    if (this.#pump) {
+      const tell = () => this.#spend(() => this.#tell(ends));
+      await this.#pump.finish(stream.mark!(), tell, this.#causes);
+    } else this.#on(ends);
     for (const launched of this.#launched) {
       await launched.work.wait(stream);
       if (launched.bucket) this.#unpack(launched.microOp, launched.bucket);
@@ -223,10 +230,15 @@ export class Reduction implements ReducingStep {
   /** The program has come to a boundary. */
   #on(boundary: Boundary): void {
     if (boundary.kind !== "stepEnds") this.#mark(boundary);
+    this.#spend(() => this.#come(boundary));
+  }
+
+  #come(boundary: Boundary): void {
     const pump = this.#pump;
     if (pump && this.#begun) {
       const passed = this.#options.device.stream.mark!();
-      pump.push(pump.compute, passed, () => this.#tell(boundary), this.#causes);
+      const tell = () => this.#spend(() => this.#tell(boundary));
+      pump.push(pump.compute, passed, tell, this.#causes);
       return;
     }
     // The boundary first: at the start of an all-to-all, an end that is noticed only now must not let a micro-op slip in before it.
@@ -237,6 +249,19 @@ export class Reduction implements ReducingStep {
   /** What the scheduler hears of before it hears of anything that the device's stream holds now. */
   get #causes(): readonly Place[] {
     return this.#behind ? [this.#behind] : [];
+  }
+
+  /** Does something whose time of the host is the schedule's. */
+  #spend(action: () => void): void {
+    if (this.#spending) return action();
+    this.#spending = true;
+    const start = now();
+    try {
+      action();
+    } finally {
+      this.#spending = false;
+      this.#tables.spent.host_us += now() - start;
+    }
   }
 
   #tell(boundary: Boundary): void {
@@ -295,7 +320,8 @@ export class Reduction implements ReducingStep {
     const launched = { microOp, work, bucket, ended: false };
     this.#launched.push(launched);
     const pump = this.#pump;
-    pump?.push(pump.reductions, work.mark?.() ?? null, () => this.#ends(launched));
+    const tell = () => this.#spend(() => this.#ends(launched));
+    pump?.push(pump.reductions, work.mark?.() ?? null, tell);
   }
 
   /** What a micro-op is ordered after; undefined is all that the device's stream holds now. */
