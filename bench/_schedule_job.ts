@@ -270,7 +270,7 @@ async function measuredStep(
   trainer: Trainer,
   marks: Mark[],
 ): Promise<{ sample: StepSample; spans: Span[] }> {
-  const cpu_ms = threadTime(), begin_us = now();
+  const before_us = trainer.schedule_us, cpu_ms = threadTime(), begin_us = now();
   const { loss, load_imbalance } = await trainer.step({ marks });
   const end_us = now(), hostCpu_ms = threadTime() - cpu_ms;
   progress(); // notes the ends of what only streams have waited for
@@ -282,6 +282,7 @@ async function measuredStep(
     loss,
     imbalance: load_imbalance,
     hostCpu_ms: Number.isNaN(hostCpu_ms) ? null : hostCpu_ms,
+    schedule_us: trainer.schedule_us - before_us,
     allToAlls: spans.filter(({ args }) => args?.role !== undefined).map((span) => {
       const { layer, phase, role, chunk } = span.args as unknown as AllToAllPlace;
       const { start: start_us, end: end_us } = span;

@@ -92,6 +92,8 @@ export interface StepSample {
   readonly imbalance: number;
   /** Time that the thread of the program was on a processor, in ms; NaN (null in JSON) where the system does not tell. */
   readonly hostCpu_ms: number | null;
+  /** The host's time that the schedule took: asking, launching, noticing. */
+  readonly schedule_us: number;
   readonly allToAlls: readonly AllToAllSample[];
   /** Start, end, bytes that left the rank. */
   readonly microOps: readonly (readonly [start_us: number, end_us: number, bytes: number])[];

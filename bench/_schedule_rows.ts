@@ -9,7 +9,8 @@
 //   pipelining        the same of all-to-alls alone
 //   link_busy         part of the step in which anything is on its way; link_used: bytes / (nominal rate · step)
 //   bound_ms, floor_ms    as lina/training/bounds.ts has them, plus the part of the step that no schedule touches: optimizer, sums, batches
-//   host_ms           processor time of the rank's program thread in a step; host_share: what it is beyond unpacked `fifo`'s, / the step
+//   host_ms           processor time of the rank's program thread in a step
+//   host_share        the host's time that the schedule took, asking, launching, noticing and marking, / the step
 
 import { intersection, type Interval, length, union } from "./report/intervals.ts";
 import type { ScheduleRow, SlowdownSamples } from "./report/results.ts";
@@ -153,7 +154,7 @@ function stepsOf(turns: readonly (readonly TurnReply[])[]): StepSample[][] {
 export function rowOf(
   key: RowKey,
   measured: Measured,
-  fifo?: Pick<Row, "step_ms" | "host_ms">,
+  fifo?: Pick<Row, "step_ms">,
 ): Row {
   const { policy, mbit } = key, { turns, links, rest_ms } = measured;
   const steps = stepsOf(turns), samples = samplesOf(turns);
@@ -209,9 +210,7 @@ export function rowOf(
     floor_ms: plan.bounds ? plan.bounds.floor_us / 1000 + rest_ms : undefined,
     predicted_ms: plan.bounds ? plan.bounds.predicted_us / 1000 + rest_ms : undefined,
     host_ms,
-    host_share: fifo?.host_ms === undefined || host_ms === undefined
-      ? undefined
-      : (host_ms - fifo.host_ms) / step_ms,
+    host_share: median(samples.map(({ schedule_us }) => schedule_us)) / 1000 / step_ms,
     utilisation: of((part) => part.compute_ms) / step_ms,
     loss: turns.at(-1)![0].steps.at(-1)!.loss,
     imbalance: median(samples.map(({ imbalance }) => imbalance)),

@@ -31,6 +31,7 @@ function step(shift: number, bytes: number): StepSample {
     loss: 2.5,
     imbalance: 1.1,
     hostCpu_ms: 0.2,
+    schedule_us: 100,
     allToAlls: [
       allToAll("forward", "dispatch", at(200, 300), bytes),
       allToAll("forward", "combine", at(300, 400), bytes),
@@ -87,7 +88,6 @@ Deno.test("rowOf() splits a step", () => {
   assert.equal(restOf(turns), 0.2);
   const row = rowOf(key, { turns, links: [links, links], rest_ms: 0.2 }, {
     step_ms: 1.5,
-    host_ms: 0.1,
   });
   assert.equal(row.step_ms, 1);
   assert.equal(row.speedup, 1.5);

@@ -23,6 +23,7 @@ const COLUMNS: readonly (readonly [title: string, cell: (row: Row) => string])[]
   ["link %", (row) => percent(row.link_used ?? row.link_busy)],
   ["MB", (row) => fixed(ratio(row.bytes, 1e6), 0)],
   ["ops", (row) => String(row.micro_ops)],
+  ["sched %", (row) => percent(row.host_share)],
   ["host ms", (row) => fixed(row.host_ms, 1)],
   ["load", (row) => fixed(row.imbalance, 2)],
   ["loss", (row) => fixed(row.loss, 5)],
