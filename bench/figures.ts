@@ -6,6 +6,7 @@
 // Without --figure or --table: everything. Other options go to bench:schedule as they are (--device cuda --ranks 4 --mbit 10000 …) and stand
 // above those that a figure asks for.
 
+import { SCHEDULER_NAMES } from "../lina/training/schedulers.ts";
 import { FIGURE_15_MS } from "./report/paper.ts";
 import { type Part, PARTS, scheduleHtml } from "./report/schedule_html.ts";
 import { parseResults } from "./report/results.ts";
@@ -65,8 +66,8 @@ export function readArgs(args: readonly string[]): Wanted {
   return { part, from, out: out ?? `${(part ?? "schedules").replace(" ", "_")}.html`, rest };
 }
 
-/** Policies with one expert on a device. */
-const ALL = "fifo,outside,priority,lina,lina+pipeline,planned,planned+pipeline";
+/** All policies. */
+const ALL = SCHEDULER_NAMES.join();
 
 /**
  * The options of bench:schedule that a part needs.
