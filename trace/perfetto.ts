@@ -107,6 +107,17 @@ export function keptSpans(spans: readonly Span[], most: number): readonly Span[]
   return places.slice(0, most).sort((i, j) => i - j).map((i) => spans[i]);
 }
 
+/**
+ * Arrows between the all-to-alls of ranks whose spans are all at hand, for the `flows` of `traceEvents`.
+ *
+ * @param spans The spans of each rank.
+ * @param rank Whose arrows.
+ * @returns Ids of arrows by communicator.
+ */
+export function flowsOf(spans: readonly (readonly Span[])[], rank: number): Map<string, FlowIds> {
+  return ring(spans.map(communicators), rank);
+}
+
 /** An all-to-all's communicator, and the first and last operation of it that were recorded. */
 type Recorded = readonly [communicator: string, first: number, last: number];
 

@@ -2,7 +2,8 @@ import assert from "node:assert/strict";
 import fc from "fast-check";
 import { clockOffset, type Ranks } from "./clock.ts";
 import { type Category, now, Recorder, type Span } from "./mod.ts";
-import { keptSpans, writeTrace } from "./perfetto.ts";
+import { traceEvents } from "./events.ts";
+import { flowsOf, keptSpans, writeTrace } from "./perfetto.ts";
 
 const folder = Deno.makeTempDirSync({ prefix: "lina-trace-" });
 Deno.test.afterAll(() => Deno.removeSync(folder, { recursive: true }));
@@ -352,6 +353,15 @@ Deno.test("arrows between all-to-alls are drawn only where every rank has record
   const events = await trace(own);
   checkFormat(events);
   assert.equal(events.filter((e) => e.ph === "s").length, 3 + 2);
+});
+
+Deno.test("flowsOf() gives the arrows that writeTrace() draws", async () => {
+  const own = collectives(4);
+  const drawn = (await trace(own)).filter((e) => e.ph === "s" || e.ph === "f");
+  const made = own.flatMap((spans, rank) => [
+    ...traceEvents(spans, { rank, shift: -5010, flows: flowsOf(own, rank) }),
+  ]).filter((e) => e.ph === "s" || e.ph === "f");
+  assert.deepEqual(made, drawn);
 });
 
 Deno.test("a trace has no more spans than its limit: collectives first, then the longest", async () => {
