@@ -110,8 +110,8 @@ export class TwoLevel implements AsyncDisposable {
     const layout = layoutOf(hosts);
     if (typeof layout === "string") return new TwoLevel(comm, null, layout, null, options);
     const local = rank % layout.perHost, host = (rank - local) / layout.perHost;
-    const inner = (await comm.split(host, rank))!;
-    const outer = (await comm.split(local, rank))!;
+    const inner = (await comm.split(host, rank, { urgent: true }))!;
+    const outer = (await comm.split(local, rank, { urgent: true }))!;
     const onDevice = comm.backend === "nccl"
       ? (await import("./nccl/two_level.ts")).deviceExchanges({ inner, outer })
       : null;

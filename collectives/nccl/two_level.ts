@@ -121,7 +121,7 @@ export class DeviceExchanges implements AsyncDisposable {
     else void last.wait(tail);
     if (piece !== undefined) piece.last = last;
     const end = timed ? tail.recordTimed() : tail.record();
-    return new DeviceExchange([...first, ...rest, ...second], timed ? ready : null, end);
+    return new DeviceExchange([...first, ...rest, ...second], tail, timed ? ready : null, end);
   }
 
   /** The piece whose turn it is, which what was sent from it before may still be read from. */
@@ -156,14 +156,17 @@ export class DeviceExchanges implements AsyncDisposable {
 /** One exchange of a GPU's data. */
 export class DeviceExchange implements Completion {
   #messages: Work[];
+  readonly #tail: CudaStream;
   readonly #begin: CudaEvent | null;
-  readonly #end: CudaEvent;
+  /** Where it ends. */
+  readonly end: CudaEvent;
 
-  /** @param messages Its messages. @param begin When it began, if that is timed. @param end When it has ended. */
-  constructor(messages: Work[], begin: CudaEvent | null, end: CudaEvent) {
+  /** @param messages Its messages. @param tail Where it ends. @param begin When it began, if that is timed. @param end When it has ended. */
+  constructor(messages: Work[], tail: CudaStream, begin: CudaEvent | null, end: CudaEvent) {
     this.#messages = messages;
+    this.#tail = tail;
     this.#begin = begin;
-    this.#end = end;
+    this.end = end;
   }
 
   poll(): boolean {
@@ -172,7 +175,7 @@ export class DeviceExchange implements Completion {
       if (this.#messages.length > 0) return false;
     }
     this.#begin?.done(); // takes its time by the same tie of the clocks as the end's
-    return this.#end.done();
+    return this.end.done();
   }
 
   idle(spins: number): void {
@@ -187,12 +190,22 @@ export class DeviceExchange implements Completion {
 
   /** Orders a stream after the exchange. @throws {Error} If a level has failed: there is no result to come. */
   waitOn(stream: Stream): void {
-    for (const message of this.#messages) if (message instanceof PendingWork) settled(message);
-    stream.wait(this.#end);
+    this.#check();
+    stream.wait(this.end);
+  }
+
+  /** A point that the host can wait for, behind the exchange. @throws {Error} If a level has failed. */
+  mark(): CudaEvent {
+    this.#check();
+    return this.#tail.mark();
+  }
+
+  #check(): void {
+    for (const message of this.#messages) settled(message);
   }
 
   get span(): (() => readonly [number, number]) | undefined {
-    const begin = this.#begin, end = this.#end;
+    const begin = this.#begin, { end } = this;
     return begin === null ? undefined : () => [begin.time(), end.time()];
   }
 }
