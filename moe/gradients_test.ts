@@ -206,3 +206,69 @@ Deno.test("gradients: those of a seat are reduced among its replicas once all of
   assert.throws(() => new GradientReducer({ ...options, seats: [] }), /Cannot reduce .*seats\.0/);
   [weights, seat].forEach(freeParameter);
 });
+
+Deno.test("gradients: where only the host can wait, micro-ops of an exclusive schedule are held back until all-to-alls have ended", async () => {
+  const log: string[] = [];
+  const slow = (what: string): Work => ({
+    done: false,
+    wait: async () => {
+      await Promise.resolve();
+      log.push(`${what} awaited`);
+    },
+    then: () => new Promise<never>(() => {}),
+  });
+  let launched = 0;
+  const comm = {
+    size: 2,
+    allReduce: () => {
+      log.push(`micro-op ${launched}`);
+      return slow(`micro-op ${launched++}`);
+    },
+  } as unknown as Communicator;
+  const names = ["a", "b", "c"];
+  const graph = buildStepGraph({
+    head: names.map((name) => ({ name, elements: 1, elementBytes: 4, group: "world" })),
+    layers: [{ moe: { allToAllBytes: 1, experts: [] }, feedForward: [], attention: [] }],
+    embedding: [],
+  });
+  const parameters = names.map((name) =>
+    createParameter(device, name, { shape: [1], dtype: "f32", init: { value: 1 } })
+  );
+  const fifo = new Fifo({ bucketBytes: 4 });
+  const scheduler: CollectiveScheduler = {
+    name: "exclusive",
+    plan: (graph) => ({ ...fifo.plan(graph), exclusive: true }),
+    launch: (boundary, state) => fifo.launch(boundary, state),
+  };
+  const step = new GradientReducer({ graph, scheduler, comm, device, parameters }).begin(0);
+  const start = (chunk: number) => {
+    const place = { layer: 0, phase: "backward", role: "combine", chunk } as const;
+    return step.allToAll(place, () => {
+      log.push(`all-to-all ${chunk}`);
+      return slow(`all-to-all ${chunk}`);
+    });
+  };
+  const first = await start(0);
+  step.gradientReady("a"); // behind the first chunk
+  const second = await start(1); // behind that, and so is this behind the first
+  await first();
+  step.gradientReady("b"); // behind the second chunk
+  step.gradientReady("c");
+  await second();
+  await step.finish();
+  assert.deepEqual(log, [
+    "all-to-all 0",
+    "all-to-all 0 awaited",
+    "micro-op 0",
+    "micro-op 0 awaited",
+    "all-to-all 1",
+    "all-to-all 0 awaited",
+    "all-to-all 1 awaited",
+    "micro-op 1",
+    "micro-op 2",
+    "micro-op 0 awaited",
+    "micro-op 1 awaited",
+    "micro-op 2 awaited",
+  ]);
+  parameters.forEach(freeParameter);
+});
