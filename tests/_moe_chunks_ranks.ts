@@ -1,5 +1,7 @@
 // A rank of moe_chunks_test.ts: runs routers on this rank's tokens, in one slice and in several, each twice; on a GPU where there is one.
 
+import { TwoLevel } from "../collectives/two_level.ts";
+import type { MoeLayer } from "../moe/moe_layer.ts";
 import { inputs, type RankOutcome, ROUTERS, runRank } from "./_moe_case.ts";
 import { rankMain } from "./_ranks.ts";
 
@@ -8,11 +10,17 @@ interface Args {
   readonly chunks: number[];
   /** Names of the routers; all without it. */
   readonly routers?: readonly string[];
+  /** Host of each rank, for all-to-alls in two levels. */
+  readonly hosts?: readonly number[];
 }
 
 await rankMain(async ({ comm, args, device }) => {
   const { splits, chunks, routers = Object.keys(ROUTERS) } = args as Args;
   const place = device?.kind === "cuda" ? { device } : {};
+  const { hosts } = args as Args;
+  await using two = hosts ? await TwoLevel.create(comm, { hosts }) : null;
+  if (two && !two.levels) throw new Error(`not in two levels: ${two.reason}`);
+  const prepare = (layer: MoeLayer) => void (layer.exchange = two);
   const outcomes: Record<string, RankOutcome> = {};
   for (const name of routers) {
     const router = ROUTERS[name];
@@ -26,6 +34,7 @@ await rankMain(async ({ comm, args, device }) => {
           sharedExperts: 1,
           firstPass: true,
           chunks: cut,
+          prepare,
         } as const;
         const first = await runRank(c, batch, split, comm);
         const again = await runRank(c, batch, split, comm);

@@ -1,6 +1,7 @@
 // The MoE layer on real ranks, over shared memory, with tokens that travel in slices: losses and gradients are those of one slice, to 1e-6 in
 // f32, for every router, with ranks that have no tokens and ranks with fewer tokens than slices. The order check of the communicator is on.
 
+import assert from "node:assert/strict";
 import { alike, join, type RankOutcome, ROUTERS } from "./_moe_case.ts";
 import { gpuRanksEnv, Mps } from "./_gpu_env.ts";
 import { type RunOptions, runRanks } from "./_ranks.ts";
@@ -16,13 +17,20 @@ const SPLITS: Record<number, number[][]> = {
 async function check(
   size: number,
   names: readonly string[],
-  options: { readonly tolerance: number; readonly env: RunOptions["env"] },
-): Promise<void> {
+  options: {
+    readonly tolerance: number;
+    readonly env: RunOptions["env"];
+    readonly hosts?: readonly number[];
+  },
+): Promise<Record<string, RankOutcome>[]> {
   const splits = SPLITS[size];
   const ranks = await runRanks<Record<string, RankOutcome>>(
     new URL("./_moe_chunks_ranks.ts", import.meta.url),
     size,
-    { args: { splits, chunks: CHUNKS, routers: names }, env: { LINA_DEBUG: "1", ...options.env } },
+    {
+      args: { splits, chunks: CHUNKS, routers: names, hosts: options.hosts },
+      env: { LINA_DEBUG: "1", ...options.env },
+    },
   );
   for (const name of names) {
     for (const split of splits) {
@@ -32,6 +40,7 @@ async function check(
       for (const chunks of CHUNKS.slice(1)) alike(of(chunks), whole, options.tolerance);
     }
   }
+  return ranks.map(({ result }) => result!);
 }
 
 for (const size of [1, 2, 4]) {
@@ -39,6 +48,13 @@ for (const size of [1, 2, 4]) {
     await check(size, Object.keys(ROUTERS), { tolerance: 1e-6, env: {} });
   });
 }
+
+Deno.test("in slices, all-to-alls in two levels bring the same rows", async () => {
+  const names = ["softmax", "expert choice", "gshard, capacity by probability"];
+  const direct = await check(4, names, { tolerance: 1e-6, env: {} });
+  const two = await check(4, names, { tolerance: 1e-6, env: {}, hosts: [0, 0, 1, 1] });
+  assert.deepEqual(two, direct, "bit by bit");
+});
 
 const gpuEnv = await gpuRanksEnv();
 
