@@ -1,6 +1,7 @@
 // The steps that bench/schedule.ts has seen, as one Perfetto trace: policies one after another, a process per rank, on one clock.
 
 import { traceEvents } from "../trace/events.ts";
+import { flowsOf } from "../trace/perfetto.ts";
 import type { Span } from "../trace/mod.ts";
 
 /** A policy's step, by rank. */
@@ -37,6 +38,9 @@ export async function writeTrace(path: string, steps: readonly TracedStep[]): Pr
     });
     at_us = last + shift + PAUSE_US;
   }
-  const events = byRank.flatMap((spans, rank) => [...traceEvents(spans, { rank })]);
+  const events = byRank.flatMap((
+    spans,
+    rank,
+  ) => [...traceEvents(spans, { rank, flows: flowsOf(byRank, rank) })]);
   await Deno.writeTextFile(path, JSON.stringify({ traceEvents: events, displayTimeUnit: "ms" }));
 }
