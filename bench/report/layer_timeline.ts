@@ -22,12 +22,9 @@ export interface TimelineChoice
   readonly rank?: number;
 }
 
-/** How much of what comes before the layer's first all-to-all is shown, as part of the layer's time. */
-const LEAD = 0.08;
-
 /**
- * Cuts one layer's backward pass out of a step: from shortly before its first all-to-all until its last gradient is reduced. What other layers
- * do meanwhile is in it too, and says so.
+ * Cuts one layer's backward pass out of a step: from the moment at which its first all-to-all could start, as the computation before it has
+ * ended, until its computation is through and its last gradient reduced. What other layers do meanwhile is in it too, and says so.
  *
  * @param record What a rank did.
  * @param choice The layer, and what the timeline is of.
@@ -50,7 +47,9 @@ export function layerTimeline(record: StepRecord, choice: TimelineChoice): Polic
   let done = busy.reduce((at, [start, end]) => start < next ? Math.max(at, end) : at, last);
   done = Math.max(Math.min(done, next), last);
   for (const span of gradients) if (isOf(span, layer)) done = Math.max(done, span.end);
-  const from = Math.max(before, first - LEAD * (done - first));
+  // Where the all-to-all has to wait for micro-ops, that time is the layer's.
+  const asked = busy.reduce((at, [start, end]) => start < first ? Math.min(end, first) : at, first);
+  const from = Math.max(before, asked);
   const shift = (time: number) => Math.min(Math.max(time, from), done) - from;
   const spans: LaneSpan[] = [];
   const add = (span: LaneSpan) => {
@@ -159,17 +158,18 @@ function computing({ spans, computing }: StepRecord): Interval[] {
 function isOf({ name, args }: Span, layer: number): boolean {
   const first = layerOf(name);
   const last = typeof args?.last === "string" ? layerOf(args.last) : first;
-  return first === layer || last === layer || (first > layer && layer > last && last >= 0);
+  return last <= layer && layer <= first;
 }
 
 /**
  * The layer of a gradient.
  *
  * @param name The gradient's name, or a micro-op's that begins with it.
- * @returns The layer; −1 outside the layers.
+ * @returns The layer; −1 of the embedding, which is ready after all, and `Infinity` of the head, which is ready before.
  */
 export function layerOf(name: string): number {
-  return Number(/\blayers\.(\d+)\./.exec(name)?.[1] ?? -1);
+  const layer = /\blayers\.(\d+)\./.exec(name)?.[1];
+  return layer !== undefined ? Number(layer) : /\bembed/.test(name) ? -1 : Infinity;
 }
 
 /** ` 1/2` of `layer 3 backward combine 1/2`; nothing if it is whole. */

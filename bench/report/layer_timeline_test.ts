@@ -50,27 +50,53 @@ Deno.test("layerTimeline() cuts one layer's backward pass out, until its last gr
       .map((span) =>
         `${span.name} ${span.start_us}-${span.end_us}${span.own === false ? " beside" : ""}`
       );
-  // It begins with what comes after the all-to-all before, and ends with the bucket that has a gradient of it.
-  assert.equal(own.done_us, 3100);
+  // It begins with the end of the computation before its all-to-all, and ends with the bucket that has a gradient of it.
+  assert.equal(own.done_us, 3010);
   assert.deepEqual(shown("compute"), [
-    "combine 10-90",
-    "experts 550-1390",
-    "gate, attention 1810-2290",
-    "next layers 2710-3100 beside",
+    "experts 460-1300",
+    "gate, attention 1720-2200",
+    "next layers 2620-3010 beside",
   ]);
   assert.deepEqual(shown("allToAll"), [
-    "combine 0/2 100-500",
-    "combine 1/2 500-900",
-    "dispatch 1400-1800",
-    "layer 0 backward combine 2300-2700 beside",
+    "combine 0/2 10-410",
+    "combine 1/2 410-810",
+    "dispatch 1310-1710",
+    "layer 0 backward combine 2210-2610 beside",
   ]);
   assert.deepEqual(shown("gradients"), [
-    "model.layers.2.q.weight 0..9 1100-1300 beside",
-    "model.layers.1.q.weight 0..9 2750-3000",
-    "model.layers.2.k.weight and 3 more 3000-3100",
+    "model.layers.2.q.weight 0..9 1010-1210 beside",
+    "model.layers.1.q.weight 0..9 2660-2910",
+    "model.layers.2.k.weight and 3 more 2910-3010",
   ]);
   assert.equal(own.spans.find(({ name }) => name.includes("1.q"))!.queued_us, 300);
   assert.equal(layerTimeline({ spans: SPANS }, { ...CHOICE, layer: 7 }), null);
+  // An all-to-all that waits for micro-ops: the layer begins where it was asked for.
+  const startOf = (computing: Interval[]) =>
+    layerTimeline({ spans: SPANS, computing }, CHOICE)!.spans[0].start_us;
+  assert.equal(startOf([[1905, 1950]]), 50);
+  assert.equal(startOf([[1800, 1850]]), 100, "not before the all-to-all before has ended");
+  assert.equal(startOf([[1905, 2050]]), 0, "computation beside it");
+});
+
+Deno.test("a bucket is of every layer from its first gradient's to its last's", () => {
+  const ofLayer = (name: string, last: string | undefined, layer: number) => {
+    const spans = [
+      allToAll(layer, "backward", "combine", [0, 10]),
+      gradient(name, [20, 30], last === undefined ? {} : { last }),
+    ];
+    const own = layerTimeline({ spans }, { ...CHOICE, layer })!;
+    return own.spans.some((span) => span.lane === "gradients" && span.own !== false);
+  };
+  const layer = (i: number) => `model.layers.${i}.input_layernorm.weight`;
+  const embedding = "model.embed_tokens.weight";
+  assert.ok(ofLayer("lm_head.weight and 23 more", embedding, 0));
+  assert.ok(ofLayer("lm_head.weight and 3 more", layer(2), 2));
+  assert.ok(!ofLayer("lm_head.weight and 3 more", layer(2), 1));
+  assert.ok(!ofLayer("lm_head.weight and 1 more", "model.norm.weight", 2));
+  assert.ok(ofLayer(`${layer(1)} and 1 more`, embedding, 0));
+  assert.ok(!ofLayer(`${layer(1)} and 1 more`, embedding, 2));
+  assert.ok(!ofLayer(embedding, undefined, 0));
+  assert.ok(ofLayer(`${layer(0)} 0..9`, undefined, 0));
 });
 
 Deno.test("spans of a timeline are inside it, whatever was recorded", () => {

@@ -325,10 +325,9 @@ function figure7(timelines: readonly PolicyTimeline[]): Markup {
     ? ' <strong class="bad">Some of it is simulated, not measured, and says so.</strong>'
     : " Measured on one rank.";
   return `<section><h2>${heading}</h2>
-<p>The same layer under every policy on one time scale, from shortly before its first all-to-all until its computation is through and its last
-gradient reduced.${simulated} An all-to-all is stretched where gradients are reduced beside it, and a gradient waits where it is kept from that.</p>${
-    drawings.join("")
-  }</section>`;
+<p>The same layer under every policy on one time scale, from the moment at which its first all-to-all could start until its computation is through
+and its last gradient reduced.${simulated} An all-to-all is stretched where gradients are reduced beside it, waits where they go first, and a
+gradient waits where it is kept from that.</p>${drawings.join("")}</section>`;
 }
 
 function conditionsHtml(conditions: Conditions, groups: readonly Group[]): Markup {

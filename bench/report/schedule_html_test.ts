@@ -225,7 +225,7 @@ Deno.test("every span lies inside its lane and the drawing", () => {
           own.y >= lane.y && own.y + own.height <= lane.y + lane.height + 0.01 &&
           own.x >= lane.x - 0.01 && own.x + own.width <= lane.x + lane.width + 0.61
         );
-      for (const own of rects.filter((own) => own.class.includes("span"))) {
+      for (const own of rects.filter((own) => /span|narrow/.test(own.class))) {
         const lane = inside(own);
         assert.ok(lane >= 0, JSON.stringify(own));
         assert.equal(own.class.split(" ")[0], LANES[lane % 3][0]);
@@ -234,7 +234,7 @@ Deno.test("every span lies inside its lane and the drawing", () => {
         assert.ok(own.x >= 0 && own.x + own.width <= width && own.y + own.height <= height);
       }
       // The same time is at the same place in every panel, and every span is in some box.
-      const shown = rects.filter((own) => /span/.test(own.class)).length;
+      const shown = rects.filter((own) => /span|narrow/.test(own.class)).length;
       assert.ok(shown <= timelines.reduce((sum, { spans }) => sum + spans.length, 0));
     }),
     { numRuns: 100 },
@@ -254,6 +254,8 @@ Deno.test("boxes hold every span, and are no more than the pixels allow", () => 
   assert.deepEqual(drawn.flatMap((box) => box.spans.map(({ name }) => name)), [
     ...spans.map(({ name }) => name),
   ]);
+  const one = spans.map((span) => ({ ...span, lane: "compute" as const, name: "experts" }));
+  assert.equal(boxes(one, x).length, 1, "kernels of one piece of computation are one box");
   const wide = boxes([
     { lane: "compute", name: "a", start_us: 0, end_us: 90_000 },
     { lane: "compute", name: "b", start_us: 90_000, end_us: 100_000, own: false },

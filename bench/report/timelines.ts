@@ -29,7 +29,7 @@ export interface Drawn {
 }
 
 /**
- * Brings spans to px, narrow neighbours together, so that a drawing has no more boxes than pixels.
+ * Brings spans to px, narrow neighbours and pieces of one computation together, so that a drawing has no more boxes than pixels.
  *
  * @param spans Spans of one lane.
  * @param x Scale from µs to px.
@@ -40,8 +40,11 @@ export function boxes(spans: readonly LaneSpan[], x: (time_us: number) => number
   for (const span of spans.toSorted((a, b) => a.start_us - b.start_us)) {
     const left = x(span.start_us), width = x(span.end_us) - left;
     const last = out.at(-1);
-    const joins = last && width < NARROW && last.width < 3 * NARROW &&
-      left - last.x - last.width < 0.5 && (span.own ?? true) === (last.spans[0].own ?? true);
+    const near = last && left - last.x - last.width < 0.5 &&
+      (span.own ?? true) === (last.spans[0].own ?? true);
+    // One piece of computation is many kernels.
+    const same = near && span.lane === "compute" && span.name === last.spans[0].name;
+    const joins = near && (same || (width < NARROW && last.width < 3 * NARROW));
     if (joins) {
       last.spans.push(span);
       last.width = Math.max(last.width, left + width - last.x);
@@ -84,10 +87,15 @@ export function timelinesSvg(timelines: readonly PolicyTimeline[], title: string
     out.push(text(x(tick), bottom + 4, String(tick), { anchor: "middle", class: "dim" }));
   }
   out.push(
-    text((LEFT + WIDTH - RIGHT) / 2, bottom + 24, "ms since the layer's backward pass begins", {
-      anchor: "middle",
-      class: "dim",
-    }),
+    text(
+      (LEFT + WIDTH - RIGHT) / 2,
+      bottom + 24,
+      "ms since the layer's first all-to-all could start",
+      {
+        anchor: "middle",
+        class: "dim",
+      },
+    ),
   );
   timelines.forEach((own, i) => {
     const top = TOP + i * (panel + PANEL_GAP);
@@ -143,11 +151,12 @@ function drawPanel(
 function drawBox({ spans, x, width }: Drawn, { lane, y }: { lane: Lane; y: number }): Markup[] {
   const [first] = spans;
   const beside = first.own === false;
-  const name = `${lane} span${beside ? " beside" : ""}`;
-  const box = { x, y, width: Math.max(width, 0.6), height: LANE_HEIGHT };
+  const name = `${lane} ${width > 4 ? "span" : "narrow"}${beside ? " beside" : ""}`;
+  const box = { x, y, width: Math.max(width, 1.4), height: LANE_HEIGHT };
   const out = [rect(box, name, titleOf(spans))];
   const label = shortName(first, lane);
-  if (spans.length === 1 && !beside && width > textWidth(label, 11) + 6) {
+  const one = spans.every(({ name }) => name === first.name);
+  if (one && !beside && width > textWidth(label, 11) + 6) {
     out.push(text(x + width / 2, y + 16, label, { anchor: "middle", class: "in", size: 11 }));
   }
   return out;
