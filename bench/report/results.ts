@@ -57,8 +57,12 @@ export interface ScheduleRow {
   readonly pipelining?: number;
   /** Part of the step in which the link carries bytes. */
   readonly link_busy?: number;
+  /** Bytes / (nominal rate · step). */
+  readonly link_used?: number;
   /** Bytes that leave a rank in a step. */
   readonly bytes?: number;
+  /** Step that the model of lina/training/timeline.ts foretells, in ms. */
+  readonly predicted_ms?: number;
   /** Critical-path bound of the policy's class in ms. */
   readonly bound_ms?: number;
   /** max(compute, bytes / rate) in ms: no schedule beats it. */

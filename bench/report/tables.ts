@@ -83,10 +83,9 @@ function megabytes(value: number | null | undefined): Markup | undefined {
   return (value / 1e6).toFixed(value < 1e7 ? 2 : 1);
 }
 
-/** A median with the 95th percentile behind it. */
-function withTail(middle: number | undefined, tail: number | undefined): Markup | undefined {
-  const shown = number(middle, 2), rest = number(tail, 2);
-  return shown === undefined || rest === undefined ? shown : `${shown} / ${rest}`;
+/** Two cells in one. */
+function pair(first: Markup | undefined, second: Markup | undefined): Markup | undefined {
+  return first === undefined || second === undefined ? first : `${first} / ${second}`;
 }
 
 /**
@@ -110,21 +109,28 @@ export function policyTable(groups: readonly Group[]): Markup {
     { head: "step<br>ms", cell: (row) => number(row.step_ms, 2) },
     { head: "speedup", cell: (row) => times(speedupOf(row, rowsOf.get(row)!)) },
     { head: "bound<br>/ step", cell: (row) => number(row.bound_ms! / row.step_ms, 3) },
+    {
+      head: "model<br>/ step",
+      cell: (row) => number(row.predicted_ms! / row.step_ms, 3),
+    },
     { head: "floor<br>ms", cell: (row) => number(row.floor_ms, 2) },
     {
       head: "fwd a2a<br>ms / p95",
-      cell: (row) => withTail(row.a2a_fwd_ms, row.a2a_fwd_p95_ms),
+      cell: (row) => pair(number(row.a2a_fwd_ms, 2), number(row.a2a_fwd_p95_ms, 2)),
     },
     {
       head: "bwd a2a<br>ms / p95",
-      cell: (row) => withTail(row.a2a_bwd_ms, row.a2a_bwd_p95_ms),
+      cell: (row) => pair(number(row.a2a_bwd_ms, 2), number(row.a2a_bwd_p95_ms, 2)),
     },
     { head: "bwd a2a<br>slowdown", cell: (row) => times(row.a2a_slowdown) },
     { head: "a2a<br>share", cell: (row) => percent(row.a2a_share) },
     { head: "allreduce<br>ms", cell: (row) => number(row.allreduce_ms, 1) },
     { head: "allreduce<br>ends, ms", cell: (row) => number(row.allreduce_finish_ms, 1) },
     { head: "overlap", cell: (row) => percent(row.overlap) },
-    { head: "link<br>busy", cell: (row) => percent(row.link_busy) },
+    {
+      head: "link busy<br>/ used",
+      cell: (row) => pair(percent(row.link_busy), percent(row.link_used)),
+    },
     { head: "MB<br>sent", cell: (row) => megabytes(row.bytes) },
     { head: "host<br>cost", cell: (row) => percent(row.host_share, 1) },
     { head: "loss", cell: (row) => number(row.loss, 6) },
