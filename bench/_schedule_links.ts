@@ -13,7 +13,7 @@ const MIB = 1 << 20;
 const REPEATS = 5;
 /** Bytes of the collectives, for links of 10 Gbit/s; slower ones carry as much less, but more than what a link sends at once. */
 const ALL_TO_ALL_BYTES = 8 * MIB, ALL_REDUCE_BYTES = 32 * MIB, RATE_MBIT = 10_000;
-const LEAST_SCALE = 1 / 16;
+const LEAST_SCALE = 1 / 8;
 
 /** What {@linkcode measureBandwidth} needs. */
 export interface LinkPlace {

@@ -122,11 +122,10 @@ mpirun() {
   local hosts ranks host list=
   read -r hosts ranks <"$STATE/size"
   for ((host = 1; host <= hosts; host++)); do list+=$NETWORK.$host:$ranks,; done
-  export MASTER_ADDR=$NETWORK.1 MASTER_PORT=${MASTER_PORT:-29500} LINA_TOKEN=${LINA_TOKEN:-testbed}
   enter 0 mpirun --allow-run-as-root -n "$((hosts * ranks))" --host "${list%,}" --map-by slot --bind-to none \
     --mca plm_rsh_agent "$SELF agent" --mca plm_rsh_no_tree_spawn 1 --mca oob_tcp_if_include eth0 --mca btl tcp,self \
     --mca btl_tcp_if_include eth0 --mca btl_tcp_links 4 --mca mpi_yield_when_idle 1 \
-    -x PATH -x MASTER_ADDR -x MASTER_PORT -x LINA_TOKEN "$@"
+    -x PATH "$@"
 }
 
 # What mpirun takes for a remote shell: an address of this network and a command line.
