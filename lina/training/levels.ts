@@ -22,6 +22,21 @@ export interface LevelLinks {
    * rank that sends most. @default {true}
    */
   readonly shared?: boolean;
+  /**
+   * What was measured with equal counts, by size: the model's times are multiplied by what it was wrong by there, in between by what lies
+   * between its neighbours. @default {the model is right}
+   */
+  readonly corrections?: readonly ModelCorrection[];
+}
+
+/** By what the model was wrong at a size. */
+export interface ModelCorrection {
+  /** Bytes that each rank gave to each rank. */
+  readonly bytes: number;
+  /** Measured time of the direct way / the model's. */
+  readonly direct: number;
+  /** Measured time on two levels / the model's. */
+  readonly twoLevel: number;
 }
 
 /** Both ways of an all-to-all. */
@@ -182,7 +197,35 @@ export function exchangeTimes(
     : Math.min(gather.messages, perHost - 1) * inner.alpha_us +
       gather.bytes() / inner.bytes_per_us;
   const second_us = Math.max(time(outer, second, together), time(inner, home));
-  return { direct_us, twoLevel_us: first_us + second_us + handoff_us };
+  const right = correctionAt(links.corrections ?? [], elementBytes * sumOf(counts) / size ** 2);
+  return {
+    direct_us: right.direct * direct_us,
+    twoLevel_us: right.twoLevel * (first_us + second_us + handoff_us),
+  };
+}
+
+function sumOf(counts: ArrayLike<number>): number {
+  let sum = 0;
+  for (let i = 0; i < counts.length; i++) sum += counts[i];
+  return sum;
+}
+
+/** Corrections at a size; before the first and after the last they stay as they are. */
+function correctionAt(
+  corrections: readonly ModelCorrection[],
+  bytes: number,
+): Omit<ModelCorrection, "bytes"> {
+  if (corrections.length === 0) return { direct: 1, twoLevel: 1 };
+  const after = corrections.findIndex((correction) => correction.bytes >= bytes);
+  if (after === 0) return corrections[0];
+  if (after < 0) return corrections[corrections.length - 1];
+  const [low, high] = [corrections[after - 1], corrections[after]];
+  const part = Math.log(bytes / low.bytes) / Math.log(high.bytes / low.bytes);
+  const between = (a: number, b: number) => a ** (1 - part) * b ** part;
+  return {
+    direct: between(low.direct, high.direct),
+    twoLevel: between(low.twoLevel, high.twoLevel),
+  };
 }
 
 /**

@@ -100,4 +100,27 @@ Deno.test("fitLevels() finds links again from the times that they give", () => {
   near(fits.outer.bytes_per_us, 900);
   near(fits.direct.alpha_us, 25);
   near(fits.handoff_us, 12);
+  for (const { direct, twoLevel } of fits.corrections) {
+    near(direct, 1);
+    near(twoLevel, 1);
+  }
+});
+
+Deno.test("with equal counts the corrected model gives what was measured, however odd", () => {
+  const layout = { hosts: 2, perHost: 3 };
+  const time = fc.double({ min: 1, max: 1e6, noNaN: true });
+  const sample = fc.record({ inner_us: time, outer_us: time, direct_us: time, twoLevel_us: time });
+  fc.assert(fc.property(fc.array(sample, { minLength: 2, maxLength: 5 }), (times) => {
+    const samples = times.map((one, i) => ({ bytes: 1000 * 4 ** i, ...one }));
+    const fits = fitLevels(samples, layout);
+    for (const { bytes, direct_us, twoLevel_us } of samples) {
+      const got = exchangeTimes(fits, layout, equal(6, bytes / 4), 4);
+      const near = (a: number, b: number) => assert(Math.abs(a / b - 1) < 1e-9, `${a} ${b}`);
+      near(got.direct_us, direct_us);
+      near(got.twoLevel_us, twoLevel_us);
+      const choice = chooseExchange(fits, layout, equal(6, bytes / 4), 4);
+      if (twoLevel_us < 0.94 * direct_us) assert.equal(choice.way, "two-level");
+      if (twoLevel_us > 0.96 * direct_us) assert.equal(choice.way, "direct");
+    }
+  }));
 });

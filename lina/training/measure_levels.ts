@@ -5,7 +5,7 @@ import type { HostLayout } from "../../collectives/two_level_plan.ts";
 import type { Communicator, Work } from "../../collectives/types.ts";
 import type { Device } from "../../tensor/device.ts";
 import { empty } from "../../tensor/tensor.ts";
-import { exchangeTimes, type LevelLinks } from "./levels.ts";
+import { exchangeTimes, type LevelLinks, type ModelCorrection } from "./levels.ts";
 import { fitLink, type LinkFit, type LinkSample } from "./links.ts";
 
 /** Links of the levels, fitted to measured times. */
@@ -14,6 +14,7 @@ export interface LevelFits extends LevelLinks {
   readonly outer: LinkFit;
   readonly direct: LinkFit;
   readonly handoff_us: number;
+  readonly corrections: readonly ModelCorrection[];
 }
 
 /** A measured all-to-all with equal counts; times in µs, of the slowest rank. */
@@ -34,7 +35,7 @@ export interface LevelSample {
 export interface MeasureLevelsOptions {
   /** Bytes that each rank gives to each rank. @default {1 KiB to 512 KiB} */
   readonly sizes?: readonly number[];
-  /** Times that every size is measured; medians count. @default {5} */
+  /** Times that every size is measured; the shortest counts, as whatever else the machine does only adds to it. @default {6} */
   readonly rounds?: number;
 }
 
@@ -71,11 +72,20 @@ export function fitLevels(samples: readonly LevelSample[], layout: HostLayout): 
     bytes: (size - perHost) * bytes,
     time_us: Math.max(direct_us - home_us, direct_us / 2),
   }));
-  const [smallest] = [...samples].sort((a, b) => a.bytes - b.bytes);
-  const counts = new Array<number>(size * size).fill(smallest.bytes);
-  const model = exchangeTimes({ inner, outer }, layout, counts, 1);
-  const handoff_us = Math.max(0, smallest.twoLevel_us - model.twoLevel_us);
-  return { inner, outer, direct, handoff_us };
+  const sorted = [...samples].sort((a, b) => a.bytes - b.bytes);
+  const model = (links: LevelLinks, bytes: number) =>
+    exchangeTimes(links, layout, new Array<number>(size * size).fill(bytes), 1);
+  const [smallest] = sorted;
+  const handoff_us = Math.max(
+    0,
+    smallest.twoLevel_us - model({ inner, outer }, smallest.bytes).twoLevel_us,
+  );
+  const links = { inner, outer, direct, handoff_us };
+  const corrections = sorted.map(({ bytes, direct_us, twoLevel_us }) => {
+    const told = model(links, bytes);
+    return { bytes, direct: direct_us / told.direct_us, twoLevel: twoLevel_us / told.twoLevel_us };
+  });
+  return { ...links, corrections };
 }
 
 /**
@@ -95,7 +105,7 @@ export async function measureLevels(
 ): Promise<(LevelFits & { readonly samples: readonly LevelSample[] }) | null> {
   const { levels } = two;
   if (levels === null) return null;
-  const { sizes = SIZES, rounds = 5 } = options;
+  const { sizes = SIZES, rounds = 6 } = options;
   const { inner, outer } = levels;
   const { size } = comm;
   const most = Math.max(...sizes);
@@ -123,7 +133,7 @@ export async function measureLevels(
           if (round >= 0) times[way].push(time_us);
         }
       }
-      const [inner_us, outer_us, direct_us, twoLevel_us] = times.map(median);
+      const [inner_us, outer_us, direct_us, twoLevel_us] = times.map((all) => Math.min(...all));
       samples.push({ bytes, inner_us, outer_us, direct_us, twoLevel_us });
     }
   } finally {
@@ -144,10 +154,4 @@ async function timed(comm: Communicator, device: Device, start: () => Work): Pro
   const time_us = Float64Array.of((performance.now() - begin) * 1000 / IN_A_ROW);
   await comm.allReduce(time_us, { op: "max" });
   return time_us[0];
-}
-
-function median(numbers: readonly number[]): number {
-  const sorted = [...numbers].sort((a, b) => a - b);
-  const half = sorted.length >> 1;
-  return sorted.length % 2 === 1 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
 }
