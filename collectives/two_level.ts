@@ -17,7 +17,8 @@ import {
   sameDType,
 } from "./regions.ts";
 import { hostIdentity } from "./rendezvous/host.ts";
-import type { Completion, Region } from "./transport.ts";
+import type { Region } from "./transport.ts";
+import { Agreement, CheckedExchange, type Exchange } from "./two_level_check.ts";
 import { HostExchange, HostStaging, type Levels } from "./two_level_flight.ts";
 import { type HostLayout, layoutOf, lengthOf, planExchange } from "./two_level_plan.ts";
 import type { Communicator, Data, OperationOptions, Work } from "./types.ts";
@@ -67,7 +68,7 @@ interface DeviceSide extends AsyncDisposable {
     send: Tensor,
     recv: Tensor,
     options: OperationOptions | undefined,
-  ): Completion & { readonly waiting: Work | undefined };
+  ): Exchange;
 }
 
 /**
@@ -84,6 +85,7 @@ export class TwoLevel implements AsyncDisposable {
   choose: ChooseWay | null;
   readonly #comm: Communicator;
   readonly #timeout_ms = timeoutOf(undefined);
+  readonly #debug = Deno.env.get("LINA_DEBUG") === "1";
   readonly #staging = new HostStaging();
   readonly #onDevice: ((device: Device) => DeviceSide) | null;
   #deviceSide: DeviceSide | undefined;
@@ -182,7 +184,9 @@ export class TwoLevel implements AsyncDisposable {
     const outer_bytes = width * lengthOf(plan.hostSends);
     const sequence = this.#sequence++;
     const start = now();
-    let completion: Completion & { readonly waiting: Work | undefined };
+    const { name } = this;
+    const agreement = this.#debug ? new Agreement(comm, { name, sequence, dtype, counts }) : null;
+    let completion: Exchange;
     if (device !== null) {
       this.#deviceSide ??= this.#onDevice!(device);
       completion = this.#deviceSide.start(plan, send as Tensor, recv as Tensor, options);
@@ -191,6 +195,7 @@ export class TwoLevel implements AsyncDisposable {
       const exchange = new HostExchange(this.levels!, cargo, this.#staging, this.#previous);
       completion = this.#previous = exchange;
     }
+    if (agreement !== null) completion = new CheckedExchange(completion, agreement);
     const traffic = this.#traffic;
     traffic.calls++;
     traffic.inner_bytes += inner_bytes;
@@ -198,7 +203,7 @@ export class TwoLevel implements AsyncDisposable {
     const operation = new Running(completion, {
       start,
       timeout_ms: this.#timeout_ms,
-      what: `allToAllV ${sequence} of ${this.name} on rank ${rank}`,
+      what: `allToAllV ${sequence} of ${name} on rank ${rank}`,
       record: ([start, end]) => {
         const label = options?.label;
         const args = {
@@ -209,9 +214,14 @@ export class TwoLevel implements AsyncDisposable {
           sequence,
           ...(recorder.capturing && label?.args?.(start)),
         };
-        const name = label?.name ?? "allToAllV";
-        const track = label?.track ?? this.name;
-        recorder.record({ track, name, category: "allToAll", start, end, args });
+        recorder.record({
+          track: label?.track ?? name,
+          name: label?.name ?? "allToAllV",
+          category: "allToAll",
+          start,
+          end,
+          args,
+        });
       },
     });
     if (device === null && completion.poll()) {
@@ -284,11 +294,11 @@ interface Begun {
 
 /** One exchange in flight: its trace and its watchdog. */
 class Running implements Operation {
-  readonly completion: Completion & { readonly waiting: Work | undefined };
+  readonly completion: Exchange;
   readonly timeout_ms: number;
   readonly #begun: Begun;
 
-  constructor(completion: Completion & { readonly waiting: Work | undefined }, begun: Begun) {
+  constructor(completion: Exchange, begun: Begun) {
     this.completion = completion;
     this.timeout_ms = begun.timeout_ms;
     this.#begun = begun;

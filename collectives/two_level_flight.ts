@@ -107,6 +107,7 @@ export class HostExchange implements Completion {
   #rest: Work[]; // what it does not wait for; then the second half, too
   #previous: HostExchange | undefined;
   #relayed = false;
+  #done = false;
   #error: unknown;
 
   /**
@@ -148,6 +149,7 @@ export class HostExchange implements Completion {
   }
 
   poll(): boolean {
+    if (this.#done) return true; // the memory is somebody else's by now
     if (this.#error !== undefined) throw this.#error;
     try {
       if (!this.#relayed && !this.#relay()) return false;
@@ -157,7 +159,7 @@ export class HostExchange implements Completion {
       throw this.#error = cause; // those after it fail with it
     }
     this.#staging.give(this.#piece);
-    return true;
+    return this.#done = true;
   }
 
   /** Starts the second half once what it sends is here. @returns Whether it has. */

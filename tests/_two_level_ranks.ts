@@ -239,6 +239,22 @@ async function traced(context: RankContext): Promise<object> {
   return { spans, traffic: two.traffic };
 }
 
+/** In debug mode: rank 1 passes counts that differ in one place. */
+async function disagree(context: RankContext): Promise<string> {
+  const { rank, size } = context;
+  const two = await open(context);
+  const counts = new Int32Array(size * size).fill(3);
+  const length = 3 * size + 1;
+  await two.allToAllV(new Float32Array(length), counts, new Float32Array(length));
+  if (rank === 1) counts[2 * size + 3]++; // the last two ranks know nothing of it
+  try {
+    await two.allToAllV(new Float32Array(length), counts, new Float32Array(length));
+    return "";
+  } catch (error) {
+    return (error as Error).message;
+  }
+}
+
 /** The last rank never calls. */
 async function hang(context: RankContext): Promise<string> {
   const { rank, size } = context;
@@ -274,7 +290,7 @@ async function found({ comm, size }: RankContext): Promise<object> {
   return { reasons: [two.reason, uneven.reason], direct: two.traffic.direct };
 }
 
-const PROGRAMS = { random, stream, errors, traced, hang, found };
+const PROGRAMS = { random, stream, errors, traced, hang, disagree, found };
 
 if (import.meta.main) {
   await rankMain((context) =>

@@ -112,6 +112,15 @@ Deno.test("two levels: hosts are found out; where they do not suit, all-to-alls 
   }
 });
 
+Deno.test("two levels: in debug mode a rank whose counts differ is named", async () => {
+  const env = { LINA_DEBUG: "1" };
+  for (const { result } of await run<string>("disagree", 4, 2, { env })) {
+    assert.match(result!, /allToAllV 1 of .* as the counts must be that of rank 0, .* on rank 1$/);
+  }
+  await run("random", 4, 2, { env, args: { seed: 5, cases: 12 } });
+  if (!ignore) await run("random", 4, 2, { env: { ...env, ...NCCL }, args: { seed: 6, cases: 8 } });
+});
+
 Deno.test("two levels: the watchdog names the message that never came", async () => {
   const results = await run<string>("hang", 4, 2, { env: { LINA_TIMEOUT_MS: "600" } });
   for (const { result } of results.slice(0, 3)) {
