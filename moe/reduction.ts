@@ -63,6 +63,8 @@ interface Launched {
   ended: boolean;
 }
 
+/** Micro-ops in flight at a step's end. */
+const MOST_LAST = 32;
 /** What a collective is ordered after if nothing needs to be waited for. */
 const PASSED: StreamEvent = { done: () => true, time: () => NaN };
 
@@ -210,12 +212,24 @@ export class Reduction implements ReducingStep {
     this.#mark({ kind: "passEnds" });
     const ends = { kind: "stepEnds" } as const;
     if (this.#pump) {
-      const tell = () => this.#spend(() => this.#tell(ends));
+      const tell = () => this.#spend(() => this.#held.push(...this.#run.on(ends)));
       await this.#pump.finish(stream.mark!(), tell, this.#causes);
+      await this.#startLast();
     } else this.#on(ends);
     for (const launched of this.#launched) {
       await launched.work.wait(stream);
       if (launched.bucket) this.#unpack(launched.microOp, launched.bucket);
+    }
+  }
+
+  /** Starts what is left at the step's end, a few at a time: a GPU's queues are short, and the host would wait for room in them. */
+  async #startLast(): Promise<void> {
+    const { device } = this.#options, marks: StreamEvent[] = [];
+    for (const microOp of this.#held.splice(0)) {
+      this.#spend(() => this.#start(microOp));
+      const mark = this.#launched.at(-1)!.work.mark?.();
+      if (mark) marks.push(mark);
+      if (marks.length > MOST_LAST) await device.passing!(marks.shift()!);
     }
   }
 

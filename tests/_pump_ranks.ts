@@ -101,7 +101,7 @@ await rankMain(async ({ comm, args: given, device: found }) => {
       rank: comm.rank,
       size: comm.size,
     });
-    const inner = createScheduler(policy, { bucketBytes: 7000, microOpBytes: 1500 });
+    const inner = createScheduler(policy, { bucketBytes: 7000, microOpBytes: 300 });
     const { scheduler, told, launched } = watched(inner, args.chunks);
     await using trainer = await Trainer.create({
       world: comm,
