@@ -9,6 +9,7 @@ import {
   parseResults,
   type PolicyTimeline,
   type ScheduleResults,
+  type ScheduleRow,
 } from "./results.ts";
 import {
   bestOf,
@@ -160,11 +161,23 @@ function tiles(groups: readonly Group[]): Markup {
   return `<div class="tiles">${shown.join("")}</div>`;
 }
 
+/** A warning where links of what is drawn have not reached their rate. */
+function voidNote(
+  rows: readonly ScheduleRow[],
+  of: { readonly shape?: string; readonly ranks: number; readonly mbit: number },
+): Markup {
+  const found = rows.find((row) =>
+    row.void !== undefined && row.ranks === of.ranks && row.mbit === of.mbit &&
+    (of.shape === undefined || row.shape === of.shape)
+  );
+  return found ? `<p class="note bad">Void: ${escape(found.void!)}.</p>` : "";
+}
+
 /** What a part needs, where the results lack it. */
 function lacking(heading: string, what: string): Markup {
-  return `<section><h2>${escape(heading)}</h2><p class="note">Not measured: it needs ${
-    escape(what)
-  }.</p></section>`;
+  return `<section><h2>${
+    escape(heading)
+  }</h2><p class="note">Nothing valid was measured: it needs ${escape(what)}.</p></section>`;
 }
 
 function figure(drawing: Markup, caption: Markup): Markup {
@@ -174,7 +187,7 @@ function figure(drawing: Markup, caption: Markup): Markup {
 const SECTIONS: Readonly<
   Record<Part, (results: ScheduleResults, groups: readonly Group[]) => Markup>
 > = {
-  "figure 7": ({ timelines = [] }) => figure7(timelines),
+  "figure 7": ({ timelines = [], rows }) => figure7(timelines, rows),
   policies: (_, groups) => {
     if (groups.length === 0) return lacking("Policies", "rows");
     const losses = groups.map(({ title, rows }) => ({ title, spread: lossSpread(rows) }))
@@ -222,11 +235,12 @@ the policy's class, with every collective at its time alone.</p>${drawings.join(
       ], byMark.map(([title, rows]) => ({ title, rows })))
     }</section>`;
   },
-  "figure 3": ({ slowdowns = [] }) => {
+  "figure 3": ({ slowdowns = [], rows }) => {
     const heading = "How much slower a backward all-to-all is than alone (the paper's Figure 3)";
     const drawings = byRate(slowdowns).flatMap(({ title, items }) => {
       const drawing = slowdownSvg(items, `Slowdown of backward all-to-alls: ${title}`);
-      return drawing ? [`<h3>${escape(title)}</h3>` + figure(drawing, "")] : [];
+      const note = voidNote(rows, items[0]);
+      return drawing ? [`<h3>${escape(title)}</h3>` + note + figure(drawing, "")] : [];
     });
     if (drawings.length === 0) return lacking(heading, "slowdowns of single all-to-alls");
     return `<section><h2>${heading}</h2>
@@ -281,7 +295,7 @@ function paperTable(heading: string, content: Markup | null, needs: string): Mar
     : `<section><h2>${escape(heading)}</h2>${content}</section>`;
 }
 
-function figure7(timelines: readonly PolicyTimeline[]): Markup {
+function figure7(timelines: readonly PolicyTimeline[], rows: readonly ScheduleRow[]): Markup {
   const heading = "One layer's backward pass (the paper's Figure 7)";
   const drawings = [
     ...Map.groupBy(
@@ -313,7 +327,7 @@ function figure7(timelines: readonly PolicyTimeline[]): Markup {
         cell: ({ ours }) => ours && base.ours ? times(ours / base.ours) : undefined,
       },
     ], [{ rows: paper }]);
-    return `<h3>${escape(title)}</h3>` +
+    return `<h3>${escape(title)}</h3>` + voidNote(rows, own[0]) +
       figure(
         timelinesSvg(ordered, `Timelines: ${title}`),
         `Done after: ${timelinesText(ordered)}.`,

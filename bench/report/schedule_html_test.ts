@@ -12,7 +12,7 @@ import {
 import { bestOf, groupsOf, quickest, speedupOf } from "./rows.ts";
 import { type Part, PARTS, scheduleHtml } from "./schedule_html.ts";
 import { escape, linear } from "./svg.ts";
-import { boxes, LANES, timelinesSvg } from "./timelines.ts";
+import { boxes, LANES, levelsOf, timelinesSvg } from "./timelines.ts";
 
 const SAMPLE = sampleResults();
 
@@ -123,14 +123,17 @@ Deno.test("text from results is escaped, wherever it is", () => {
 Deno.test("nothing measured, void rows and missing policies: a page that says so", () => {
   const empty = scheduleHtml({ conditions: {}, rows: [] });
   checkMarkup(empty);
-  assert.match(empty, /Not measured: it needs timelines/);
-  assert.match(empty, /Not measured: it needs fifo/);
+  assert.match(empty, /Nothing valid was measured: it needs timelines/);
+  assert.match(empty, /Nothing valid was measured: it needs fifo/);
   const gone = SAMPLE.rows.map((row) => ({ ...row, void: "links reached 0.61 of their rate" }));
   const html = scheduleHtml({ conditions: {}, rows: gone });
   checkMarkup(html);
   assert.match(html, /void: links reached 0\.61/);
   assert.deepEqual(verdicts(groupsOf(gone)), []);
   assert.doesNotMatch(html, /<svg/);
+  const drawn = scheduleHtml({ ...SAMPLE, rows: gone });
+  checkMarkup(drawn);
+  assert.equal(drawn.match(/Void: links reached 0\.61/g)!.length, 3 + 1, "timelines and slowdowns");
   for (const policy of ["fifo", "lina"]) {
     const rows = SAMPLE.rows.filter((row) => row.policy !== policy);
     const timelines = SAMPLE.timelines!.filter((own) => own.policy !== policy);
@@ -261,6 +264,27 @@ Deno.test("boxes hold every span, and are no more than the pixels allow", () => 
     { lane: "compute", name: "b", start_us: 90_000, end_us: 100_000, own: false },
   ], x);
   assert.deepEqual(wide.map(({ x, width }) => [x, width]), [[0, 90], [90, 10]]);
+});
+
+Deno.test("levelsOf(): boxes of one level do not overlap, and none is lost", () => {
+  const arbitrary = fc.array(fc.tuple(fc.nat(100), fc.integer({ min: 1, max: 30 })));
+  fc.assert(fc.property(arbitrary, (list) => {
+    const drawn = list.sort((a, b) => a[0] - b[0]).map(([x, width]) => ({ spans: [], x, width }));
+    const levels = levelsOf(drawn);
+    assert.equal(levels.flat().length, drawn.length);
+    for (const level of levels.slice(0, 5)) {
+      level.forEach((box, i) => {
+        assert.ok(i === 0 || level[i - 1].x + level[i - 1].width <= box.x + 0.5);
+      });
+    }
+    const deepest = Math.max(
+      1,
+      ...drawn.map(({ x }) =>
+        drawn.filter((other) => other.x <= x && x < other.x + other.width).length
+      ),
+    );
+    assert.equal(levels.length, Math.min(6, deepest));
+  }));
 });
 
 Deno.test("rows: groups, the quickest of a sweep, speedups", () => {

@@ -60,7 +60,7 @@ p{margin:.5em 0;max-width:76ch}
 p.note,figcaption,caption{font-size:.88rem}
 a{color:var(--p3)}
 code{font:0.86em ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
-pre{background:var(--panel);padding:10px 12px;border-radius:6px;overflow-x:auto}
+pre{background:var(--panel);padding:10px 12px;border-radius:6px;white-space:pre-wrap}
 figure{margin:1em 0 1.6em}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
 .scroll svg{display:block;width:100%;min-width:880px;height:auto}
@@ -75,9 +75,9 @@ th.l:not(:first-child),td.l:not(:first-child){padding-left:14px}
 details{margin:.6em 0}summary{cursor:pointer;color:var(--dim);font-size:.9rem}
 tr.best td{font-weight:650}
 tr.void td{color:var(--dim);text-decoration:line-through}
-tr.void td.why{text-decoration:none;white-space:normal;text-align:left}
+.why{display:inline-block;white-space:normal;min-width:11em;max-width:15em;text-decoration:none}
 tr.group th{color:var(--ink);padding-top:1em;text-align:left}
-.good{color:var(--good)}.bad{color:var(--bad)}
+.good{color:var(--good)}.bad,p.bad{color:var(--bad)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(13rem,1fr));gap:12px;margin:1.2em 0}
 .tile{background:var(--panel);border-radius:8px;padding:12px 14px}
 .tile b{display:block;font-size:1.5rem;line-height:1.2;font-variant-numeric:tabular-nums}

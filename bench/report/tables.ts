@@ -102,7 +102,9 @@ export function policyTable(groups: readonly Group[]): Markup {
       left: true,
       cell: (row) =>
         escape(nameOf(row)) +
-        (row.void === undefined ? "" : ` <span class="bad">void: ${escape(row.void)}</span>`),
+        (row.void === undefined
+          ? ""
+          : `<br><span class="bad why">void: ${escape(row.void)}</span>`),
     },
     { head: "micro-op<br>MB", cell: (row) => megabytes(row.micro_op_bytes) },
     { head: "slices", cell: (row) => number(row.chunks, 0) },

@@ -123,7 +123,14 @@ function drawPanel(
     out.push(text(LEFT - 10, y + 16, label, { anchor: "end", class: "dim" }));
     out.push(rect({ x: LEFT, y, width, height: LANE_HEIGHT }, "lane"));
     const spans = timeline.spans.filter((span) => span.lane === lane);
-    for (const box of boxes(spans, x)) out.push(...drawBox(box, { lane, y }));
+    for (const together of clustersOf(boxes(spans, x))) {
+      const levels = levelsOf(together);
+      levels.forEach((drawn, level) => {
+        const height = LANE_HEIGHT / levels.length;
+        const place = { lane, y: y + level * height, height };
+        for (const box of drawn) out.push(...drawBox(box, place));
+      });
+    }
     if (lane === "gradients") {
       for (const [from, to] of waits(spans)) {
         const height = 3.5;
@@ -148,15 +155,57 @@ function drawPanel(
   return out;
 }
 
-function drawBox({ spans, x, width }: Drawn, { lane, y }: { lane: Lane; y: number }): Markup[] {
+/** How far boxes may reach into one another and still be apart, in px. */
+const TOUCH = 0.5;
+
+/** Boxes from the left, parted where none goes on. */
+function clustersOf(drawn: readonly Drawn[]): Drawn[][] {
+  const clusters: Drawn[][] = [];
+  let end = -Infinity;
+  for (const box of drawn) {
+    if (box.x >= end - TOUCH) clusters.push([]);
+    clusters.at(-1)!.push(box);
+    end = Math.max(end, box.x + box.width);
+  }
+  return clusters;
+}
+
+/** Most levels of a lane. */
+const LEVELS = 6;
+
+/**
+ * Boxes that would overlap, on levels of their own: operations that run at once, or whose times are the host's.
+ *
+ * @param drawn Boxes from the left.
+ * @returns Those of each level; one level at least.
+ */
+export function levelsOf(drawn: readonly Drawn[]): Drawn[][] {
+  const levels: Drawn[][] = [[]];
+  for (const box of drawn) {
+    const fits = (level: Drawn[]) => {
+      const last = level.at(-1);
+      return !last || last.x + last.width <= box.x + TOUCH;
+    };
+    const level = levels.find(fits);
+    if (level) level.push(box);
+    else if (levels.length < LEVELS) levels.push([box]);
+    else levels[LEVELS - 1].push(box);
+  }
+  return levels;
+}
+
+function drawBox(
+  { spans, x, width }: Drawn,
+  { lane, y, height }: { lane: Lane; y: number; height: number },
+): Markup[] {
   const [first] = spans;
   const beside = first.own === false;
   const name = `${lane} ${width > 4 ? "span" : "narrow"}${beside ? " beside" : ""}`;
-  const box = { x, y, width: Math.max(width, 1.4), height: LANE_HEIGHT };
+  const box = { x, y, width: Math.max(width, 1.4), height };
   const out = [rect(box, name, titleOf(spans))];
   const label = shortName(first, lane);
   const one = spans.every(({ name }) => name === first.name);
-  if (one && !beside && width > textWidth(label, 11) + 6) {
+  if (one && !beside && height > 14 && width > textWidth(label, 11) + 6) {
     out.push(text(x + width / 2, y + 16, label, { anchor: "middle", class: "in", size: 11 }));
   }
   return out;
