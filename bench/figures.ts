@@ -3,12 +3,12 @@
 //
 //   deno task figures [--figure 3|7|14|15 | --table 1|3|4] [--from RESULTS.json] [--out FILE.html] [options of bench:schedule]
 //
-// Without --figure or --table: everything. Other options go to bench:schedule as they are (--device cuda --ranks 4 --mbit 10000 …) and stand
+// --out FILE.svg writes a figure's first drawing alone, for other pages. Without --figure or --table: everything. Other options go to bench:schedule as they are (--device cuda --ranks 4 --mbit 10000 …) and stand
 // above those that a figure asks for.
 
 import { SCHEDULER_NAMES } from "../lina/training/schedulers.ts";
 import { FIGURE_15_MS } from "./report/paper.ts";
-import { type Part, PARTS, scheduleHtml } from "./report/schedule_html.ts";
+import { type Part, PARTS, scheduleHtml, scheduleSvgs } from "./report/schedule_html.ts";
 import { parseResults } from "./report/results.ts";
 
 /** What is wanted, as the command line has it. */
@@ -130,16 +130,26 @@ async function measure({ part, rest }: Wanted): Promise<string> {
 
 async function main(): Promise<void> {
   const wanted = readArgs(Deno.args);
-  const text = wanted.from === undefined
+  const json = wanted.from === undefined
     ? await measure(wanted)
     : await Deno.readTextFile(wanted.from);
-  const results = parseResults(text, wanted.from ?? "what bench:schedule wrote");
+  const results = parseResults(json, wanted.from ?? "what bench:schedule wrote");
   const { part, out } = wanted;
   const title = part === undefined
     ? undefined
     : `Counterpart of the paper's ${part[0].toUpperCase()}${part.slice(1)}`;
   const parts = part === undefined ? undefined : [part, "conditions" as const];
-  await Deno.writeTextFile(out, scheduleHtml(results, { parts, title }));
+  let text = scheduleHtml(results, { parts, title });
+  if (out.endsWith(".svg")) {
+    const [first] = part === undefined ? [] : scheduleSvgs(results, part);
+    if (first === undefined) {
+      throw new RangeError(
+        `Cannot draw ${out} as there must be a figure: current value is ${part}`,
+      );
+    }
+    text = first;
+  }
+  await Deno.writeTextFile(out, text);
   console.log(`${out}: ${part ?? "everything"} of ${results.rows.length} rows`);
 }
 

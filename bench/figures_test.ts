@@ -54,6 +54,11 @@ Deno.test("figures.ts draws results that there are, and says what is wrong with 
     assert.match(html, /<h1>Counterpart of the paper&#39;s Figure 7<\/h1>/);
     assert.match(html, /<svg/);
     assert.match(html, /What differs from the paper/);
+    const drawing = `${folder}/figure.svg`;
+    assert.equal((await run("--figure", "7", "--from", from, "--out", drawing)).code, 0);
+    assert.match(await Deno.readTextFile(drawing), /^<svg /);
+    const none = await run("--table=1", "--from", from, "--out", drawing);
+    assert.match(none.text, /must be a figure: current value is table 1/);
     await Deno.writeTextFile(from, "[]]");
     const wrong = await run("--from", from, "--out", out);
     assert.equal(wrong.code, 1);

@@ -109,6 +109,24 @@ ${body.join("\n")}
 `;
 }
 
+/**
+ * The drawings of a part, each as a file of its own: they show light or dark as the page has it that they are on.
+ *
+ * @param measured What was measured.
+ * @param part The part.
+ * @returns Texts of SVG files; none if the part has no drawing.
+ */
+export function scheduleSvgs(measured: ScheduleResults, part: Part): string[] {
+  const page = scheduleHtml(measured, { parts: [part] });
+  const font =
+    `svg{font-family:system-ui,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;background:var(--ground)}`;
+  return [...page.matchAll(/(<svg [^>]*)>(.*?)<\/svg>/gs)].map(([, head, content]) => {
+    const [, width, height] = /viewBox="0 0 ([\d.]+) ([\d.]+)"/.exec(head)!;
+    const style = escape(`${STYLE}\n${font}`).replaceAll("&#34;", '"');
+    return `${head} width="${width}" height="${height}">\n<style>${style}</style>${content}</svg>\n`;
+  });
+}
+
 function introduction({ machine, date }: Conditions): Markup {
   const where = [machine, date].filter((text) => text !== undefined).map((text) => escape(text!));
   return `<p>How long a step of Mixture-of-Experts training takes when its all-to-alls (tokens to experts and back) and its

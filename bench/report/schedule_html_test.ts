@@ -10,7 +10,7 @@ import {
   type ScheduleRow,
 } from "./results.ts";
 import { bestOf, groupsOf, quickest, speedupOf } from "./rows.ts";
-import { type Part, PARTS, scheduleHtml } from "./schedule_html.ts";
+import { type Part, PARTS, scheduleHtml, scheduleSvgs } from "./schedule_html.ts";
 import { escape, linear } from "./svg.ts";
 import { boxes, LANES, levelsOf, timelinesSvg } from "./timelines.ts";
 
@@ -85,6 +85,20 @@ Deno.test("every part alone is a page", () => {
   assert.doesNotMatch(only("table 1"), /<svg/);
   assert.match(only("table 1"), /1145/);
   assert.match(only("figure 15"), /3 MB = 2\.4 ms/);
+});
+
+Deno.test("a drawing alone is a file with its own style", () => {
+  const all = scheduleSvgs(SAMPLE, "figure 7");
+  assert.equal(all.length, 3);
+  for (const text of all) {
+    assert.match(
+      text,
+      /^<svg xmlns="http:\/\/www\.w3\.org\/2000\/svg" .* width="1040" height="[\d.]+">\n<style>/,
+    );
+    checkMarkup(text);
+    assert.match(text, /--compute:/);
+  }
+  assert.deepEqual(scheduleSvgs(SAMPLE, "table 1"), []);
 });
 
 Deno.test("text from results is escaped, wherever it is", () => {
