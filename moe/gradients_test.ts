@@ -155,7 +155,13 @@ Deno.test("gradients: those of a seat are reduced among its replicas once all of
     comm: commOf("world"),
     device,
     parameters: [weights],
-    seats: [{ name, grad: seat.grad, comm: commOf("replicas"), parameters: ["w1", "w2"] }],
+    seats: [{
+      name,
+      layer: 0,
+      grad: seat.grad,
+      comm: commOf("replicas"),
+      parameters: ["w1", "w2"],
+    }],
   };
   const reducer = new GradientReducer(options);
   const marks: Mark[] = [];

@@ -12,6 +12,8 @@ import { ReplicaGroups } from "./replica_groups.ts";
 export interface SeatGradient {
   /** Name of its node. */
   readonly name: string;
+  /** Its layer. */
+  readonly layer: number;
   /** The expert's flat block [up | down]. */
   readonly grad: Tensor;
   /** The ranks that have the same expert in this seat. */
@@ -47,6 +49,7 @@ export async function seatGradients(
     held.forEach((expert, seat) => {
       seats.push({
         name: seatGradientName(layer, seat),
+        layer,
         grad: gradients[seat],
         comm: groups.get(store.holders(expert))!,
         parameters: store.parameters.filter((p) => p.expert!.id === expert).map(({ name }) => name),

@@ -13,7 +13,7 @@ import { loadCheckpoint, newestCheckpoint, saveCheckpoint } from "./checkpoint.t
 import { Fifo } from "./fifo.ts";
 import { GradientReducer, type Mark } from "./gradients.ts";
 import { buildStepGraph, groupOf } from "./graph.ts";
-import type { CollectiveScheduler, Schedule, StepGraph } from "./hooks.ts";
+import type { CollectiveScheduler, ExpertPlacement, Schedule, StepGraph } from "./hooks.ts";
 import { CheckpointError } from "./manifest.ts";
 import { loadingMasters } from "./masters.ts";
 import { mixtralConfig } from "./mixtral_config.ts";
@@ -85,8 +85,11 @@ const LOSS = 0, ALL_TO_ALL = 1, SQUARES = 2, SUMS = 3;
 
 /** How the gradients of a step are reduced. */
 interface Reduced {
+  readonly scheduler: CollectiveScheduler;
   readonly graph: StepGraph;
   readonly reducer: GradientReducer;
+  /** Layers whose experts' gradients are reduced by it; the others' by their stores. */
+  readonly seated: ReadonlySet<number>;
 }
 
 /** Trains a model on all ranks together. */
@@ -197,13 +200,48 @@ export class Trainer implements AsyncDisposable {
    * changed then.
    */
   async reschedule(scheduler: CollectiveScheduler): Promise<void> {
+    this.#checkBetweenSteps();
     const reduced = await reduction(this.#options, this.#gradients, scheduler);
-    if (this.#shards && cuts(reduced) !== cuts(this.#reduced)) {
-      throw new RangeError(
-        `Cannot reduce gradients by "${scheduler.name}" as a sharded optimizer must keep its shards: current value is a schedule of other micro-ops`,
-      );
-    }
+    this.#checkShards(reduced);
     this.#reduced = reduced;
+  }
+
+  /**
+   * Seats the experts of all layers as a placement has them, with their moments, from the next step on; losses are the same to rounding. All
+   * ranks call it together, between steps.
+   *
+   * @param placement Where experts sit from now on.
+   * @throws {RangeError} If its seats are not valid, or a sharded optimizer would have to be cut otherwise; the trainer makes no more steps then.
+   */
+  async moveExperts(placement: ExpertPlacement): Promise<void> {
+    this.#checkBetweenSteps();
+    this.#failed = true;
+    await this.#options.model.moveExperts(placement);
+    const reduced = await reduction(this.#options, this.#gradients, this.#reduced.scheduler);
+    this.#checkShards(reduced);
+    this.#reduced = reduced;
+    this.#failed = false;
+  }
+
+  #checkShards(reduced: Reduced): void {
+    if (!this.#shards || cuts(reduced) === cuts(this.#reduced)) return;
+    throw new RangeError(
+      `Cannot reduce gradients by "${reduced.scheduler.name}" as a sharded optimizer must keep its shards: current value is a schedule of other micro-ops`,
+    );
+  }
+
+  #checkBetweenSteps(): void {
+    if (!this.#failed) return;
+    throw new Error(
+      `Cannot go on training as the last step must have succeeded: current value is a failed step ${
+        this.steps + 1
+      }; go on from a checkpoint with a new model and trainer`,
+    );
+  }
+
+  /** Time of the host in µs that the schedule has cost since it is in force: see `GradientReducer.host_us`. */
+  get schedule_us(): number {
+    return this.#reduced.reducer.host_us;
   }
 
   /** What this rank has sent: on the model's communicator, and on that of the gradients. */
@@ -225,13 +263,7 @@ export class Trainer implements AsyncDisposable {
    * for whatever reason, makes no more steps, as gradients and loads may be half a step's.
    */
   async step(options: { readonly marks?: Mark[] } = {}): Promise<StepMetrics> {
-    if (this.#failed) {
-      throw new Error(
-        `Cannot go on training as the last step must have succeeded: current value is a failed step ${
-          this.steps + 1
-        }; go on from a checkpoint with a new model and trainer`,
-      );
-    }
+    this.#checkBetweenSteps();
     this.#failed = true;
     const shown = await this.#step(options.marks);
     this.#failed = false;
@@ -240,7 +272,7 @@ export class Trainer implements AsyncDisposable {
 
   async #step(marks: Mark[] | undefined): Promise<StepMetrics> {
     const { model, data, device, world, accumulate, clip } = this.#options;
-    const { reducer, graph } = this.#reduced;
+    const { reducer, seated } = this.#reduced;
     const { chunks } = reducer.schedule;
     const began = now();
     // A GPU's all-to-alls are counted when the host sees their end, some in the next step; a CPU's at once.
@@ -255,14 +287,16 @@ export class Trainer implements AsyncDisposable {
     held.defer(() => dropShown(shown));
     for (let i = 0; i < accumulate; i++) {
       const pass = (number - 1) * accumulate + i, firstPass = i === 0;
-      const reduces = i === accumulate - 1 ? reducer.begin(pass, { firstPass, marks }) : null;
+      using reduces = i === accumulate - 1 ? reducer.begin(pass, { firstPass, marks }) : null;
       const step = reduces ??
         plainStep(device, { training: true, number: pass, firstPass, chunks });
       const batch = this.#ahead?.pass === pass ? this.#ahead.batch : data.training(pass);
       shown.push(...await model.pass(batch, step, { lossSum: sum(LOSS), ...scales }));
       await reduces?.finish();
     }
-    if (!hasSeats(graph)) await model.reduceReplicas();
+    for (const layer of model.moeLayers) {
+      if (!seated.has(layer.layer)) await layer.reduceReplicas();
+    }
     const allToAll_us = recorder.total("allToAll");
     ops.fill(sum(ALL_TO_ALL), allToAll_us - this.#allToAll_us);
     this.#allToAll_us = allToAll_us;
@@ -426,21 +460,17 @@ async function reduction(
   // The mean, not this rank's own rows: the graph must be alike on all ranks.
   const rows = data.tokensPerStep / (accumulate * world.size);
   const graph = buildStepGraph(model.outline(rows, world.size));
+  const seats = await seatGradients(graph, model.moeLayers, world);
   const reducer = new GradientReducer({
     graph,
     scheduler,
     comm: gradients,
     device,
     parameters: model.parameters,
-    seats: await seatGradients(graph, model.moeLayers, world),
+    seats,
     scatter: shardOptimizer && world.size > 1,
   });
-  return { graph, reducer };
-}
-
-/** Whether replicas of experts are reduced with the other gradients; else their stores do it. */
-function hasSeats({ nodes }: StepGraph): boolean {
-  return nodes.some((node) => node.kind === "gradient" && node.group === "replicas");
+  return { scheduler, graph, reducer, seated: new Set(seats.map(({ layer }) => layer)) };
 }
 
 /** How the gradients that all ranks reduce are cut up. */

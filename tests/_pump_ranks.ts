@@ -130,6 +130,9 @@ await rankMain(async ({ comm, args: given, device: found }) => {
         // What the device still passes is told to nobody.
         await new Promise((resolve) => setTimeout(resolve, 300));
         launchedAfterwards = launched.reduce((a, b) => a + b, 0) - now;
+        // The ranks have not launched the same, so their communicators cannot be closed in good order.
+        console.log(`ended: ${JSON.stringify({ error, launchedAfterwards })}`);
+        if (args.ends === "step") Deno.exit(4);
         break;
       }
       eventWaits = device.eventWaits - before;

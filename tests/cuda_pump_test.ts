@@ -80,9 +80,14 @@ Deno.test({
   ignore,
   async fn() {
     const args = { ranks: 2, chunks: 1, replicas: 1, policies: ["lina"], steps: 3 } as const;
-    for (const [[result]] of [await train({ ...args, ends: "step" }, 150)]) {
-      assert.equal(result.error, "the test ends this step");
-      assert.equal(result.launchedAfterwards, 0);
+    const results = await runRanks(PROGRAM, 2, {
+      args: { ...args, ends: "step" },
+      env: { ...gpu, LINA_EMULATOR_STREAMS: "asynchronous", LINA_EMULATOR_PAUSE_US: "150" },
+      check: false,
+    });
+    for (const { code, output } of results) {
+      assert.match(output, /ended: \{"error":"the test ends this step","launchedAfterwards":0\}/);
+      assert.equal(code, 4, output);
     }
   },
 });
