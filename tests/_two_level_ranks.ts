@@ -16,6 +16,7 @@ interface Args {
   readonly perHost: number;
   readonly seed: number;
   readonly cases: number;
+  readonly barrier: boolean;
 }
 
 interface Case {
@@ -187,6 +188,40 @@ async function stream(context: RankContext): Promise<number> {
   return rounds;
 }
 
+/** On a stream: exchanges that were all ready at once, so that halves of several overlap, in memory that was just somebody else's. */
+async function ahead(context: RankContext): Promise<number> {
+  const { rank, size } = context;
+  const device = context.device!;
+  await using two = await open(context);
+  const rounds = 8, n = 512;
+  const counts = new Int32Array(size * size).fill(n);
+  const sends = Array.from({ length: rounds }, (_, round) => {
+    const send = empty(device, [size * n], "f32");
+    device.kernels.fill(send, rank * 100 + round);
+    return send;
+  });
+  const recvs = sends.map(() => empty(device, [size * n], "f32"));
+  const after = device.stream.record();
+  const before = Array.from({ length: 2 }, () => empty(device, [1 << 14], "f32"));
+  for (const tensor of before) for (let i = 0; i < 20; i++) device.kernels.fill(tensor, -7);
+  for (const tensor of before) tensor[Symbol.dispose]();
+  const works = sends.map((send, i) => two.allToAllV(send, counts, recvs[i], { after }));
+  if ((context.args as Args).barrier) await two.levels!.inner.barrier(); // what is inside the hosts has run, as far as it may
+  for (const [i, work] of works.entries()) {
+    if (work.end !== undefined && i % 2 === 1) device.stream.wait(work.end);
+    else await work.wait(device.stream);
+  }
+  for (const [round, recv] of recvs.entries()) {
+    const array = await recv.toArray();
+    for (let i = 0; i < array.length; i++) {
+      const want = Math.floor(i / n) * 100 + round;
+      if (array[i] !== want) assert.equal(array[i], want, `round ${round}, element ${i}`);
+    }
+  }
+  for (const tensor of [...sends, ...recvs]) tensor[Symbol.dispose]();
+  return rounds;
+}
+
 /** Wrong arguments throw at the call, on every rank alike, and nothing is sent. */
 async function errors(context: RankContext): Promise<string[]> {
   const { rank, size } = context;
@@ -290,7 +325,7 @@ async function found({ comm, size }: RankContext): Promise<object> {
   return { reasons: [two.reason, uneven.reason], direct: two.traffic.direct };
 }
 
-const PROGRAMS = { random, stream, errors, traced, hang, disagree, found };
+const PROGRAMS = { random, stream, ahead, errors, traced, hang, disagree, found };
 
 if (import.meta.main) {
   await rankMain((context) =>

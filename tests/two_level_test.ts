@@ -78,6 +78,16 @@ Deno.test("two levels: on a stream buffers live as long as they are used", async
   if (!ignore) await t.step("nccl", async () => void await run("stream", 6, 2, { env: NCCL }));
 });
 
+Deno.test("two levels: halves of several exchanges may overlap", async (t) => {
+  await t.step("shm", async () => void await run("ahead", 4, 2));
+  if (ignore) return;
+  const threads = { LINA_EMULATOR_STREAMS: "asynchronous", LINA_EMULATOR_PAUSE_US: "300" };
+  await t.step("nccl", async () => void await run("ahead", 4, 2, { env: NCCL }));
+  await t.step("nccl, streams as threads", async () => {
+    await run("ahead", 4, 2, { env: { ...NCCL, ...threads }, args: { barrier: true } });
+  });
+});
+
 Deno.test("two levels: wrong arguments throw at the call", async (t) => {
   await t.step("shm", async () => {
     for (const { result } of await run<string[]>("errors", 4, 2)) {

@@ -121,7 +121,9 @@ export class DeviceExchanges implements AsyncDisposable {
     else void last.wait(tail);
     if (piece !== undefined) piece.last = last;
     const end = timed ? tail.recordTimed() : tail.record();
-    return new DeviceExchange([...first, ...rest, ...second], tail, timed ? ready : null, end);
+    const lasts = [rest.at(-1) ?? first.at(-1), last].filter((work) => work !== undefined);
+    const messages = [...first, ...rest, ...second];
+    return new DeviceExchange(messages, lasts, tail, timed ? ready : null, end);
   }
 
   /** The piece whose turn it is, which what was sent from it before may still be read from. */
@@ -156,14 +158,28 @@ export class DeviceExchanges implements AsyncDisposable {
 /** One exchange of a GPU's data. */
 export class DeviceExchange implements Completion {
   #messages: Work[];
+  readonly #lasts: readonly Work[];
   readonly #tail: CudaStream;
   readonly #begin: CudaEvent | null;
   /** Where it ends. */
   readonly end: CudaEvent;
 
-  /** @param messages Its messages. @param tail Where it ends. @param begin When it began, if that is timed. @param end When it has ended. */
-  constructor(messages: Work[], tail: CudaStream, begin: CudaEvent | null, end: CudaEvent) {
+  /**
+   * @param messages Its messages.
+   * @param lasts The last of them on each level.
+   * @param tail Where it ends.
+   * @param begin When it began, if that is timed.
+   * @param end When it has ended.
+   */
+  constructor(
+    messages: Work[],
+    lasts: readonly Work[],
+    tail: CudaStream,
+    begin: CudaEvent | null,
+    end: CudaEvent,
+  ) {
     this.#messages = messages;
+    this.#lasts = lasts;
     this.#tail = tail;
     this.#begin = begin;
     this.end = end;
@@ -190,18 +206,19 @@ export class DeviceExchange implements Completion {
 
   /** Orders a stream after the exchange. @throws {Error} If a level has failed: there is no result to come. */
   waitOn(stream: Stream): void {
-    this.#check();
+    this.#check(stream);
     stream.wait(this.end);
   }
 
   /** A point that the host can wait for, behind the exchange. @throws {Error} If a level has failed. */
   mark(): CudaEvent {
-    this.#check();
+    this.#check(this.#tail);
     return this.#tail.mark();
   }
 
-  #check(): void {
-    for (const message of this.#messages) settled(message);
+  /** A level that has failed says so to whoever waits for its messages. */
+  #check(stream: Stream): void {
+    for (const last of this.#lasts) void last.wait(stream);
   }
 
   get span(): (() => readonly [number, number]) | undefined {
