@@ -473,10 +473,15 @@ async function reduction(
   return { scheduler, graph, reducer, seated: new Set(seats.map(({ layer }) => layer)) };
 }
 
-/** How the gradients that all ranks reduce are cut up. */
+/** How the gradients that all ranks reduce are cut up, whatever else is in the graph. */
 function cuts({ graph, reducer }: Reduced): string {
   const world = reducer.schedule.microOps.filter((op) => groupOf(graph, op) === "world");
-  return JSON.stringify(world.map(({ parts }) => parts));
+  return JSON.stringify(world.map(({ parts }) =>
+    parts.map(({ gradient, start, end }) => {
+      const node = graph.nodes[gradient];
+      return [node.kind === "gradient" && node.name, start, end];
+    })
+  ));
 }
 
 /** What makes a step's number a position in the text. */
