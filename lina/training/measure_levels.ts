@@ -10,10 +10,15 @@ import { fitLink, type LinkFit, type LinkSample } from "./links.ts";
 
 /** Links of the levels, fitted to measured times. */
 export interface LevelFits extends LevelLinks {
+  /** Inside a host. */
   readonly inner: LinkFit;
+  /** Between hosts, on two levels. */
   readonly outer: LinkFit;
+  /** Between hosts, directly. */
   readonly direct: LinkFit;
+  /** The change from one level to the other in µs. */
   readonly handoff_us: number;
+  /** By what the model is wrong at the measured sizes. */
   readonly corrections: readonly ModelCorrection[];
 }
 
