@@ -1,6 +1,7 @@
 // What no schedule can beat: lower bounds of a training step's time from its graph, durations and the link's cost. They say how much of a
 // measured step is the schedule's fault. Plain arithmetic on one rank that stands for all; runs no scheduler.
 
+import { groupOf } from "../../moe/graph.ts";
 import type { ComputeNode, NodeId, Schedule, StepGraph } from "../../moe/hooks.ts";
 import { type StepCosts, timeAlone } from "./links.ts";
 
@@ -102,7 +103,9 @@ export function stepBounds(
     path_us = Math.max(path_us, ends[node.id]);
   }
 
-  const reductions = schedule.microOps.map(({ bytes }) => costs.reduction(bytes));
+  const reductions = schedule.microOps.map((microOp) =>
+    costs.reduction(microOp.bytes, groupOf(graph, microOp))
+  );
   let left_us = reductions.reduce((sum, cost) => sum + timeAlone(cost), 0);
   let free_us = 0;
   schedule.microOps.forEach(({ parts }, i) => {

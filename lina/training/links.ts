@@ -43,8 +43,9 @@ export interface StepCosts {
   /**
    * Cost of a micro-op.
    * @param bytes Bytes of the array that is reduced.
+   * @param group Over which ranks. @default {"world"}
    */
-  reduction(bytes: number): CollectiveCost;
+  reduction(bytes: number, group?: "world" | "replicas"): CollectiveCost;
 }
 
 /**
@@ -249,23 +250,30 @@ export function timeAlone(cost: CollectiveCost): number {
  * Costs of a training step's collectives on links alike: micro-ops are ring reductions, all-to-alls pairwise.
  *
  * @param links One link for both, or the link as each kind was measured to use it.
- * @param options Number of ranks, and whether each rank gets the sums of its pieces only (reduceScatter instead of allReduce; the allGather
- * of parameters that follows the step is not in it). @default {{scatter: false}}
+ * @param options Number of ranks; whether each rank gets the sums of its pieces only (reduceScatter instead of allReduce; the allGather
+ * of parameters that follows the step is not in it); and replicas of each expert, among which its gradients are reduced and in as many groups
+ * all-to-alls stay. @default {{scatter: false, replicas: 1}}
  * @returns The costs.
- * @throws {RangeError} If the number of ranks is not a positive integer.
+ * @throws {RangeError} If the number of ranks is not a positive integer, or not a multiple of the replicas.
  */
 export function stepCosts(
   links: Link | { readonly allToAll: Link; readonly reduction: Link },
-  options: { readonly ranks: number; readonly scatter?: boolean },
+  options: { readonly ranks: number; readonly scatter?: boolean; readonly replicas?: number },
 ): StepCosts {
-  const { ranks } = options;
+  const { ranks, replicas = 1 } = options;
   checkRanks(ranks);
+  checkRanks(replicas);
+  checkRanks(ranks / replicas);
   const { allToAll, reduction } = "allToAll" in links
     ? links
     : { allToAll: links, reduction: links };
   const kind = options.scatter ? "reduceScatter" : "allReduce";
   return {
-    allToAll: (bytes) => collectiveCost("allToAllV", bytes, { ranks, link: allToAll }),
-    reduction: (bytes) => collectiveCost(kind, bytes, { ranks, link: reduction }),
+    allToAll: (bytes) =>
+      collectiveCost("allToAllV", bytes, { ranks: ranks / replicas, link: allToAll }),
+    reduction: (bytes, group) =>
+      group === "replicas"
+        ? collectiveCost("allReduce", bytes, { ranks: replicas, link: reduction })
+        : collectiveCost(kind, bytes, { ranks, link: reduction }),
   };
 }

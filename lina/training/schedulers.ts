@@ -1,19 +1,28 @@
 // The training schedulers by name, as command lines and benchmarks ask for them. The schedulers themselves are in files of their own.
 
 import { Fifo, type FifoOptions } from "../../moe/fifo.ts";
-import type { CollectiveScheduler } from "../../moe/hooks.ts";
+import type { CollectiveScheduler, StepGraph } from "../../moe/hooks.ts";
 import { Lina, type LinaOptions } from "./lina.ts";
 import { Outside } from "./outside.ts";
 import { Priority } from "./priority.ts";
 
 /** Name of a training scheduler. */
-export type SchedulerName = "fifo" | "outside" | "priority" | "lina";
+export type SchedulerName = "fifo" | "outside" | "priority" | "lina" | "lina+pipeline";
 
 /** The names, from the plainest scheduler on. */
-export const SCHEDULER_NAMES: readonly SchedulerName[] = ["fifo", "outside", "priority", "lina"];
+export const SCHEDULER_NAMES: readonly SchedulerName[] = [
+  "fifo",
+  "outside",
+  "priority",
+  "lina",
+  "lina+pipeline",
+];
 
 /** Sizes for all schedulers; each takes those that it knows: buckets for `fifo` and `outside`, micro-ops and link for `lina`. */
-export interface SchedulerOptions extends FifoOptions, LinaOptions {}
+export interface SchedulerOptions extends FifoOptions, LinaOptions {
+  /** Slices of every all-to-all of `+pipeline`. @default {2} */
+  readonly chunks?: number;
+}
 
 /**
  * Makes a training scheduler. All change only when gradients are reduced, never what is summed:
@@ -21,7 +30,8 @@ export interface SchedulerOptions extends FifoOptions, LinaOptions {}
  * - `fifo`: buckets, reduced as soon as they are full, beside whatever all-to-all runs;
  * - `outside`: the same buckets, reduced outside the MoE layers only;
  * - `priority`: whole gradients, one at a time, launched while no all-to-all runs;
- * - `lina`: micro-ops, one at a time, launched while no all-to-all runs or is imminent.
+ * - `lina`: micro-ops, one at a time, launched while no all-to-all runs or is imminent;
+ * - `lina+pipeline`: the same, and tokens travel in slices, so that experts work on one while others are under way.
  *
  * @param name Which.
  * @param options Sizes of what it reduces at once.
@@ -49,6 +59,8 @@ export function createScheduler(
       return new Priority();
     case "lina":
       return new Lina(options);
+    case "lina+pipeline":
+      return pipelined(new Lina(options), options.chunks);
     default:
       throw new RangeError(
         `Cannot schedule gradients as the name must be one of ${
@@ -56,4 +68,39 @@ export function createScheduler(
         }: current value is ${name}`,
       );
   }
+}
+
+/** Slices of an all-to-all unless another number is asked for. */
+const CHUNKS = 2;
+
+/**
+ * A scheduler whose all-to-alls are cut into slices, so that experts work on one slice while others are under way.
+ *
+ * @param scheduler Decides on the gradients.
+ * @param chunks Slices of every layer's all-to-alls. @default {2}
+ * @returns The scheduler, called as the other with `+pipeline`.
+ * @throws {RangeError} If the slices are not a whole number >= 1.
+ */
+export function pipelined(
+  scheduler: CollectiveScheduler,
+  chunks: number = CHUNKS,
+): CollectiveScheduler {
+  if (!(Number.isSafeInteger(chunks) && chunks >= 1)) {
+    throw new RangeError(
+      `Cannot cut all-to-alls as "chunks" must be a whole number >= 1: current value is ${chunks}`,
+    );
+  }
+  return {
+    name: `${scheduler.name}+pipeline`,
+    pace: scheduler.pace,
+    plan: (graph) => ({ ...scheduler.plan(graph), chunks: chunksOf(graph, chunks) }),
+    launch: (boundary, state) => scheduler.launch(boundary, state),
+  };
+}
+
+/** The same number of slices for every layer that has all-to-alls. */
+function chunksOf({ nodes }: StepGraph, chunks: number): Map<number, number> {
+  const layers = new Map<number, number>();
+  for (const node of nodes) if (node.kind === "allToAll") layers.set(node.layer, chunks);
+  return layers;
 }

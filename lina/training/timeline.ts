@@ -2,8 +2,9 @@
 // says what happens when. It drives the engine's own `ScheduleRun`, so the decisions are the scheduler's real ones. One rank stands for
 // all: load is balanced, and no rank waits for a slower one. It measures nothing and knows no device.
 
-import { microOpName } from "../../moe/graph.ts";
+import { groupOf, microOpName } from "../../moe/graph.ts";
 import type {
+  AllToAllNode,
   Boundary,
   CollectiveScheduler,
   ComputeNode,
@@ -12,6 +13,7 @@ import type {
 } from "../../moe/hooks.ts";
 import { checkSchedule, ScheduleRun } from "../../moe/schedule.ts";
 import { type CollectiveCost, type StepCosts, timeAlone } from "./links.ts";
+import { checkedTime, SharedLink } from "./shared_link.ts";
 
 /** What a step takes. */
 export interface TimelineOptions {
@@ -50,6 +52,14 @@ export interface TimelineSpan {
   readonly bytes: number;
 }
 
+/** A boundary, and when the program came to it. */
+export interface TimelineBoundary {
+  /** What the scheduler was told. */
+  readonly boundary: Boundary;
+  /** When, in µs since the step's start. */
+  readonly at_us: number;
+}
+
 /** What happened in a step. */
 export interface Timeline {
   /** All that was done, by start. */
@@ -58,6 +68,8 @@ export interface Timeline {
   readonly end_us: number;
   /** Time during which bytes were on the link, in µs; its part of `end_us` is the link's utilisation. */
   readonly linkBusy_us: number;
+  /** What the scheduler was told of the program, in order; ends of micro-ops are not in it. */
+  readonly boundaries: readonly TimelineBoundary[];
 }
 
 /**
@@ -67,7 +79,10 @@ export interface Timeline {
  * all-to-all. Micro-ops are reduced beside it, one at a time, in the order in which they were launched. A transfer first spends its latency,
  * which takes nothing of the link, then its bytes; transfers whose bytes are under way share the link fairly, as the paper has it of
  * streams that nobody coordinates, so the link is never idle while there are bytes to send. If the schedule is exclusive, an all-to-all
- * waits for the micro-ops launched before it. Gradients of group `replicas` are not reduced here.
+ * waits for the micro-ops launched before it, and a micro-op for the all-to-alls started before it.
+ *
+ * A layer in chunks goes as moe/pipeline.ts has it: all chunks leave one after another, the experts work on each as it arrives, a share of their
+ * time each, and its way back starts behind that.
  *
  * @param graph The step.
  * @param scheduler Decides what is launched when.
@@ -107,6 +122,24 @@ export function timeline(
   }).finish();
 }
 
+/** An all-to-all, or a chunk of it, that was asked for. */
+interface Asked {
+  readonly name: string;
+  readonly cost: CollectiveCost;
+  readonly asked_us: number;
+  /** Micro-ops that must have ended before. */
+  readonly behind: number;
+  ended: boolean;
+}
+
+/** A micro-op that was launched. */
+interface Launched {
+  readonly microOp: MicroOp;
+  readonly asked_us: number;
+  /** All-to-alls that must have ended before. */
+  readonly behind: number;
+}
+
 /** One step on the way. The program is straight-line code; what runs beside it moves whenever the clock does. */
 class Simulation {
   readonly #graph: StepGraph;
@@ -114,8 +147,16 @@ class Simulation {
   readonly #options: TimelineOptions & { readonly exclusive: boolean };
   readonly #link = new SharedLink();
   readonly #spans: TimelineSpan[] = [];
-  /** Micro-ops launched and not complete; the first is being reduced. */
-  readonly #queue: { readonly microOp: MicroOp; readonly asked_us: number }[] = [];
+  readonly #boundaries: TimelineBoundary[] = [];
+  /** All-to-alls and micro-ops that have not ended; the first of each may be under way. */
+  readonly #allToAlls: Asked[] = [];
+  readonly #queue: Launched[] = [];
+  readonly #running = { allToAll: false, microOp: false };
+  /** How many were asked for, and how many have ended. */
+  readonly #count = { allToAlls: 0, allToAllsEnded: 0, microOps: 0, microOpsEnded: 0 };
+  /** Chunks on their way to the experts, or back. */
+  #leaving: Asked[] = [];
+  #returning: Asked[] = [];
   /** Micro-ops that have ended and that the scheduler has not heard of. */
   #untold = 0;
 
@@ -141,42 +182,87 @@ class Simulation {
       }
       if (ending !== null) this.#on({ kind: "layerBackwardEnds", layer: ending });
       ending = null;
-      if (node.kind === "compute") {
-        if (node.phase === "backward" && node.name === "combine") {
-          this.#on({ kind: "combineBackwardStarts", layer: node.layer });
-        }
-        const start_us = link.now_us;
-        const alone_us = checked(this.#options.compute_us(node), `duration of ${nodeName(node)}`);
-        link.runTo(start_us + alone_us);
-        this.#add({
-          lane: "compute",
-          name: nodeName(node),
-          asked_us: start_us,
-          start_us,
-          alone_us,
-        });
-        if (node.phase === "backward" && node.name === "gate") ending = node.layer;
-      } else {
-        const asked_us = link.now_us;
-        this.#on({ kind: "allToAllStarts", node: node.id, chunk: 0 });
-        if (this.#options.exclusive) link.runUntil(() => this.#queue.length === 0);
-        const cost = this.#options.costs.allToAll(node.bytes);
-        const start_us = link.now_us;
-        let ended = false;
-        link.start(cost, () => ended = true);
-        link.runUntil(() => ended);
-        const alone_us = timeAlone(cost);
-        const name = nodeName(node);
-        this.#add({ lane: "allToAll", name, asked_us, start_us, alone_us, bytes: cost.bytes });
-        this.#on({ kind: "allToAllEnds", node: node.id, chunk: 0 });
+      if (node.kind === "allToAll") {
+        this.#exchange(node);
+        continue;
       }
+      if (node.phase === "backward" && node.name === "combine") {
+        this.#on({ kind: "combineBackwardStarts", layer: node.layer });
+      }
+      if (this.#leaving.length > 0) this.#experts(node);
+      else this.#compute(node, 0, 1);
+      if (node.phase === "backward" && node.name === "gate") ending = node.layer;
     }
     if (ending !== null) this.#on({ kind: "layerBackwardEnds", layer: ending });
     this.#on({ kind: "stepEnds" });
     link.runUntil(() => this.#queue.length === 0);
     // Stable, so what starts together keeps the order in which it ended.
     const spans = this.#spans.sort((a, b) => a.start_us - b.start_us);
-    return { spans, end_us: link.now_us, linkBusy_us: link.busy_us };
+    const { now_us: end_us, busy_us: linkBusy_us } = link;
+    return { spans, end_us, linkBusy_us, boundaries: this.#boundaries };
+  }
+
+  #chunksOf(layer: number): number {
+    return this.#run.schedule.chunks.get(layer) ?? 1;
+  }
+
+  #compute(node: ComputeNode, chunk: number, chunks: number): void {
+    const start_us = this.#link.now_us, name = chunkName(nodeName(node), chunk, chunks);
+    const whole_us = checkedTime(this.#options.compute_us(node), `duration of ${nodeName(node)}`);
+    const alone_us = whole_us / chunks;
+    this.#link.runTo(start_us + alone_us);
+    this.#add({ lane: "compute", name, asked_us: start_us, start_us, alone_us });
+  }
+
+  /** All chunks leave; or the last one returns, and all are waited for. */
+  #exchange(node: AllToAllNode): void {
+    const chunks = this.#chunksOf(node.layer);
+    if ((node.phase === "forward") === (node.role === "dispatch")) {
+      for (let c = 0; c < chunks; c++) this.#leaving.push(this.#ask(node, c));
+      if (chunks > 1) return; // the experts wait for each
+      this.#arrive(node, 0, this.#leaving[0]);
+      this.#leaving = [];
+      return;
+    }
+    this.#returning.push(this.#ask(node, chunks - 1));
+    this.#returning.forEach((asked, c) => this.#arrive(node, c, asked));
+    this.#returning = [];
+  }
+
+  /** The experts work on each chunk as it arrives; its way back starts behind that, the last one's with the node of its own. */
+  #experts(node: ComputeNode): void {
+    const leaving = this.#leaving;
+    const ofLayer = this.#graph.nodes.filter((other): other is AllToAllNode =>
+      other.kind === "allToAll" && other.layer === node.layer && other.phase === node.phase
+    );
+    leaving.forEach((asked, c) => {
+      this.#arrive(ofLayer[0], c, asked);
+      this.#compute(node, c, leaving.length);
+      if (c < leaving.length - 1) this.#returning.push(this.#ask(ofLayer[1], c));
+    });
+    this.#leaving = [];
+  }
+
+  /** Asks for a chunk of an all-to-all. */
+  #ask(node: AllToAllNode, chunk: number): Asked {
+    const asked_us = this.#link.now_us, chunks = this.#chunksOf(node.layer);
+    this.#on({ kind: "allToAllStarts", node: node.id, chunk });
+    const asked = {
+      name: chunkName(nodeName(node), chunk, chunks),
+      cost: this.#options.costs.allToAll(node.bytes / chunks, node),
+      asked_us,
+      behind: this.#options.exclusive ? this.#count.microOps : 0,
+      ended: false,
+    };
+    this.#count.allToAlls++;
+    this.#allToAlls.push(asked);
+    this.#go();
+    return asked;
+  }
+
+  #arrive(node: AllToAllNode, chunk: number, asked: Asked): void {
+    this.#link.runUntil(() => asked.ended);
+    this.#on({ kind: "allToAllEnds", node: node.id, chunk });
   }
 
   /** Adds a span that ends now. */
@@ -185,113 +271,56 @@ class Simulation {
   }
 
   #on(boundary: Boundary): void {
+    this.#boundaries.push({ boundary, at_us: this.#link.now_us });
     this.#tell(boundary);
     for (; this.#untold > 0; this.#untold--) this.#tell({ kind: "microOpEnds" });
   }
 
   #tell(boundary: Boundary): void {
     for (const microOp of this.#run.on(boundary)) {
-      this.#queue.push({ microOp, asked_us: this.#link.now_us });
-      if (this.#queue.length === 1) this.#reduce();
+      const behind = this.#options.exclusive ? this.#count.allToAlls : 0;
+      this.#count.microOps++;
+      this.#queue.push({ microOp, asked_us: this.#link.now_us, behind });
+      this.#go();
     }
   }
 
-  /** Starts to reduce the first micro-op of the queue. */
-  #reduce(): void {
-    const { microOp, asked_us } = this.#queue[0];
-    const start_us = this.#link.now_us;
-    const cost = this.#options.costs.reduction(microOp.bytes);
+  /** Starts what is first in its queue and need not wait. */
+  #go(): void {
+    const count = this.#count, running = this.#running, start_us = this.#link.now_us;
+    const asked = this.#allToAlls[0];
+    if (asked && !running.allToAll && count.microOpsEnded >= asked.behind) {
+      running.allToAll = true;
+      this.#link.start(asked.cost, () => {
+        const { name, asked_us, cost } = asked, alone_us = timeAlone(cost);
+        this.#add({ lane: "allToAll", name, asked_us, start_us, alone_us, bytes: cost.bytes });
+        this.#allToAlls.shift();
+        running.allToAll = false;
+        count.allToAllsEnded++;
+        asked.ended = true;
+        this.#go();
+      });
+    }
+    const launched = this.#queue[0];
+    if (launched && !running.microOp && count.allToAllsEnded >= launched.behind) {
+      running.microOp = true;
+      this.#reduce(launched, start_us);
+    }
+  }
+
+  /** Reduces the first micro-op of the queue. */
+  #reduce({ microOp, asked_us }: Launched, start_us: number): void {
+    const cost = this.#options.costs.reduction(microOp.bytes, groupOf(this.#graph, microOp));
     this.#link.start(cost, () => {
       const name = microOpName(this.#graph, microOp), alone_us = timeAlone(cost);
       this.#add({ lane: "gradients", name, asked_us, start_us, alone_us, bytes: cost.bytes });
       this.#queue.shift();
-      if (this.#queue.length > 0) this.#reduce();
+      this.#running.microOp = false;
+      this.#count.microOpsEnded++;
+      this.#go();
       if (this.#options.endsTold === "at once") this.#tell({ kind: "microOpEnds" });
       else this.#untold++;
     });
-  }
-}
-
-/** A transfer that has not ended. */
-interface Transfer {
-  /** Latency that is left. */
-  latency_us: number;
-  /** Time of the link alone that is left. */
-  link_us: number;
-  readonly ended: () => void;
-}
-
-/** The virtual clock and what is on the link. */
-class SharedLink {
-  /** The clock. */
-  now_us = 0;
-  /** Time with bytes on the link. */
-  busy_us = 0;
-  readonly #transfers: Transfer[] = [];
-
-  /** Puts a transfer on the link; `ended` is called once it is complete, never before this returns. */
-  start({ latency_us, link_us }: CollectiveCost, ended: () => void): void {
-    checked(latency_us, "latency of a collective");
-    checked(link_us, "link's time of a collective");
-    this.#transfers.push({ latency_us, link_us, ended });
-  }
-
-  /** Lets time pass, what ends at the very end included. */
-  runTo(end_us: number): void {
-    while (this.#next() <= end_us) this.#event();
-    this.#pass(end_us - this.now_us);
-    this.now_us = end_us;
-  }
-
-  /** Lets time pass until something is so. */
-  runUntil(done: () => boolean): void {
-    while (!done()) this.#event();
-  }
-
-  /** Transfers whose bytes are under way. */
-  #sharing(): number {
-    return this.#transfers.filter(({ latency_us }) => latency_us === 0).length;
-  }
-
-  /** Time until a transfer's latency is over or its bytes are. */
-  #left({ latency_us, link_us }: Transfer, sharing: number): number {
-    return latency_us > 0 ? latency_us : link_us * sharing;
-  }
-
-  /** When the next latency or transfer is over. */
-  #next(): number {
-    const sharing = this.#sharing();
-    return this.#transfers.reduce(
-      (next, transfer) => Math.min(next, this.now_us + this.#left(transfer, sharing)),
-      Infinity,
-    );
-  }
-
-  /** Goes to the next moment at which a latency or a transfer is over. */
-  #event(): void {
-    const sharing = this.#sharing();
-    let first = this.#transfers[0];
-    for (const transfer of this.#transfers) {
-      if (this.#left(transfer, sharing) < this.#left(first, sharing)) first = transfer;
-    }
-    const wait_us = this.#left(first, sharing);
-    const waited = first.latency_us > 0;
-    this.#pass(wait_us);
-    this.now_us += wait_us;
-    first.latency_us = 0;
-    if (waited) return; // its bytes come now
-    this.#transfers.splice(this.#transfers.indexOf(first), 1);
-    first.ended();
-  }
-
-  /** Takes time off what is under way. */
-  #pass(time_us: number): void {
-    const sharing = this.#sharing();
-    if (sharing > 0) this.busy_us += time_us;
-    for (const transfer of this.#transfers) {
-      if (transfer.latency_us > 0) transfer.latency_us = Math.max(0, transfer.latency_us - time_us);
-      else transfer.link_us = Math.max(0, transfer.link_us - time_us / sharing);
-    }
   }
 }
 
@@ -301,9 +330,6 @@ function nodeName(node: { layer: number; phase: string; name?: string; role?: st
   return node.layer < 0 ? what : `layer ${node.layer} ${what}`;
 }
 
-function checked(time_us: number, what: string): number {
-  if (time_us >= 0 && time_us < Infinity) return time_us;
-  throw new RangeError(
-    `Cannot run a timeline as the ${what} must be at least 0 and finite: current value is ${time_us}`,
-  );
+function chunkName(name: string, chunk: number, chunks: number): string {
+  return chunks === 1 ? name : `${name} ${chunk}/${chunks}`;
 }
