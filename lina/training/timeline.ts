@@ -249,7 +249,7 @@ class Simulation {
     this.#on({ kind: "allToAllStarts", node: node.id, chunk });
     const asked = {
       name: chunkName(nodeName(node), chunk, chunks),
-      cost: this.#options.costs.allToAll(node.bytes / chunks, node),
+      cost: this.#options.costs.allToAll(node.bytes / chunks),
       asked_us,
       behind: this.#options.exclusive ? this.#count.microOps : 0,
       ended: false,

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import fc from "fast-check";
 import { Fifo } from "../../moe/fifo.ts";
-import { buildStepGraph, type GradientOutline } from "../../moe/graph.ts";
+import { buildStepGraph, type GradientOutline, groupOf } from "../../moe/graph.ts";
 import type { CollectiveScheduler, StepGraph } from "../../moe/hooks.ts";
 import { randomGraph, randomOptions, randomScheduler } from "../../tests/lib/random_steps.ts";
 import { type CollectiveCost, type StepCosts, stepCosts } from "./links.ts";
@@ -91,16 +91,16 @@ Deno.test("timeline: an exclusive all-to-all waits for what was launched before 
 
 Deno.test("timeline: lina's micro-ops go one at a time, none once a combine has begun", () => {
   const lanes = (spans: unknown[][]) => spans.filter(([lane]) => lane !== "compute");
-  // Parts of 64 bytes: the first at once, the next when the experts start. That it has ended is told at the next boundary, right before
-  // the second all-to-all, which the third then delays by its 64 µs.
+  // Parts of 64 bytes: the first at once, the next when the experts start. That it has ended is told after the next boundary, the
+  // second all-to-all's start, so nothing goes then.
   assert.deepEqual(lanes(backward("lina", { microOpBytes: 64 })), [
     ["gradients", 0, 64],
     ["allToAll", 100, 300],
     ["gradients", 300, 364],
-    ["gradients", 400, 528],
-    ["allToAll", 400, 664],
-    ["gradients", 664, 728],
-    ["gradients", 764, 812],
+    ["allToAll", 400, 600],
+    ["gradients", 600, 664],
+    ["gradients", 700, 764],
+    ["gradients", 800, 848],
   ]);
   // Told at once, another fits into the experts, and delays the all-to-all by what is left of it: 28 µs, shared.
   assert.deepEqual(lanes(backward("lina", { microOpBytes: 64, endsTold: "at once" })), [
@@ -111,6 +111,45 @@ Deno.test("timeline: lina's micro-ops go one at a time, none once a combine has 
     ["allToAll", 400, 628],
     ["gradients", 628, 692],
     ["gradients", 692, 740],
+  ]);
+});
+
+Deno.test("timeline: chunks leave at once, and each returns behind its experts", () => {
+  const cut: CollectiveScheduler = {
+    name: "cut",
+    plan: (graph) => ({ ...new Fifo().plan(graph), exclusive: true, chunks: new Map([[0, 2]]) }),
+    launch: ({ kind }, { ready }) => kind === "allToAllEnds" || kind === "stepEnds" ? ready : 0,
+  };
+  const { spans, boundaries } = timeline(LAYER, cut, LAYER_OPTIONS);
+  const back = spans.filter(({ start_us }) => start_us >= 400)
+    .map((span) => [span.lane, span.start_us - 400, span.end_us - 400, span.name]);
+  // The gradient of 304 µs is launched when the first chunk has arrived: it waits for the second, and the way back waits for it.
+  assert.deepEqual(back.filter(([, start, end]) => end > start), [
+    ["compute", 0, 100, "layer 0 backward combine"],
+    ["allToAll", 100, 200, "layer 0 backward combine 0/2"],
+    ["compute", 200, 250, "layer 0 backward experts 0/2"],
+    ["allToAll", 200, 300, "layer 0 backward combine 1/2"],
+    ["compute", 300, 350, "layer 0 backward experts 1/2"],
+    ["gradients", 300, 604, "head"],
+    ["allToAll", 604, 704, "layer 0 backward dispatch 0/2"],
+    ["allToAll", 704, 804, "layer 0 backward dispatch 1/2"],
+    ["compute", 804, 904, "layer 0 backward gate"],
+    ["compute", 904, 1004, "layer 0 backward attention"],
+  ]);
+  const told = boundaries.flatMap(({ boundary, at_us }) =>
+    at_us >= 400 && boundary.kind.startsWith("allToAll") && "chunk" in boundary
+      ? [`${boundary.kind} ${boundary.chunk} ${at_us - 400}`]
+      : []
+  );
+  assert.deepEqual(told.slice(-8), [
+    "allToAllStarts 0 100",
+    "allToAllStarts 1 100",
+    "allToAllEnds 0 200",
+    "allToAllStarts 0 250",
+    "allToAllEnds 1 300",
+    "allToAllStarts 1 350",
+    "allToAllEnds 0 704",
+    "allToAllEnds 1 804",
   ]);
 });
 
@@ -143,19 +182,24 @@ Deno.test("timeline: latency leaves the link to others", () => {
 Deno.test("timeline: everything happens once, nothing beats the link, and all bytes cross it", () => {
   fc.assert(fc.property(randomGraph, randomScheduler, randomOptions, (graph, make, options) => {
     const scheduler = make();
-    const { microOps } = scheduler.plan(graph);
-    const { spans, end_us, linkBusy_us } = timeline(graph, scheduler, options);
-    assert.deepEqual(timeline(graph, make(), options), { spans, end_us, linkBusy_us });
+    const { microOps, chunks } = scheduler.plan(graph);
+    const chunksOf = ({ layer }: { layer: number }) => chunks.get(layer) ?? 1;
+    const all = timeline(graph, scheduler, options), { spans, end_us, linkBusy_us } = all;
+    assert.deepEqual(timeline(graph, make(), options), all);
 
     const computes = graph.nodes.filter((node) => node.kind === "compute");
     const allToAlls = graph.nodes.filter((node) => node.kind === "allToAll");
-    assert.equal(lane(spans, "compute").length, computes.length);
-    assert.equal(lane(spans, "allToAll").length, allToAlls.length);
+    const pieces = computes.map((node) => node.name === "experts" ? chunksOf(node) : 1);
+    assert.equal(lane(spans, "compute").length, pieces.reduce((a, b) => a + b, 0));
+    const chunked = allToAlls.flatMap((node) => {
+      return Array.from({ length: chunksOf(node) }, () => node.bytes / chunksOf(node));
+    });
+    assert.equal(lane(spans, "allToAll").length, chunked.length);
     assert.equal(lane(spans, "gradients").length, microOps.length);
     // Byte conservation: what the spans say is what the nodes ask for, and the link was busy for just as long as that takes.
     const costs = [
-      ...allToAlls.map(({ bytes }) => options.costs.allToAll(bytes)),
-      ...microOps.map(({ bytes }) => options.costs.reduction(bytes)),
+      ...chunked.map((bytes) => options.costs.allToAll(bytes)),
+      ...microOps.map((op) => options.costs.reduction(op.bytes, groupOf(graph, op))),
     ];
     near(
       spans.reduce((sum, { bytes }) => sum + bytes, 0),
@@ -172,8 +216,10 @@ Deno.test("timeline: everything happens once, nothing beats the link, and all by
       const row = lane(spans, name);
       row.slice(1).forEach((span, i) => assert.ok(span.start_us >= row[i].end_us));
     }
-    // The program is one thread: computation and all-to-alls follow one another.
-    const program = spans.filter((span) => span.lane !== "gradients");
+    // The program is one thread: computation and all-to-alls follow one another, but for chunks.
+    const program = spans.filter((span) =>
+      span.lane !== "gradients" && !/ \d+\/\d+$/.test(span.name)
+    );
     program.slice(1).forEach((span, i) => assert.ok(span.start_us >= program[i].end_us));
   }));
 });
