@@ -25,12 +25,14 @@ function planned(name: SchedulerName, options = {}): number[] {
 }
 
 Deno.test("schedulers: what each reduces at once", () => {
-  assert.deepEqual(planned("fifo"), [8440]);
-  assert.deepEqual(planned("fifo", { bucketBytes: 500 }), [8000, 440]);
-  assert.deepEqual(planned("outside", { bucketBytes: 500 }), [8000, 440]);
-  assert.deepEqual(planned("priority", { bucketBytes: 500, microOpBytes: 500 }), [8000, 40, 400]);
-  assert.deepEqual(planned("lina"), [8000, 40, 400]);
-  assert.deepEqual(planned("lina", { microOpBytes: 4000 }), [4000, 4000, 40, 400]);
+  assert.deepEqual(planned("fifo"), [200, 8440]); // replicas have buckets of their own
+  assert.deepEqual(planned("fifo", { bucketBytes: 500 }), [8000, 200, 440]);
+  assert.deepEqual(planned("outside", { bucketBytes: 500 }), [8000, 200, 440]);
+  const whole = [8000, 200, 40, 400];
+  assert.deepEqual(planned("priority", { bucketBytes: 500, microOpBytes: 500 }), whole);
+  assert.deepEqual(planned("lina"), whole);
+  assert.deepEqual(planned("lina", { microOpBytes: 4000 }), [4000, 4000, 200, 40, 400]);
+  assert.deepEqual(planned("lina+pipeline", { microOpBytes: 4000 }), [4000, 4000, 200, 40, 400]);
   assert.deepEqual(
     createScheduler("fifo").plan(GRAPH),
     new Fifo({ bucketBytes: BUCKET_BYTES }).plan(GRAPH),
@@ -46,7 +48,7 @@ Deno.test("schedulers: a micro-op is 2.4 ms of the link, 3 MB at 10 Gbit/s", () 
 });
 
 Deno.test("schedulers: who decides by what is running, and who keeps all-to-alls apart", () => {
-  const kinds = SCHEDULER_NAMES.map((name) => {
+  const kinds = (["fifo", "outside", "priority", "lina", "lina+pipeline"] as const).map((name) => {
     const scheduler = createScheduler(name), { exclusive, chunks } = scheduler.plan(GRAPH);
     assert.equal(scheduler.name, name);
     assert.equal(chunks.size, name.endsWith("+pipeline") ? 1 : 0);
@@ -76,17 +78,19 @@ Deno.test("schedulers: how many of three go", () => {
     [{ imminent: true, insideMoe: true }, [3, 0, 1, 0]],
     [{ insideMoe: true }, [3, 0, 1, 1]],
   ];
+  const names = ["fifo", "outside", "priority", "lina"] as const;
   for (const [change, expected] of cases) {
-    assert.deepEqual(SCHEDULER_NAMES.map((name) => launches(name, change)), expected);
+    assert.deepEqual(names.map((name) => launches(name, change)), expected);
+    assert.equal(launches("lina+pipeline", change), expected[3]);
   }
   const end = SCHEDULER_NAMES.map((name) => launches(name, { running: 1 }, { kind: "stepEnds" }));
-  assert.deepEqual(end, [3, 3, 3, 3]);
+  assert.deepEqual(end, SCHEDULER_NAMES.map(() => 3));
 });
 
 Deno.test("schedulers: unknown names and impossible sizes", () => {
   assert.throws(
     () => createScheduler("best" as SchedulerName),
-    /the name must be one of fifo, outside, priority, lina: current value is best/,
+    /the name must be one of fifo, outside, priority, lina, .*: current value is best/,
   );
   for (const bucketBytes of [0, -1, NaN]) {
     for (const name of ["fifo", "outside"] as const) {
@@ -103,4 +107,18 @@ Deno.test("schedulers: unknown names and impossible sizes", () => {
     );
   }
   assert.throws(() => createScheduler("lina", { linkBytesPerSecond: 100 }), /at least 16 bytes/);
+});
+
+Deno.test("schedulers: +pipeline cuts every layer's all-to-alls alike", () => {
+  const chunks = (
+    options = {},
+  ) => [...createScheduler("lina+pipeline", options).plan(GRAPH).chunks];
+  assert.deepEqual(chunks(), [[0, 2]]);
+  assert.deepEqual(chunks({ chunks: 5 }), [[0, 5]]);
+  for (const wrong of [0, 1.5, NaN]) {
+    assert.throws(
+      () => createScheduler("lina+pipeline", { chunks: wrong }),
+      /"chunks" must be a whole number >= 1: current value is/,
+    );
+  }
 });
