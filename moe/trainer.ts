@@ -98,6 +98,8 @@ export class Trainer implements AsyncDisposable {
   readonly optimizer: AdamW;
   /** Course of the learning rate; may be changed between steps, alike on all ranks. */
   learningRate: LearningRateOptions;
+  /** Where the next step notes its marks, if whoever makes that step gives it no other place. @default {null} */
+  marks: Mark[] | null = null;
   readonly #options: Required<TrainerOptions>;
   readonly #gradients: Communicator;
   #reduced: Reduced;
@@ -187,6 +189,11 @@ export class Trainer implements AsyncDisposable {
     return this.#reduced.reducer.schedule;
   }
 
+  /** What is trained. */
+  get model(): Transformer {
+    return this.#options.model;
+  }
+
   /** What one pass computes, exchanges and reduces; alike on all ranks. */
   get graph(): StepGraph {
     return this.#reduced.graph;
@@ -265,7 +272,9 @@ export class Trainer implements AsyncDisposable {
   async step(options: { readonly marks?: Mark[] } = {}): Promise<StepMetrics> {
     this.#checkBetweenSteps();
     this.#failed = true;
-    const shown = await this.#step(options.marks);
+    const marks = options.marks ?? this.marks ?? undefined;
+    this.marks = null;
+    const shown = await this.#step(marks);
     this.#failed = false;
     return shown;
   }
