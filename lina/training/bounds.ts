@@ -42,7 +42,7 @@ export interface StepBounds {
  *
  * The longest path goes through the program to where a micro-op's gradients are ready, and on through all micro-ops from there; where
  * the class keeps micro-ops from running beside parts of the program, what is left of those parts is on the path as well. Program nodes
- * are a chain, as those of `buildStepGraph` are. Gradients of group `replicas` are not in it.
+ * are a chain, as those of `buildStepGraph` are; where a layer is run in chunks, its experts work on one while others are under way.
  *
  * @param graph The step.
  * @param schedule What a scheduler planned for it.
@@ -82,20 +82,32 @@ export function stepBounds(
   let closed_us = 0;
   /** Whether the program is past the first all-to-all of a layer's backward pass, and not at the layer's end. */
   let inside = false;
+  /** The exchange there and back whose slices the experts work on now. */
+  let sliced: Sliced | null = null;
   for (const node of graph.nodes) {
     const start_us = node.after.reduce((latest, id) => Math.max(latest, ends[id]), 0);
     let duration_us = 0;
     if (node.kind === "compute") {
       duration_us = options.compute_us(node);
       compute_us += duration_us;
+      if (sliced) {
+        sliced.compute_us += duration_us;
+        duration_us = sliced.experts() - start_us;
+      }
       if (inside && options.outside && schedule.exclusive) closed_us += duration_us;
       if (node.name === "gate") inside = false;
     } else if (node.kind === "allToAll") {
-      const cost = costs.allToAll(node.bytes);
-      duration_us = timeAlone(cost);
-      link_us += cost.link_us;
-      loads.push({ earliest_us: start_us + cost.latency_us, link_us: cost.link_us });
-      if (schedule.exclusive) closed_us += duration_us;
+      const chunks = schedule.chunks.get(node.layer) ?? 1;
+      const cost = costs.allToAll(node.bytes / chunks), all_us = chunks * timeAlone(cost);
+      duration_us = all_us;
+      if (sliced) {
+        duration_us = sliced.back(all_us) - start_us;
+        sliced = null;
+      } else if (chunks > 1) sliced = new Sliced(chunks, start_us, all_us);
+      link_us += chunks * cost.link_us;
+      const earliest_us = Math.max(0, start_us + duration_us - all_us) + cost.latency_us;
+      loads.push({ earliest_us, link_us: chunks * cost.link_us });
+      if (schedule.exclusive) closed_us += all_us;
       if (node.phase === "backward") inside = true;
     }
     ends[node.id] = start_us + duration_us;
@@ -122,6 +134,41 @@ export function stepBounds(
   const floor_us = Math.max(compute_us, link_us);
   const bound_us = Math.max(path_us, floor_us, linkBound(loads));
   return { compute_us, link_us, floor_us, criticalPath_us: path_us, bound_us };
+}
+
+/**
+ * A layer's two all-to-alls of a half of the step, and the experts between them, cut into slices: how early each can be done when slices follow one
+ * another on the link, and in the experts.
+ */
+class Sliced {
+  readonly #chunks: number;
+  readonly #start_us: number;
+  readonly #there_us: number;
+  /** Time of the experts, all slices. */
+  compute_us = 0;
+
+  constructor(chunks: number, start_us: number, there_us: number) {
+    this.#chunks = chunks;
+    this.#start_us = start_us;
+    this.#there_us = there_us;
+  }
+
+  /** When the experts can be done: behind the first slice all of theirs, behind the last one of theirs. */
+  experts(): number {
+    const parts = this.#chunks;
+    const all_us = this.#there_us / parts + this.compute_us;
+    return this.#start_us + Math.max(all_us, this.#there_us + this.compute_us / parts);
+  }
+
+  /** When the way back can be done: behind the experts one slice of it, behind the first slice of theirs, and of the way there, all of it. */
+  back(back_us: number): number {
+    const parts = this.#chunks;
+    return Math.max(
+      this.experts() + back_us / parts,
+      this.#start_us + this.#there_us + back_us,
+      this.#start_us + (this.#there_us + this.compute_us) / parts + back_us,
+    );
+  }
 }
 
 /** When the link can be done at the earliest: from any moment on, it has to carry all that cannot have begun before. */

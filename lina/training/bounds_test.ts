@@ -114,7 +114,7 @@ Deno.test("bounds: with nothing to reduce the bound is the step", () => {
       launch: () => 0,
     };
     const nodes = graph.nodes.map((node) =>
-      node.kind === "gradient" ? { ...node, group: "replicas" as const } : node
+      node.kind === "gradient" ? { ...node, elements: 0, bytes: 0 } : node
     );
     const { end_us } = timeline({ nodes }, scheduler, options);
     const { bound_us } = stepBounds({ nodes }, scheduler.plan({ nodes }), options);
