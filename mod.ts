@@ -26,11 +26,41 @@ export type {
   Communicator,
   Counts,
   Data,
+  Label,
+  OperationOptions,
   OperationTraffic,
   ReduceOp,
+  ReduceScatterOptions,
   Traffic,
   Work,
 } from "./collectives/types.ts";
+
+// All-to-alls inside hosts, then between them, and when they win.
+export {
+  type ChooseWay,
+  type ExchangeWay,
+  TwoLevel,
+  type TwoLevelOptions,
+  type TwoLevels,
+  type TwoLevelTraffic,
+} from "./collectives/two_level.ts";
+export type { HostLayout } from "./collectives/two_level_plan.ts";
+export type { Levels } from "./collectives/two_level_flight.ts";
+export {
+  chooseExchange,
+  chooser,
+  type ExchangeChoice,
+  type ExchangeTimes,
+  exchangeTimes,
+  type LevelLinks,
+  type ModelCorrection,
+} from "./lina/training/levels.ts";
+export {
+  type LevelFits,
+  type LevelSample,
+  measureLevels,
+  type MeasureLevelsOptions,
+} from "./lina/training/measure_levels.ts";
 
 // Arrays on a device.
 export {
@@ -52,6 +82,7 @@ export type {
   AttentionShape,
   Device,
   GemmOptions,
+  HostMemory,
   Kernels,
   MemoryStats,
   RowGroups,
@@ -90,11 +121,12 @@ export type {
   MoeShown,
   MoeStats,
   RoutingTap,
+  RowExchange,
   Shown,
 } from "./moe/moe_types.ts";
 export type { PendingShown } from "./moe/shown.ts";
 export type { Routed } from "./moe/router_host.ts";
-export { plainStep, type Step } from "./moe/step.ts";
+export { type AllToAllPlace, plainStep, type Step } from "./moe/step.ts";
 export { normal, type Random, random } from "./moe/init.ts";
 export type { Moments, Parameter } from "./moe/parameter.ts";
 export type { ExpertStore } from "./moe/expert_store.ts";
@@ -200,6 +232,29 @@ export {
 export { Outside } from "./lina/training/outside.ts";
 export { Priority } from "./lina/training/priority.ts";
 export { Lina, type LinaOptions } from "./lina/training/lina.ts";
+
+// What a step costs: links, bounds, a virtual clock, and what was measured.
+export {
+  type CollectiveCost,
+  collectiveCost,
+  type CollectiveKind,
+  fitCollective,
+  fitLink,
+  type Link,
+  type LinkFit,
+  type LinkSample,
+  type StepCosts,
+  stepCosts,
+  timeAlone,
+} from "./lina/training/links.ts";
+export {
+  type MeasuredLinks,
+  measureLinks,
+  type MeasureLinksOptions,
+} from "./lina/training/measure_links.ts";
+export { type BoundOptions, type StepBounds, stepBounds } from "./lina/training/bounds.ts";
+export { agreeProfile, readProfile, type StepProfile } from "./lina/training/profile.ts";
+export type { Mark } from "./moe/reduction.ts";
 
 // What happened when: spans of this rank, and a file for Perfetto.
 export { type Category, type Recorder, recorder, type Span, type SpanArgs } from "./trace/mod.ts";

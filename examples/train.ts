@@ -27,6 +27,7 @@ import { peakTflops, stepFlops } from "./lib/flops.ts";
 import { runProgram } from "./lib/program.ts";
 import { tokenizerOf } from "./lib/tokenizer.ts";
 import { StepBudget } from "./lib/step_budget.ts";
+import { openExchange } from "./lib/exchange.ts";
 import { parseTrainOptions, trainHelp, type TrainOptions } from "./lib/train_options.ts";
 import { lossSvg } from "./report/loss_svg.ts";
 import { Progress } from "./report/progress.ts";
@@ -51,6 +52,14 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
       "Cannot train as --shard-optimizer must have several ranks to spread over (launch.ts -n): current value is 1",
     );
   }
+  const { packing } = options;
+  if (packing !== "auto" && world.size % packing !== 0) {
+    throw new Error(
+      `Cannot train as --${
+        number("replicas") > 1 ? "replicas" : "pack"
+      } must divide the number of ranks, which is ${world.size}: current value is ${packing}`,
+    );
+  }
   const gpu = world.device.kind === "cuda";
   const config = options.model(tokenizer.vocabularySize, gpu ? "bf16" : "f32");
   const file = text("data") ?? bundledText();
@@ -63,12 +72,16 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
   const replayed = text("replay-routing");
   const replay = replayed ? readReplay(replayed, config.experts) : null;
 
+  await using exchange = await openExchange(options.exchange, world, (line) => {
+    if (world.rank === 0) console.log(line);
+  });
   using model = new Transformer({
     device: world.device,
     comm: world,
     config,
+    exchange,
     seed: number("seed"),
-    placement: replicatedPlacement(number("replicas")),
+    placement: replicatedPlacement(packing === "auto" ? 1 : packing),
     recompute: options.recompute,
   });
   await using trainer = await Trainer.create({
@@ -137,6 +150,13 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     checkpointEvery: number("checkpoint-every"),
     keep: number("keep"),
     state: () => ({ ...budget.settled, tokenizer: tokenizer.name }),
+    schedule: () => ({
+      policy: options.schedule.name,
+      experts_per_device: trainer.model.moeLayers[0]?.store.seats[world.rank].length ?? 0,
+      chunks: Math.max(1, ...trainer.schedule.chunks.values()),
+      micro_ops: trainer.schedule.microOps.length,
+      all_to_all: options.exchange,
+    }),
     idealStep_s: peak && flops / (peak * 1e12 * world.size),
     trace: traced,
     deviceTrace: traceSteps > 0 ? await deviceTraceOf(world) : undefined,
@@ -145,7 +165,9 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
         trainer.learningRate = course(options, budget.steps);
       }
       const peak_bytes = gpu ? row.peak_bytes : undefined;
-      progress.update({ ...row, peak_bytes, total: budget.steps });
+      const { name } = options.schedule;
+      const schedule = name === "fifo" ? undefined : name;
+      progress.update({ ...row, schedule, peak_bytes, total: budget.steps });
     },
   });
   const val_loss = data.validation.length > 0 ? await trainer.validate() : NaN;

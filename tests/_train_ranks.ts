@@ -8,7 +8,8 @@ import { Trainer } from "../moe/trainer.ts";
 import { type TrainingData, trainingData } from "../moe/training_data.ts";
 import { type Batch, Transformer } from "../moe/transformer.ts";
 import { stepVolume } from "../moe/volume.ts";
-import { createScheduler, type SchedulerName } from "../lina/training/schedulers.ts";
+import { TwoLevel } from "../collectives/two_level.ts";
+import { createScheduler, pipelined, type SchedulerName } from "../lina/training/schedulers.ts";
 import { Fifo } from "../moe/fifo.ts";
 import { reducedGradients } from "../moe/graph.ts";
 import type { Boundary, CollectiveScheduler, PlacementPlan } from "../moe/hooks.ts";
@@ -38,6 +39,10 @@ export interface TrainArgs {
   readonly policy?: "parts" | "deferred";
   /** A scheduler of lina/, with buckets as above. */
   readonly schedule?: SchedulerName;
+  /** Slices of every layer's all-to-alls. @default {as the scheduler has them} */
+  readonly chunks?: number;
+  /** All-to-alls on two levels, between hosts of so many ranks. @default {direct} */
+  readonly perHost?: number;
   /** Most bytes of its micro-ops. @default {1000} */
   readonly microOpBytes?: number;
   /** All tokens go to the first experts. */
@@ -153,10 +158,15 @@ export async function train(
   const seatings = seatingsOf(args, config.experts, comm.size);
   let seating = 0;
   const placement = { name: "moving", plan: () => seatings[seating] };
+  const { perHost } = args;
+  await using exchange = perHost === undefined ? null : await TwoLevel.create(comm, {
+    hosts: Array.from({ length: comm.size }, (_, rank) => Math.floor(rank / perHost)),
+  });
   using model = new Transformer({
     device,
     comm,
     config,
+    exchange,
     seed: 11,
     placement,
     recompute: args.recompute,
@@ -165,11 +175,12 @@ export async function train(
   const launched: number[] = [];
   let nodes: string[] = [];
   const { bucketBytes = 4000 } = args;
-  const inner: CollectiveScheduler = args.policy
+  const whole: CollectiveScheduler = args.policy
     ? parts(args.policy)
     : args.schedule
     ? createScheduler(args.schedule, { bucketBytes, microOpBytes: args.microOpBytes ?? 1000 })
     : new Fifo({ bucketBytes });
+  const inner = args.chunks === undefined ? whole : pipelined(whole, args.chunks);
   const scheduler: CollectiveScheduler = {
     name: "watched",
     pace: inner.pace,

@@ -91,3 +91,38 @@ for (const ranks of [2, 4]) {
     }
   });
 }
+
+Deno.test("schedules: slices and two levels of all-to-alls (4 ranks)", async () => {
+  const common: TrainArgs = { steps: 10, batch: 8, sequence: 4, parameters: true };
+  const ways: readonly (readonly [string, Partial<TrainArgs>])[] = [
+    ["whole", {}],
+    ["two levels", { perHost: 2 }],
+    ["2 slices", { chunks: 2 }],
+    ["2 slices on two levels", { chunks: 2, perHost: 2 }],
+    ["5 slices", { chunks: 5 }],
+  ];
+  const cases = ways.flatMap(([way, more]) =>
+    WHOLE.map((schedule: SchedulerName) => ({
+      name: `${schedule}, ${way}`,
+      args: { ...common, ...more, schedule },
+    }))
+  );
+  const results = await trainAll(4, cases.map(({ args }) => args));
+  const n = WHOLE.length;
+  const of = (first: number, count: number) => {
+    const names = cases.slice(first * n, (first + count) * n).map(({ name }) => name);
+    assertSameBits(results.map((all) => all.slice(first * n, (first + count) * n)), names);
+  };
+  of(0, 2); // the way of rows changes no bit
+  of(2, 2);
+  of(4, 1);
+  // Slices change the shapes of products, and with them what is rounded.
+  for (const all of results) {
+    for (const sliced of [all[2 * n], all[4 * n]]) {
+      sliced.loss.forEach((loss, step) => {
+        const gap = Math.abs(loss / all[0].loss[step] - 1);
+        assert.ok(gap < 1e-6, `step ${step}: ${gap}`);
+      });
+    }
+  }
+});

@@ -26,7 +26,8 @@ function between({ boundaries, launched }: TrainResult, from: string, to: string
 Deno.test("training: every scheduler launches where it may and learns the same bits", async () => {
   const model = { sharedExperts: 1, denseLayers: 1, layers: 3 };
   const common = { steps: 10, parameters: true, model };
-  const [fifo, ...others] = await Promise.all(SCHEDULER_NAMES.map((name) => train(name, common)));
+  const names = SCHEDULER_NAMES.filter((name) => !name.endsWith("+pipeline"));
+  const [fifo, ...others] = await Promise.all(names.map((name) => train(name, common)));
   assert.ok(fifo[0].loss[9] < fifo[0].loss[0]);
   const totals = [fifo, ...others].map(([result]) => {
     return result.launched.reduce((sum, count) => sum + count, 0);

@@ -6,7 +6,9 @@ import {
   createScheduler,
   SCHEDULER_NAMES,
   type SchedulerName,
+  type SchedulerOptions,
 } from "../../lina/training/schedulers.ts";
+import { EXCHANGES } from "./exchange.ts";
 import { type ModelConfig, modelConfig } from "../../moe/config.ts";
 import type { CollectiveScheduler } from "../../moe/hooks.ts";
 import type { RouterOptions } from "../../moe/router.ts";
@@ -66,9 +68,44 @@ const FLAGS: readonly Flag[] = [
     "schedule",
     "NAME",
     "fifo",
-    "when gradients are reduced: fifo, outside (of MoE layers), priority (of all-to-alls) or lina",
+    "when gradients are reduced: fifo, outside (of MoE layers), priority (of all-to-alls), lina, planned; lina+pipeline, planned+pipeline",
   ],
-  ["micro-op-mb", "X", undefined, "largest micro-op of --schedule lina in MB (default: 3)"],
+  [
+    "chunks",
+    "N",
+    undefined,
+    "slices of the tokens of a MoE layer, for a schedule with +pipeline (default: 2)",
+  ],
+  [
+    "micro-op-mb",
+    "X",
+    undefined,
+    "largest micro-op of --schedule lina in MB (default: 2.4 ms of the link, or 3)",
+  ],
+  [
+    "link-mbit",
+    "X",
+    undefined,
+    "rate of a rank's link each way in Mbit/s, of which --schedule lina takes 2.4 ms for a micro-op",
+  ],
+  [
+    "pack",
+    "K",
+    "1",
+    "K times as many experts on each rank, so that K groups of ranks hold all of them: 1, 2, 4, … or auto",
+  ],
+  [
+    "expert-ranks",
+    "N",
+    "2",
+    "ranks that --pack auto leaves at least in a group that holds all experts",
+  ],
+  [
+    "all-to-all",
+    "NAME",
+    "direct",
+    "how tokens go to other ranks: direct, two-level (inside hosts, then between them) or auto",
+  ],
   ["vocab", "N", undefined, "ids of the model, if more than the tokenizer has"],
   ["data", "FILE", undefined, "text to learn (default: the bundled one)"],
   ["tokenizer", "FILE", undefined, "a tokenizer.json (default: bytes)"],
@@ -175,6 +212,12 @@ export interface TrainOptions {
   readonly recompute: Recompute;
   /** Decides when gradients are reduced. */
   readonly scheduler: CollectiveScheduler;
+  /** How that scheduler was asked for. */
+  readonly schedule: { readonly name: SchedulerName } & SchedulerOptions;
+  /** Times as many experts on each rank as without packing; `auto` measures. */
+  readonly packing: number | "auto";
+  /** How tokens go to other ranks. */
+  readonly exchange: typeof EXCHANGES[number];
   /** A flag's text, if it was given or has a default. */
   readonly text: (name: string) => string | undefined;
   /** A flag's number. */
@@ -267,12 +310,25 @@ export function parseTrainOptions(args: readonly string[]): TrainOptions {
       tied: given.tied === true,
     });
   };
-  const scheduler = schedulerOf(
+  const schedule = scheduleOf(
     oneOf("schedule", text("schedule"), SCHEDULER_NAMES)!,
-    optional("micro-op-mb"),
+    optional,
   );
+  const packing = packingOf(text("pack")!, number("replicas"));
+  const exchange = oneOf("all-to-all", text("all-to-all"), EXCHANGES)!;
   if (given.demo && given.run === undefined) given.overwrite = true;
-  return { model, device, recompute, scheduler, text, number, has: (name) => given[name] === true };
+  return {
+    model,
+    device,
+    recompute,
+    scheduler: createScheduler(schedule.name, schedule),
+    schedule,
+    packing,
+    exchange,
+    text,
+    number,
+    has: (name) => given[name] === true,
+  };
 }
 
 /** A flag's value, which must be one of some words. */
@@ -289,14 +345,49 @@ function oneOf<T extends string>(
   );
 }
 
-function schedulerOf(name: SchedulerName, microOp_MB: number | undefined): CollectiveScheduler {
-  if (microOp_MB !== undefined && name !== "lina") {
+/** A schedule's name and sizes; a size that it would not look at is refused. */
+function scheduleOf(
+  name: SchedulerName,
+  optional: (name: string) => number | undefined,
+): TrainOptions["schedule"] {
+  const [microOp_MB, link_Mbit, chunks] = ["micro-op-mb", "link-mbit", "chunks"].map(optional);
+  const lina = name.startsWith("lina"), pipelined = name.endsWith("+pipeline");
+  const needs = (flag: string, value: number | undefined, fits: boolean, what: string) => {
+    if (value === undefined || fits) return;
     throw new TypeError(
-      `Cannot train as --micro-op-mb must go with --schedule lina: current value is ${name}`,
+      `Cannot train as --${flag} must go with --schedule ${what}: current value is ${name}`,
+    );
+  };
+  needs("micro-op-mb", microOp_MB, lina, "lina");
+  needs("link-mbit", link_Mbit, lina, "lina");
+  needs("chunks", chunks, pipelined, "lina+pipeline or planned+pipeline");
+  if (chunks === 0) {
+    throw new TypeError("Cannot train as --chunks must be at least 1: current value is 0");
+  }
+  if (microOp_MB !== undefined && link_Mbit !== undefined) {
+    throw new TypeError(
+      `Cannot train as --link-mbit must be left out where --micro-op-mb is given: current value is ${link_Mbit}`,
     );
   }
-  const microOpBytes = microOp_MB === undefined ? undefined : Math.round(microOp_MB * 1e6);
-  return createScheduler(name, { microOpBytes });
+  return {
+    name,
+    ...(microOp_MB !== undefined && { microOpBytes: Math.round(microOp_MB * 1e6) }),
+    ...(link_Mbit !== undefined && { linkBytesPerSecond: link_Mbit * 1e6 / 8 }),
+    ...(chunks !== undefined && { chunks }),
+  };
+}
+
+function packingOf(pack: string, replicas: number): TrainOptions["packing"] {
+  if (pack === "auto" || /^[1-9]\d*$/.test(pack)) {
+    if (pack === "1") return replicas;
+    if (replicas === 1) return pack === "auto" ? pack : Number(pack);
+    throw new TypeError(
+      `Cannot train as --replicas must be left out where --pack is given, which makes them: current value is ${replicas}`,
+    );
+  }
+  throw new TypeError(
+    `Cannot train as --pack must be auto or a whole number >= 1: current value is ${pack}`,
+  );
 }
 
 function routerOf(

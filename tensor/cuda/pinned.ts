@@ -59,12 +59,12 @@ export class PinnedMemory implements HostMemory {
     this.buffer = Deno.UnsafePointerView.getArrayBuffer(pointer, bytes);
   }
 
-  /** @inheritdoc */
+  /** Enqueues a copy to the device. @param offset First byte here. @param target Where it goes. @param stream Where it runs. */
   load(offset: number, target: Tensor, stream: Stream): void {
     this.#copy(offset, target, stream as CudaStream, CUDART.hostToDevice);
   }
 
-  /** @inheritdoc */
+  /** Enqueues a copy from the device. @param source What is copied. @param offset First byte here. @param stream Where it runs. */
   store(source: Tensor, offset: number, stream: Stream): void {
     this.#copy(offset, source, stream as CudaStream, CUDART.deviceToHost);
   }
