@@ -113,6 +113,7 @@ export function sampleResults(
         experts_per_device: 1,
         chunks: 1,
         micro_op_bytes: microOpBytes ?? bytes,
+        ...(microOpBytes === undefined ? {} : { swept: true }),
         step_ms,
         compute_ms: length(busy) / 1000,
         exposed_a2a_ms: length(difference(allToAlls, busy)) / 1000,

@@ -69,7 +69,9 @@ function schedulingOf({ title: group, rows }: Group): Verdict[] {
     const part = planned.bound_ms / planned.step_ms;
     add("planned reaches 0.95 of its bound", part.toFixed(3), part >= 0.95);
   }
-  const rivals = ["lina", "outside", "fifo"].flatMap((name) => bestOf(rows, name) ?? []);
+  const rivals = ["lina", "outside", "fifo"].flatMap((name) =>
+    bestOf(rows, name, 1, { swept: true }) ?? []
+  );
   if (planned && rivals.length > 0) {
     const [best] = rivals.toSorted((a, b) => a.step_ms - b.step_ms);
     const gain = best.step_ms / planned.step_ms;

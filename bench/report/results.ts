@@ -23,6 +23,8 @@ export interface ScheduleRow {
   readonly chunks?: number;
   /** Most bytes of a micro-op, or of a bucket; null where every micro-op has a size of its own. */
   readonly micro_op_bytes?: number | null;
+  /** Whether the size of its micro-ops is one of a sweep, not the policy's own. @default {false} */
+  readonly swept?: boolean;
   /** Time of a training step in ms. */
   readonly step_ms: number;
   /** Quartiles of it. */

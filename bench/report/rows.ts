@@ -64,21 +64,25 @@ export function groupsOf(rows: readonly ScheduleRow[]): Group[] {
 }
 
 /**
- * The quickest valid row of a policy.
+ * The quickest valid row of a policy, with micro-ops of its own size where there is one.
  *
  * @param rows Rows of a group.
  * @param policy The policy.
  * @param experts Experts of a device. @default {1}
+ * @param options Whether sizes of a sweep count, too. @default {{swept: false}}
  * @returns It, or undefined.
  */
 export function bestOf(
   rows: readonly ScheduleRow[],
   policy: string,
   experts: number = 1,
+  options: { readonly swept?: boolean } = {},
 ): ScheduleRow | undefined {
-  return rows.filter((row) =>
+  const all = rows.filter((row) =>
     row.policy === policy && row.experts_per_device === experts && isValid(row)
-  ).reduce<ScheduleRow | undefined>(
+  );
+  const own = all.filter(({ swept }) => !swept);
+  return (own.length > 0 && !options.swept ? own : all).reduce<ScheduleRow | undefined>(
     (best, row) => !best || row.step_ms < best.step_ms ? row : best,
     undefined,
   );
@@ -98,7 +102,7 @@ export function speedupOf(row: ScheduleRow, rows: readonly ScheduleRow[]): numbe
 }
 
 /**
- * One row per policy and packing: the quickest of a sweep.
+ * One row per policy and packing, without those of a sweep.
  *
  * @param rows Rows of a group.
  * @returns Valid rows in their order.

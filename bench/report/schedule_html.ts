@@ -274,7 +274,7 @@ paper's baseline has a median of ${FIGURE_3.median}x and a worst case of ${FIGUR
     return `<section><h2>${heading}</h2>
 <p>One expert on a device. <code>outside</code> reduces gradients between the MoE layers only (the paper's “fixed”: smallest gain);
 <code>priority</code> adds strict priority of all-to-alls (the paper: ${PRIORITY_GAIN}x in the mean); <code>lina</code>
-adds micro-ops, at the best size of those measured (the
+adds micro-ops (the
 paper: dashed); <code>+pipeline</code> overlaps slices of an all-to-all with the experts (the paper: limited without packing);
 <code>planned</code> is one order from a measured model of link and step, agreed by all ranks.</p>${
       figure(drawing, "")

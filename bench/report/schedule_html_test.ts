@@ -315,8 +315,9 @@ Deno.test("rows: groups, the quickest of a sweep, speedups", () => {
       "priority",
       "lina",
     ]);
-    const lina = bestOf(rows, "lina")!, fifo = bestOf(rows, "fifo")!;
+    const fifo = bestOf(rows, "fifo")!, lina = bestOf(rows, "lina", 1, { swept: true })!;
     assert.ok(rows.every((row) => row.policy !== "lina" || row.step_ms >= lina.step_ms));
+    assert.ok(!bestOf(rows, "lina")!.swept, "its own size");
     assert.equal(speedupOf(lina, rows), fifo.step_ms / lina.step_ms);
     assert.equal(bestOf(rows, "lina", 2), undefined);
   }

@@ -65,7 +65,7 @@ figure{margin:1em 0 1.6em}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
 .scroll svg{display:block;width:100%;min-width:880px;height:auto}
 figcaption{margin-top:.4em;max-width:80ch}
-table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;width:100%}
+table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
 caption{text-align:left;padding-bottom:.4em}
 th,td{padding:4px 9px 4px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--faint);vertical-align:top}
 th{font-weight:600;color:var(--dim);vertical-align:bottom}

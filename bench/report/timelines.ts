@@ -216,7 +216,9 @@ function shortName({ name }: LaneSpan, lane: Lane): string {
   if (lane !== "gradients") return name;
   const [parameter, ...rest] = name.split(" ");
   const parts = parameter.split(".").filter((part) => part !== "weight");
-  return [parts.at(-1) ?? parameter, ...rest.filter(() => rest[0] === "and")].join(" ");
+  const last = parts.at(-1) ?? parameter;
+  const shown = /^\d+$/.test(last) ? parts.slice(-2).join(" ") : last;
+  return [shown, ...rest.filter(() => rest[0] === "and")].join(" ");
 }
 
 function titleOf(spans: readonly LaneSpan[]): string {
@@ -246,6 +248,10 @@ function waits(spans: readonly LaneSpan[]): Interval[] {
  */
 export function timelinesText(timelines: readonly PolicyTimeline[]): Markup {
   return escape(
-    timelines.map((own) => `${own.policy} ${f(doneOf(own) / 1000)} ms`).join(", "),
+    timelines.map((own) => {
+      const experts = own.experts_per_device ?? 1;
+      const name = experts > 1 ? `${own.policy} with ${experts} experts` : own.policy;
+      return `${name} ${f(doneOf(own) / 1000)} ms`;
+    }).join(", "),
   );
 }
