@@ -4,10 +4,18 @@ import { Fifo, type FifoOptions } from "../../moe/fifo.ts";
 import type { CollectiveScheduler, StepGraph } from "../../moe/hooks.ts";
 import { Lina, type LinaOptions } from "./lina.ts";
 import { Outside } from "./outside.ts";
+import { Planned, type PlannedOptions } from "./planned.ts";
 import { Priority } from "./priority.ts";
 
 /** Name of a training scheduler. */
-export type SchedulerName = "fifo" | "outside" | "priority" | "lina" | "lina+pipeline";
+export type SchedulerName =
+  | "fifo"
+  | "outside"
+  | "priority"
+  | "lina"
+  | "lina+pipeline"
+  | "planned"
+  | "planned+pipeline";
 
 /** The names, from the plainest scheduler on. */
 export const SCHEDULER_NAMES: readonly SchedulerName[] = [
@@ -16,10 +24,21 @@ export const SCHEDULER_NAMES: readonly SchedulerName[] = [
   "priority",
   "lina",
   "lina+pipeline",
+  "planned",
+  "planned+pipeline",
 ];
 
-/** Sizes for all schedulers; each takes those that it knows: buckets for `fifo` and `outside`, micro-ops and link for `lina`. */
+/**
+ * Options for all schedulers; each takes those that it knows: buckets for `fifo` and `outside`, micro-ops and link for `lina`, profile and costs for
+ * `planned`.
+ */
 export interface SchedulerOptions extends FifoOptions, LinaOptions {
+  /** What `planned` plans from; without it, it acts as `outside`. */
+  readonly profile?: PlannedOptions["profile"];
+  /** Costs of the step's collectives, for `planned`. */
+  readonly costs?: PlannedOptions["costs"];
+  /** Part of the time between two all-to-alls that `planned` leaves free. @default {0.05} */
+  readonly margin?: number;
   /** Slices of every all-to-all of `+pipeline`. @default {2} */
   readonly chunks?: number;
 }
@@ -31,7 +50,9 @@ export interface SchedulerOptions extends FifoOptions, LinaOptions {
  * - `outside`: the same buckets, reduced outside the MoE layers only;
  * - `priority`: whole gradients, one at a time, launched while no all-to-all runs;
  * - `lina`: micro-ops, one at a time, launched while no all-to-all runs or is imminent;
- * - `lina+pipeline`: the same, and tokens travel in slices, so that experts work on one while others are under way.
+ * - `lina+pipeline`: the same, and tokens travel in slices, so that experts work on one while others are under way;
+ * - `planned`: micro-ops that fit into the measured gaps between all-to-alls, at boundaries fixed beforehand;
+ * - `planned+pipeline`: the same, with slices.
  *
  * @param name Which.
  * @param options Sizes of what it reduces at once.
@@ -61,6 +82,10 @@ export function createScheduler(
       return new Lina(options);
     case "lina+pipeline":
       return pipelined(new Lina(options), options.chunks);
+    case "planned":
+      return new Planned({ ...options, chunks: 1 });
+    case "planned+pipeline":
+      return new Planned({ ...options, chunks: options.chunks ?? CHUNKS });
     default:
       throw new RangeError(
         `Cannot schedule gradients as the name must be one of ${
