@@ -232,6 +232,11 @@ export {
 export { Outside } from "./lina/training/outside.ts";
 export { Priority } from "./lina/training/priority.ts";
 export { Lina, type LinaOptions } from "./lina/training/lina.ts";
+export {
+  type ControllerState,
+  TrainingController,
+  type TrainingControllerOptions,
+} from "./lina/training/controller.ts";
 
 // What a step costs: links, bounds, a virtual clock, and what was measured.
 export {

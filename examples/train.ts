@@ -10,6 +10,7 @@ import { countParameters } from "../moe/config.ts";
 import { bigramLoss, loadText, type TokenData } from "../moe/data.ts";
 import { generate } from "../moe/generate.ts";
 import type { RoutingTap } from "../moe/moe_types.ts";
+import { TrainingController } from "../lina/training/controller.ts";
 import { Transformer } from "../moe/transformer.ts";
 import { replicatedPlacement } from "../moe/placement.ts";
 import {
@@ -124,6 +125,20 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     ? bigramLoss(data.train, data.validation, data.vocabularySize)
     : NaN;
   using progress = new Progress(budget.steps, { rank: world.rank, start: trainer.steps });
+  const measures = options.packing === "auto" || options.schedule.name.startsWith("planned");
+  const { name: policy, ...sizes } = options.schedule;
+  const controller = measures
+    ? await TrainingController.create({
+      ...sizes,
+      trainer,
+      world,
+      device: world.device,
+      policy,
+      packing: packing === "auto" ? packing : undefined,
+      leastRanks: number("expert-ranks"),
+      log: (line) => world.rank === 0 && progress.message(line),
+    })
+    : null;
   progress.message(
     `${world.size} ranks (${world.backend}${
       gpu ? `, ${world.device.name}, ${config.dtype}` : ""
@@ -151,10 +166,12 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     keep: number("keep"),
     state: () => ({ ...budget.settled, tokenizer: tokenizer.name }),
     schedule: () => ({
-      policy: options.schedule.name,
-      experts_per_device: trainer.model.moeLayers[0]?.store.seats[world.rank].length ?? 0,
-      chunks: Math.max(1, ...trainer.schedule.chunks.values()),
-      micro_ops: trainer.schedule.microOps.length,
+      ...(controller?.state ?? {
+        policy,
+        experts_per_device: model.moeLayers[0]?.store.seats[world.rank].length ?? 0,
+        chunks: Math.max(1, ...trainer.schedule.chunks.values()),
+        micro_op_bytes: Math.max(0, ...trainer.schedule.microOps.map(({ bytes }) => bytes)),
+      }),
       all_to_all: options.exchange,
     }),
     idealStep_s: peak && flops / (peak * 1e12 * world.size),
@@ -165,8 +182,8 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
         trainer.learningRate = course(options, budget.steps);
       }
       const peak_bytes = gpu ? row.peak_bytes : undefined;
-      const { name } = options.schedule;
-      const schedule = name === "fifo" ? undefined : name;
+      await controller?.afterStep(row);
+      const schedule = policy === "fifo" ? undefined : policy;
       progress.update({ ...row, schedule, peak_bytes, total: budget.steps });
     },
   });
