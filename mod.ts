@@ -232,6 +232,7 @@ export {
 export { Outside } from "./lina/training/outside.ts";
 export { Priority } from "./lina/training/priority.ts";
 export { Lina, type LinaOptions } from "./lina/training/lina.ts";
+export { Planned, type PlannedOptions } from "./lina/training/planned.ts";
 export {
   type ControllerState,
   TrainingController,
@@ -258,6 +259,14 @@ export {
   type MeasureLinksOptions,
 } from "./lina/training/measure_links.ts";
 export { type BoundOptions, type StepBounds, stepBounds } from "./lina/training/bounds.ts";
+export {
+  type Timeline,
+  timeline,
+  type TimelineBoundary,
+  type TimelineLane,
+  type TimelineOptions,
+  type TimelineSpan,
+} from "./lina/training/timeline.ts";
 export { agreeProfile, readProfile, type StepProfile } from "./lina/training/profile.ts";
 export type { Mark } from "./moe/reduction.ts";
 
