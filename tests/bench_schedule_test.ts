@@ -1,7 +1,7 @@
 // bench/schedule.ts from its command line to its files, on four small ranks over shared memory; and its ranks on an emulated GPU.
 
 import assert from "node:assert/strict";
-import type { Request, TurnReply } from "../bench/_schedule_messages.ts";
+import type { LinksReply, Request, TurnReply } from "../bench/_schedule_messages.ts";
 import type { Row } from "../bench/_schedule_rows.ts";
 import type { ScheduleResults } from "../bench/report/results.ts";
 import { SCHEDULER_NAMES } from "../lina/training/schedulers.ts";
@@ -92,6 +92,12 @@ Deno.test("bench:schedule: ranks on a GPU, real or emulated", async () => {
   const streams = { LINA_EMULATOR_STREAMS: "asynchronous", LINA_EMULATOR_FENCE: "0" };
   const options = { args: requests, env: { ...env, ...streams }, timeout_ms: 90_000 };
   const ranks = await runRanks<unknown[]>(program, 2, options);
+  const [links, others] = ranks.map(({ result }) => result![1] as LinksReply);
+  assert.deepEqual([links.allToAll, links.reduction], [others.allToAll, others.reduction]);
+  for (const { alpha_us, bytes_per_us } of [links.allToAll, links.reduction]) {
+    assert.ok(alpha_us >= 0 && bytes_per_us > 0);
+  }
+  assert.ok(links.allToAllBeside_us > 0 && links.allReduce_us > 0);
   for (const { result } of ranks) {
     const turns = (result as TurnReply[]).slice(3, -1);
     const [first] = turns;
