@@ -49,9 +49,9 @@ export class Packing {
    * @throws {RangeError} If the first number of copies is impossible.
    */
   constructor(options: PackingOptions) {
-    this.#options = { leastRanks: 2, replicas: 1, ...options };
-    this.replicas = this.#options.replicas;
-    const { ranks, experts } = this.#options;
+    const { ranks, experts, leastRanks = 2, replicas = 1 } = options;
+    this.#options = { ranks, experts, leastRanks, replicas };
+    this.replicas = replicas;
     const group = ranks / this.replicas;
     if (!Number.isInteger(group) || !(this.replicas >= 1) || experts < group) {
       throw new RangeError(

@@ -1,0 +1,55 @@
+// A controller packs and plans a training that runs, and changes nothing of what is learned beyond rounding; all ranks decide alike.
+
+import assert from "node:assert/strict";
+import { gpuRanksEnv } from "./_gpu_env.ts";
+import type { ControllerArgs, ControllerResult } from "./_controller_ranks.ts";
+import { runRanks } from "./_ranks.ts";
+
+const PROGRAM = new URL("./_controller_ranks.ts", import.meta.url);
+const gpu = await gpuRanksEnv();
+
+async function train(
+  args: ControllerArgs,
+  env: Readonly<Record<string, string>> = {},
+): Promise<ControllerResult[]> {
+  const results = await runRanks<ControllerResult>(PROGRAM, 4, { args, env: { ...env } });
+  return results.map(({ result }) => result!);
+}
+
+function assertAlike(results: readonly ControllerResult[], alone: ControllerResult): void {
+  for (const { loss, log, packed } of results) {
+    assert.deepEqual(log, results[0].log);
+    assert.deepEqual(packed, results[0].packed);
+    loss.forEach((x, i) => assert.ok(Math.abs(x - alone.loss[i]) < 2e-5 * x, `step ${i}: ${x}`));
+  }
+}
+
+Deno.test("controller: packs experts of a running training, in steps of two, and learns the same", async () => {
+  const common = { policy: "lina", steps: 14 } as const;
+  const [alone] = await train({ ...common, alone: true });
+  for (const args of [{}, { shardOptimizer: true }]) {
+    const results = await train({ ...common, ...args, packing: "auto" });
+    assertAlike(results, alone);
+    const [{ packed, log }] = results;
+    // Four ranks with two of them as the least leave 1 and 2; what is measured here decides.
+    assert.ok(packed.every((count) => count === 1 || count === 2), `${packed}`);
+    assert.deepEqual(packed.slice(0, 5), [1, 1, 1, 1, 1], "before anything was measured");
+    assert.equal(packed.at(-1) !== 1 || packed.includes(2), log.length > 0);
+  }
+  const fixed = await train({ ...common, packing: 2 });
+  assertAlike(fixed, alone);
+  assert.ok(fixed[0].packed.every((count) => count === 2));
+});
+
+Deno.test({
+  name: "controller: the same on GPUs",
+  ignore: gpu === null,
+  async fn() {
+    const common = { policy: "lina+pipeline", steps: 10 } as const;
+    const env = { ...gpu, LINA_EMULATOR_STREAMS: "asynchronous" };
+    const [alone] = await train({ ...common, alone: true }, env);
+    const results = await train({ ...common, packing: "auto", leastRanks: 1 }, env);
+    assertAlike(results, alone);
+    assert.equal(results[0].chunks, 2);
+  },
+});
