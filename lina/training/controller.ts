@@ -292,7 +292,10 @@ export class TrainingController {
 
 /** What a scheduler says that a pass will take, in ms; null if it says nothing. */
 function predict(scheduler: CollectiveScheduler, graph: StepGraph): number | null {
-  const { predict } = scheduler as { predict?(graph: StepGraph): number | null };
-  const predicted_us = predict?.call(scheduler, graph) ?? null;
-  return predicted_us === null ? null : predicted_us / 1000;
+  const { predict } = scheduler as {
+    predict?(graph: StepGraph): number | { readonly end_us: number } | null;
+  };
+  const predicted = predict?.call(scheduler, graph) ?? null;
+  if (predicted === null) return null;
+  return (typeof predicted === "number" ? predicted : predicted.end_us) / 1000;
 }
