@@ -185,7 +185,9 @@ export function rowOf(
     device: key.device,
     experts_per_device: policy.experts,
     chunks: plan.chunks,
-    micro_op_bytes: policy.microOpBytes ?? plan.microOpBytes,
+    micro_op_bytes: policy.name.startsWith("planned")
+      ? null
+      : policy.microOpBytes ?? plan.microOpBytes,
     micro_ops: plan.microOps,
     step_ms,
     step_quartiles_ms: [quantile(times, 0.25), quantile(times, 0.75)],
