@@ -92,22 +92,30 @@ export function stepBounds(
       compute_us += duration_us;
       if (sliced) {
         sliced.compute_us += duration_us;
+        sliced.experts_id = node.id;
         duration_us = sliced.experts() - start_us;
       }
       if (inside && options.outside && schedule.exclusive) closed_us += duration_us;
       if (node.name === "gate") inside = false;
     } else if (node.kind === "allToAll") {
       const chunks = schedule.chunks.get(node.layer) ?? 1;
-      const cost = costs.allToAll(node.bytes / chunks), all_us = chunks * timeAlone(cost);
+      const cost = costs.allToAll(node.bytes / chunks, node), all_us = chunks * timeAlone(cost);
+      let earliest_us = start_us;
       duration_us = all_us;
       if (sliced) {
         duration_us = sliced.back(all_us) - start_us;
-        sliced = null;
+        earliest_us = sliced.first();
+        if (schedule.exclusive && !(inside && options.outside)) {
+          // All slices but the last may be back when the gradients of the experts are ready.
+          closed_us += all_us * (chunks - 1) / chunks;
+          for (let id = sliced.experts_id; id < node.id; id++) closed[id] = closed_us;
+          closed_us -= all_us * (chunks - 1) / chunks;
+        }
       } else if (chunks > 1) sliced = new Sliced(chunks, start_us, all_us);
       link_us += chunks * cost.link_us;
-      const earliest_us = Math.max(0, start_us + duration_us - all_us) + cost.latency_us;
-      loads.push({ earliest_us, link_us: chunks * cost.link_us });
-      if (schedule.exclusive) closed_us += all_us;
+      loads.push({ earliest_us: earliest_us + cost.latency_us, link_us: chunks * cost.link_us });
+      if (schedule.exclusive) closed_us += inside && options.outside ? duration_us : all_us;
+      if (sliced && sliced.experts_id >= 0) sliced = null;
       if (node.phase === "backward") inside = true;
     }
     ends[node.id] = start_us + duration_us;
@@ -146,6 +154,8 @@ class Sliced {
   readonly #there_us: number;
   /** Time of the experts, all slices. */
   compute_us = 0;
+  /** Their node, once the program has come to it. */
+  experts_id: NodeId = -1;
 
   constructor(chunks: number, start_us: number, there_us: number) {
     this.#chunks = chunks;
@@ -160,13 +170,18 @@ class Sliced {
     return this.#start_us + Math.max(all_us, this.#there_us + this.compute_us / parts);
   }
 
+  /** When the first slice can leave the experts. */
+  first(): number {
+    return this.#start_us + (this.#there_us + this.compute_us) / this.#chunks;
+  }
+
   /** When the way back can be done: behind the experts one slice of it, behind the first slice of theirs, and of the way there, all of it. */
   back(back_us: number): number {
     const parts = this.#chunks;
     return Math.max(
       this.experts() + back_us / parts,
       this.#start_us + this.#there_us + back_us,
-      this.#start_us + (this.#there_us + this.compute_us) / parts + back_us,
+      this.first() + back_us,
     );
   }
 }

@@ -1,6 +1,8 @@
 // What a collective costs on a link: the α-β model (Hockney), fitted to measured times, and the bytes and messages that the usual algorithms
 // send per rank. Plain arithmetic: measures nothing and sends nothing. All ranks have links alike, and no link is shared by two ranks.
 
+import type { AllToAllNode } from "../../moe/hooks.ts";
+
 /** A link as the α-β model has it: a message of `n` bytes takes `alpha_us + n / bytes_per_us`. */
 export interface Link {
   /** Time of an empty message in µs. */
@@ -38,8 +40,9 @@ export interface StepCosts {
   /**
    * Cost of a MoE layer's all-to-all.
    * @param bytes Bytes that a rank sends to others.
+   * @param node Which, where one is known to differ from others of its size.
    */
-  allToAll(bytes: number): CollectiveCost;
+  allToAll(bytes: number, node?: AllToAllNode): CollectiveCost;
   /**
    * Cost of a micro-op.
    * @param bytes Bytes of the array that is reduced.

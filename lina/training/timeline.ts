@@ -8,27 +8,46 @@ import type {
   Boundary,
   CollectiveScheduler,
   ComputeNode,
+  GradientNode,
   MicroOp,
+  Schedule,
   StepGraph,
+  StepNode,
 } from "../../moe/hooks.ts";
 import { checkSchedule, ScheduleRun } from "../../moe/schedule.ts";
-import { type CollectiveCost, type StepCosts, timeAlone } from "./links.ts";
+import { type StepCosts, timeAlone } from "./links.ts";
 import { checkedTime, SharedLink } from "./shared_link.ts";
 
 /** What a step takes. */
 export interface TimelineOptions {
   /**
-   * Duration of a piece of computation in µs.
+   * Duration of a piece of computation in µs, all chunks of it together where its layer is not cut.
    * @param node The piece.
    */
   compute_us(node: ComputeNode): number;
+  /**
+   * Duration of the experts of one chunk of a layer that is cut into several. @default {compute_us(node) / chunks}
+   * @param node The experts.
+   * @param chunks Into how many.
+   */
+  chunk_us?(node: ComputeNode, chunks: number): number;
+  /**
+   * How long before the end of the computation that it follows a gradient is ready, in µs. @default {0}
+   * @param gradient The gradient.
+   */
+  lead_us?(gradient: GradientNode): number;
   /** Costs of the collectives. */
   readonly costs: StepCosts;
   /**
-   * When a scheduler of pace `device` hears that a micro-op has ended: right after the next boundary of the program, as the engine does it,
-   * or at once, as it would be if somebody watched the device. @default {"boundary"}
+   * When a scheduler of pace `device` hears that a micro-op has ended: right after the next boundary of the program, as on a CPU, or at once,
+   * as it would be if somebody watched the device. @default {"boundary"}
    */
   readonly endsTold?: "boundary" | "at once";
+  /**
+   * On a GPU a scheduler of pace `device` hears of every boundary and end so much later, in µs; `endsTold` is then of no interest.
+   * @default {as `endsTold` says, and boundaries at once}
+   */
+  readonly pump_us?: number;
 }
 
 /** Rows of a timeline: the device's computation, and the two communicators. */
@@ -38,7 +57,7 @@ export type TimelineLane = "compute" | "allToAll" | "gradients";
 export interface TimelineSpan {
   /** Row; spans of a row follow one another. */
   readonly lane: TimelineLane;
-  /** For readers: `layer 3 backward experts`, `layer 3 backward combine`, a gradient and its elements. */
+  /** For readers: `layer 3 backward experts`, `layer 3 backward combine`, with ` 0/2` where it is a chunk; a gradient and its elements. */
   readonly name: string;
   /** When it could have started: the program had come to it, or the scheduler had launched it. */
   readonly asked_us: number;
@@ -54,7 +73,7 @@ export interface TimelineSpan {
 
 /** A boundary, and when the program came to it. */
 export interface TimelineBoundary {
-  /** What the scheduler was told. */
+  /** Which. */
   readonly boundary: Boundary;
   /** When, in µs since the step's start. */
   readonly at_us: number;
@@ -64,25 +83,23 @@ export interface TimelineBoundary {
 export interface Timeline {
   /** All that was done, by start. */
   readonly spans: readonly TimelineSpan[];
+  /** What the program came to, in order, `stepEnds` last; ends of micro-ops are not in it. */
+  readonly boundaries: readonly TimelineBoundary[];
   /** The step's time in µs: the end of the last span. */
   readonly end_us: number;
   /** Time during which bytes were on the link, in µs; its part of `end_us` is the link's utilisation. */
   readonly linkBusy_us: number;
-  /** What the scheduler was told of the program, in order; ends of micro-ops are not in it. */
-  readonly boundaries: readonly TimelineBoundary[];
 }
 
 /**
  * Runs a step under a scheduler on a virtual clock.
  *
  * The program is one thread, as the engine's is: nodes run one after another, in the order of the graph, and computation waits for its
- * all-to-all. Micro-ops are reduced beside it, one at a time, in the order in which they were launched. A transfer first spends its latency,
- * which takes nothing of the link, then its bytes; transfers whose bytes are under way share the link fairly, as the paper has it of
- * streams that nobody coordinates, so the link is never idle while there are bytes to send. If the schedule is exclusive, an all-to-all
- * waits for the micro-ops launched before it, and a micro-op for the all-to-alls started before it.
- *
- * A layer in chunks goes as moe/pipeline.ts has it: all chunks leave one after another, the experts work on each as it arrives, a share of their
- * time each, and its way back starts behind that.
+ * all-to-all. Where a layer is cut into chunks, all chunks of its first all-to-all are asked for together; the experts of each chunk run as it
+ * arrives, and its second all-to-all is asked for behind them. All-to-alls go one at a time, in the order in which they were asked for. Micro-ops
+ * are reduced beside the program, one at a time, in the order in which they were launched. Transfers share the link as {@linkcode SharedLink}
+ * has it. If the schedule is exclusive, the link carries one thing at a time in the order of the program: an all-to-all waits for the micro-ops
+ * launched before it, and a micro-op for the all-to-alls asked for before it; computation waits for neither.
  *
  * @param graph The step.
  * @param scheduler Decides what is launched when.
@@ -116,27 +133,42 @@ export function timeline(
 ): Timeline {
   const schedule = scheduler.plan(graph);
   checkSchedule(graph, schedule, scheduler.pace);
-  return new Simulation(graph, new ScheduleRun(scheduler, schedule), {
-    ...options,
-    exclusive: schedule.exclusive ?? false,
-  }).finish();
+  return simulate(graph, scheduler, { schedule, ...options });
 }
 
-/** An all-to-all, or a chunk of it, that was asked for. */
-interface Asked {
-  readonly name: string;
-  readonly cost: CollectiveCost;
+/**
+ * The same for a schedule that is at hand and known to fit the graph.
+ *
+ * @param graph The step.
+ * @param scheduler Decides what is launched when.
+ * @param options The schedule, durations and costs, and whether nobody looks at the spans, so that none are made.
+ * @returns What happened.
+ * @throws {RangeError} If the scheduler asks for what is not ready, or a duration or cost is negative or not finite.
+ */
+export function simulate(
+  graph: StepGraph,
+  scheduler: Pick<CollectiveScheduler, "name" | "pace" | "plan" | "launch">,
+  options: TimelineOptions & { readonly schedule: Schedule; readonly quiet?: boolean },
+): Timeline {
+  return new Simulation(graph, scheduler, options).finish();
+}
+
+/** An all-to-all, or a chunk of one, that has been asked for. */
+interface Request {
+  readonly node: AllToAllNode;
+  readonly chunk: number;
+  readonly chunks: number;
   readonly asked_us: number;
-  /** Micro-ops that must have ended before. */
+  /** Micro-ops that it waits for, from the first. */
   readonly behind: number;
   ended: boolean;
 }
 
-/** A micro-op that was launched. */
+/** A micro-op that has been launched. */
 interface Launched {
   readonly microOp: MicroOp;
   readonly asked_us: number;
-  /** All-to-alls that must have ended before. */
+  /** All-to-alls that it waits for, from the first. */
   readonly behind: number;
 }
 
@@ -144,184 +176,232 @@ interface Launched {
 class Simulation {
   readonly #graph: StepGraph;
   readonly #run: ScheduleRun;
-  readonly #options: TimelineOptions & { readonly exclusive: boolean };
+  readonly #options: Parameters<typeof simulate>[2];
+  readonly #exclusive: boolean;
   readonly #link = new SharedLink();
   readonly #spans: TimelineSpan[] = [];
   readonly #boundaries: TimelineBoundary[] = [];
-  /** All-to-alls and micro-ops that have not ended; the first of each may be under way. */
-  readonly #allToAlls: Asked[] = [];
-  readonly #queue: Launched[] = [];
-  readonly #running = { allToAll: false, microOp: false };
-  /** How many were asked for, and how many have ended. */
-  readonly #count = { allToAlls: 0, allToAllsEnded: 0, microOps: 0, microOpsEnded: 0 };
-  /** Chunks on their way to the experts, or back. */
-  #leaving: Asked[] = [];
-  #returning: Asked[] = [];
+  /** Every all-to-all asked for, in order, and how many have started and ended. */
+  readonly #requests: Request[] = [];
+  #requestsStarted = 0;
+  #requestsEnded = 0;
+  /** Every micro-op launched, in order, and how many have started and ended. */
+  readonly #launched: Launched[] = [];
+  #launchedStarted = 0;
+  #launchedEnded = 0;
   /** Micro-ops that have ended and that the scheduler has not heard of. */
   #untold = 0;
+  /** How late the scheduler hears, where it watches a GPU; else null. */
+  readonly #pump_us: number | null;
+  /** The layer whose backward pass ends after the gradients that come next. */
+  #ending: number | null = null;
 
   constructor(
     graph: StepGraph,
-    run: ScheduleRun,
-    options: TimelineOptions & { readonly exclusive: boolean },
+    scheduler: Parameters<typeof simulate>[1],
+    options: Parameters<typeof simulate>[2],
   ) {
     this.#graph = graph;
-    this.#run = run;
+    this.#run = new ScheduleRun(scheduler, options.schedule);
     this.#options = options;
+    this.#exclusive = options.schedule.exclusive ?? false;
+    this.#pump_us = scheduler.pace === "device" ? options.pump_us ?? null : null;
+    if (this.#pump_us !== null) checkedTime(this.#pump_us, "latency of the pump");
   }
 
   /** Runs the step. */
   finish(): Timeline {
-    const link = this.#link;
-    /** The layer whose backward pass ends after the gradients that come next. */
-    let ending: number | null = null;
-    for (const node of this.#graph.nodes) {
+    const link = this.#link, { nodes } = this.#graph;
+    for (let i = 0; i < nodes.length;) {
+      const node = nodes[i];
       if (node.kind === "gradient") {
         this.#on({ kind: "gradientReady", gradient: node.id });
-        continue;
-      }
-      if (ending !== null) this.#on({ kind: "layerBackwardEnds", layer: ending });
-      ending = null;
-      if (node.kind === "allToAll") {
-        this.#exchange(node);
-        continue;
-      }
-      if (node.phase === "backward" && node.name === "combine") {
-        this.#on({ kind: "combineBackwardStarts", layer: node.layer });
-      }
-      if (this.#leaving.length > 0) this.#experts(node);
-      else this.#compute(node, 0, 1);
-      if (node.phase === "backward" && node.name === "gate") ending = node.layer;
+        i++;
+      } else if (node.kind === "compute") {
+        const gradients = gradientsAfter(nodes, i);
+        this.#compute(node, gradients);
+        i += 1 + gradients.length;
+      } else i = this.#allToAlls(i, node);
     }
-    if (ending !== null) this.#on({ kind: "layerBackwardEnds", layer: ending });
+    this.#endLayer();
+    const program_us = link.now_us;
     this.#on({ kind: "stepEnds" });
-    link.runUntil(() => this.#queue.length === 0);
+    const all = this.#options.schedule.microOps.length;
+    link.runUntil(() => this.#launchedEnded === all);
     // Stable, so what starts together keeps the order in which it ended.
     const spans = this.#spans.sort((a, b) => a.start_us - b.start_us);
-    const { now_us: end_us, busy_us: linkBusy_us } = link;
-    return { spans, end_us, linkBusy_us, boundaries: this.#boundaries };
+    const end_us = Math.max(program_us, link.now_us);
+    return { spans, boundaries: this.#boundaries, end_us, linkBusy_us: link.busy_us };
   }
 
-  #chunksOf(layer: number): number {
-    return this.#run.schedule.chunks.get(layer) ?? 1;
-  }
-
-  #compute(node: ComputeNode, chunk: number, chunks: number): void {
-    const start_us = this.#link.now_us, name = chunkName(nodeName(node), chunk, chunks);
-    const whole_us = checkedTime(this.#options.compute_us(node), `duration of ${nodeName(node)}`);
-    const alone_us = whole_us / chunks;
-    this.#link.runTo(start_us + alone_us);
-    this.#add({ lane: "compute", name, asked_us: start_us, start_us, alone_us });
-  }
-
-  /** All chunks leave; or the last one returns, and all are waited for. */
-  #exchange(node: AllToAllNode): void {
-    const chunks = this.#chunksOf(node.layer);
-    if ((node.phase === "forward") === (node.role === "dispatch")) {
-      for (let c = 0; c < chunks; c++) this.#leaving.push(this.#ask(node, c));
-      if (chunks > 1) return; // the experts wait for each
-      this.#arrive(node, 0, this.#leaving[0]);
-      this.#leaving = [];
-      return;
+  /** Runs a piece of computation, or one chunk of it, up to whose end its gradients become ready. */
+  #compute(
+    node: ComputeNode,
+    gradients: readonly GradientNode[],
+    { chunk, chunks } = { chunk: 0, chunks: 1 },
+  ): void {
+    this.#endLayer();
+    if (node.phase === "backward" && node.name === "combine") {
+      this.#on({ kind: "combineBackwardStarts", layer: node.layer });
     }
-    this.#returning.push(this.#ask(node, chunks - 1));
-    this.#returning.forEach((asked, c) => this.#arrive(node, c, asked));
-    this.#returning = [];
+    const { compute_us, chunk_us, lead_us } = this.#options;
+    const link = this.#link, start_us = link.now_us;
+    const time_us = chunks === 1
+      ? compute_us(node)
+      : chunk_us?.(node, chunks) ?? compute_us(node) / chunks;
+    const alone_us = checkedTime(time_us, `duration of ${nodeName(node)}`);
+    const end_us = start_us + alone_us;
+    for (const gradient of gradients) {
+      link.runTo(Math.max(link.now_us, end_us - (lead_us?.(gradient) ?? 0)));
+      this.#on({ kind: "gradientReady", gradient: gradient.id });
+    }
+    link.runTo(end_us);
+    this.#add(() => ({
+      lane: "compute",
+      name: nodeName(node) + chunkName(chunk, chunks),
+      asked_us: start_us,
+      start_us,
+      alone_us,
+    }));
+    if (node.phase === "backward" && node.name === "gate") this.#ending = node.layer;
   }
 
-  /** The experts work on each chunk as it arrives; its way back starts behind that, the last one's with the node of its own. */
-  #experts(node: ComputeNode): void {
-    const leaving = this.#leaving;
-    const ofLayer = this.#graph.nodes.filter((other): other is AllToAllNode =>
-      other.kind === "allToAll" && other.layer === node.layer && other.phase === node.phase
-    );
-    leaving.forEach((asked, c) => {
-      this.#arrive(ofLayer[0], c, asked);
-      this.#compute(node, c, leaving.length);
-      if (c < leaving.length - 1) this.#returning.push(this.#ask(ofLayer[1], c));
+  /** Runs an all-to-all, or both of a layer's with the experts between them in chunks; returns the node that follows. */
+  #allToAlls(at: number, node: AllToAllNode): number {
+    const { nodes } = this.#graph, chunks = this.#options.schedule.chunks.get(node.layer) ?? 1;
+    this.#endLayer();
+    if (chunks === 1) {
+      this.#await(this.#ask(node, 0, 1));
+      return at + 1;
+    }
+    const experts = nodes[at + 1];
+    const gradients = gradientsAfter(nodes, at + 1);
+    const second = nodes[at + 2 + gradients.length];
+    if (experts?.kind !== "compute" || second?.kind !== "allToAll") {
+      throw new RangeError(
+        `Cannot run ${nodeName(node)} in chunks as experts and an all-to-all must follow it`,
+      );
+    }
+    const count = Array.from({ length: chunks }, (_, chunk) => chunk);
+    const arriving = count.map((chunk) => this.#ask(node, chunk, chunks));
+    const leaving = count.map((chunk) => {
+      this.#await(arriving[chunk]);
+      this.#compute(experts, chunk === chunks - 1 ? gradients : [], { chunk, chunks });
+      return this.#ask(second, chunk, chunks);
     });
-    this.#leaving = [];
+    for (const request of leaving) this.#await(request);
+    return second.id + 1;
   }
 
-  /** Asks for a chunk of an all-to-all. */
-  #ask(node: AllToAllNode, chunk: number): Asked {
-    const asked_us = this.#link.now_us, chunks = this.#chunksOf(node.layer);
+  #ask(node: AllToAllNode, chunk: number, chunks: number): Request {
+    const asked_us = this.#link.now_us;
     this.#on({ kind: "allToAllStarts", node: node.id, chunk });
-    const asked = {
-      name: chunkName(nodeName(node), chunk, chunks),
-      cost: this.#options.costs.allToAll(node.bytes / chunks),
-      asked_us,
-      behind: this.#options.exclusive ? this.#count.microOps : 0,
-      ended: false,
-    };
-    this.#count.allToAlls++;
-    this.#allToAlls.push(asked);
-    this.#go();
-    return asked;
+    const behind = this.#exclusive ? this.#launched.length : 0;
+    const request = { node, chunk, chunks, asked_us, behind, ended: false };
+    this.#requests.push(request);
+    this.#advance();
+    return request;
   }
 
-  #arrive(node: AllToAllNode, chunk: number, asked: Asked): void {
-    this.#link.runUntil(() => asked.ended);
-    this.#on({ kind: "allToAllEnds", node: node.id, chunk });
+  #await(request: Request): void {
+    this.#link.runUntil(() => request.ended);
+    this.#on({ kind: "allToAllEnds", node: request.node.id, chunk: request.chunk });
+  }
+
+  /** Starts what may start. */
+  #advance(): void {
+    if (this.#requestsStarted === this.#requestsEnded) {
+      const request = this.#requests[this.#requestsStarted];
+      if (request && this.#launchedEnded >= request.behind) this.#exchange(request);
+    }
+    if (this.#launchedStarted === this.#launchedEnded) {
+      const launched = this.#launched[this.#launchedStarted];
+      if (launched && this.#requestsEnded >= launched.behind) this.#reduce(launched);
+    }
+  }
+
+  #exchange(request: Request): void {
+    const { node, chunk, chunks, asked_us } = request;
+    this.#requestsStarted++;
+    const start_us = this.#link.now_us;
+    const cost = this.#options.costs.allToAll(node.bytes / chunks, node);
+    this.#link.start(cost, () => {
+      request.ended = true;
+      this.#requestsEnded++;
+      this.#add(() => ({
+        lane: "allToAll",
+        name: nodeName(node) + chunkName(chunk, chunks),
+        asked_us,
+        start_us,
+        alone_us: timeAlone(cost),
+        bytes: cost.bytes,
+      }));
+      this.#advance();
+    });
+  }
+
+  #reduce({ microOp, asked_us }: Launched): void {
+    this.#launchedStarted++;
+    const start_us = this.#link.now_us, graph = this.#graph;
+    const cost = this.#options.costs.reduction(microOp.bytes, groupOf(graph, microOp));
+    this.#link.start(cost, () => {
+      this.#launchedEnded++;
+      this.#add(() => ({
+        lane: "gradients",
+        name: microOpName(graph, microOp),
+        asked_us,
+        start_us,
+        alone_us: timeAlone(cost),
+        bytes: cost.bytes,
+      }));
+      this.#advance();
+      if (this.#pump_us !== null) this.#later({ kind: "microOpEnds" });
+      else if (this.#options.endsTold === "at once") this.#tell({ kind: "microOpEnds" });
+      else this.#untold++;
+    });
   }
 
   /** Adds a span that ends now. */
-  #add(span: Omit<TimelineSpan, "end_us" | "bytes"> & { readonly bytes?: number }): void {
-    this.#spans.push({ bytes: 0, ...span, end_us: this.#link.now_us });
+  #add(
+    span: () => Omit<TimelineSpan, "end_us" | "bytes"> & { readonly bytes?: number },
+  ): void {
+    if (!this.#options.quiet) this.#spans.push({ bytes: 0, ...span(), end_us: this.#link.now_us });
+  }
+
+  #endLayer(): void {
+    if (this.#ending !== null) this.#on({ kind: "layerBackwardEnds", layer: this.#ending });
+    this.#ending = null;
   }
 
   #on(boundary: Boundary): void {
     this.#boundaries.push({ boundary, at_us: this.#link.now_us });
+    if (this.#pump_us !== null) return this.#later(boundary);
     this.#tell(boundary);
     for (; this.#untold > 0; this.#untold--) this.#tell({ kind: "microOpEnds" });
   }
 
+  #later(boundary: Boundary): void {
+    this.#link.at(this.#link.now_us + this.#pump_us!, () => this.#tell(boundary));
+  }
+
   #tell(boundary: Boundary): void {
     for (const microOp of this.#run.on(boundary)) {
-      const behind = this.#options.exclusive ? this.#count.allToAlls : 0;
-      this.#count.microOps++;
-      this.#queue.push({ microOp, asked_us: this.#link.now_us, behind });
-      this.#go();
+      const behind = this.#exclusive ? this.#requests.length : 0;
+      this.#launched.push({ microOp, asked_us: this.#link.now_us, behind });
     }
+    this.#advance();
   }
+}
 
-  /** Starts what is first in its queue and need not wait. */
-  #go(): void {
-    const count = this.#count, running = this.#running, start_us = this.#link.now_us;
-    const asked = this.#allToAlls[0];
-    if (asked && !running.allToAll && count.microOpsEnded >= asked.behind) {
-      running.allToAll = true;
-      this.#link.start(asked.cost, () => {
-        const { name, asked_us, cost } = asked, alone_us = timeAlone(cost);
-        this.#add({ lane: "allToAll", name, asked_us, start_us, alone_us, bytes: cost.bytes });
-        this.#allToAlls.shift();
-        running.allToAll = false;
-        count.allToAllsEnded++;
-        asked.ended = true;
-        this.#go();
-      });
-    }
-    const launched = this.#queue[0];
-    if (launched && !running.microOp && count.allToAllsEnded >= launched.behind) {
-      running.microOp = true;
-      this.#reduce(launched, start_us);
-    }
+/** The gradients that directly follow a node. */
+function gradientsAfter(nodes: readonly StepNode[], at: number): GradientNode[] {
+  const gradients: GradientNode[] = [];
+  for (let i = at + 1; i < nodes.length; i++) {
+    const node = nodes[i];
+    if (node.kind !== "gradient") break;
+    gradients.push(node);
   }
-
-  /** Reduces the first micro-op of the queue. */
-  #reduce({ microOp, asked_us }: Launched, start_us: number): void {
-    const cost = this.#options.costs.reduction(microOp.bytes, groupOf(this.#graph, microOp));
-    this.#link.start(cost, () => {
-      const name = microOpName(this.#graph, microOp), alone_us = timeAlone(cost);
-      this.#add({ lane: "gradients", name, asked_us, start_us, alone_us, bytes: cost.bytes });
-      this.#queue.shift();
-      this.#running.microOp = false;
-      this.#count.microOpsEnded++;
-      this.#go();
-      if (this.#options.endsTold === "at once") this.#tell({ kind: "microOpEnds" });
-      else this.#untold++;
-    });
-  }
+  return gradients;
 }
 
 /** Name of computation or of an all-to-all for readers. */
@@ -330,6 +410,6 @@ function nodeName(node: { layer: number; phase: string; name?: string; role?: st
   return node.layer < 0 ? what : `layer ${node.layer} ${what}`;
 }
 
-function chunkName(name: string, chunk: number, chunks: number): string {
-  return chunks === 1 ? name : `${name} ${chunk}/${chunks}`;
+function chunkName(chunk: number, chunks: number): string {
+  return chunks === 1 ? "" : ` ${chunk}/${chunks}`;
 }
