@@ -9,21 +9,17 @@
 
 import type { Communicator, Work } from "../collectives/types.ts";
 import type { Activation, Device } from "../tensor/device.ts";
-import type { DType } from "../tensor/dtype.ts";
-import * as ops from "../tensor/ops.ts";
-import { empty, type Tensor, TensorScope } from "../tensor/tensor.ts";
+import { bytesOf, type DType } from "../tensor/dtype.ts";
+import { type Tensor, TensorScope } from "../tensor/tensor.ts";
+import { ExpertMemory, type ExpertMemoryOptions, momentLayout } from "./expert_memory.ts";
+import { StateExchange } from "./expert_moves.ts";
 import { type ExpertLists, type ExpertMatrices, listsOf } from "./experts.ts";
 import type { PlacementPlan } from "./hooks.ts";
 import { normalKey } from "./init.ts";
-import {
-  createMoments,
-  freeMoments,
-  gradientDtype,
-  type Moments,
-  type Parameter,
-} from "./parameter.ts";
+import { gradientDtype, type Parameter } from "./parameter.ts";
 import { holdersOf } from "./placement.ts";
 import { ReplicaGroups } from "./replica_groups.ts";
+import { Seating } from "./seating.ts";
 
 /** How an {@linkcode ExpertStore} is made; all but the device is alike on all ranks. */
 export interface ExpertStoreOptions {
@@ -55,85 +51,13 @@ export interface ExpertStoreOptions {
   readonly downStd: number;
 }
 
-/** The memory of an expert, each tensor flat: [up | down]. */
-interface ExpertMemory {
-  readonly weights: Block;
-  readonly gradient: Gradient;
-  readonly moments: Moments | null;
-}
-
-/** A block of memory of a pool. */
-interface Block extends Disposable {
-  readonly flat: Tensor;
-}
-
-/**
- * Blocks of equal size. The first ones lie side by side in one allocation, at a constant stride, which grouped GEMMs like; a block that comes later
- * takes the place of one that has gone, or memory of its own.
- */
-class BlockPool implements Disposable {
-  readonly #device: Device;
-  readonly #size: number;
-  readonly #dtype: DType;
-  #together: Tensor | null = null;
-  #free: number[] = [];
-
-  constructor(device: Device, size: number, dtype: DType) {
-    this.#device = device;
-    this.#size = size;
-    this.#dtype = dtype;
-  }
-
-  /** A block; if it is the first, `count` of them are made at once. Its contents are undefined. */
-  take(count: number): Block {
-    if (!this.#together) {
-      this.#together = empty(this.#device, [count, this.#size], this.#dtype);
-      this.#free = Array.from({ length: count }, (_, i) => count - 1 - i);
-    }
-    const place = this.#free.pop();
-    if (place === undefined) {
-      const flat = empty(this.#device, [this.#size], this.#dtype);
-      return { flat, [Symbol.dispose]: () => flat[Symbol.dispose]() };
-    }
-    return {
-      flat: this.#together.rows(place, place + 1).reshape(this.#size),
-      [Symbol.dispose]: () => void this.#free.push(place),
-    };
-  }
-
-  [Symbol.dispose](): void {
-    this.#together?.[Symbol.dispose]();
-  }
-}
-
-/** A gradient that takes memory once it is asked for: an expert in inference has none. */
-class Gradient implements Disposable {
-  readonly #take: () => Block;
-  #block: Block | null = null;
-
-  constructor(take: () => Block) {
-    this.#take = take;
-  }
-
-  get flat(): Tensor {
-    if (!this.#block) {
-      this.#block = this.#take();
-      ops.fill(this.#block.flat, 0);
-    }
-    return this.#block.flat;
-  }
-
-  [Symbol.dispose](): void {
-    this.#block?.[Symbol.dispose]();
-  }
-}
-
 /** An expert that sits on this rank. */
-interface SeatedExpert extends ExpertMemory {
+interface SeatedExpert {
   readonly id: number;
-  /** The matrices of `weights`. */
+  readonly memory: ExpertMemory;
+  /** The matrices of the weights. */
   readonly matrices: ExpertMatrices;
-  /** The matrices of `gradient`, which this makes. */
+  /** The matrices of the gradient, which this makes. */
   readonly gradients: ExpertMatrices;
   /** The named parts: w2, w1 and, for SwiGLU, w3. */
   readonly parameters: readonly Parameter[];
@@ -147,8 +71,9 @@ export class ExpertStore implements Disposable {
   #seated: readonly SeatedExpert[] = [];
   #parameters: readonly Parameter[] | null = null;
   #holdsMoments = false;
-  readonly #weightPool: BlockPool;
-  readonly #gradientPool: BlockPool;
+  /** How many seats, the last ones, have their moments in host memory. */
+  #offloaded = 0;
+  readonly #memory: ExpertMemoryOptions;
   /** The lists of matrices, made once for the experts that sit now. */
   #matrices: ExpertLists | null = null;
   #gradients: ExpertLists | null = null;
@@ -164,17 +89,18 @@ export class ExpertStore implements Disposable {
     const { seats, experts, comm, device, width, hidden, activation, dtype } = options;
     checkSeats(seats, comm.size);
     const size = (activation === "swiglu" ? 3 : 2) * hidden * width;
-    this.#weightPool = new BlockPool(device, size, dtype);
     const summed = gradientDtype(dtype, options.gradientDtype);
-    this.#gradientPool = new BlockPool(device, size, summed);
+    this.#memory = { device, size, dtype, gradientDtype: summed };
     this.#options = options;
     this.#seats = seats;
     this.#holders = holdersOf(seats, experts);
+    using scope = new TensorScope();
     this.#seated = seats[comm.rank].map((id) => {
-      const expert = this.#seat(id, this.#allocate());
+      const expert = this.#seat(id, new ExpertMemory(this.#memory));
       this.#initialise(expert);
       return expert;
     });
+    scope.keep(this);
   }
 
   /** Experts of each rank, in the order of the seats. */
@@ -201,7 +127,7 @@ export class ExpertStore implements Disposable {
 
   /** The whole gradient of each expert that sits here, flat [up | down], by seat; the same object until experts move. */
   get seatGradients(): readonly Tensor[] {
-    return this.#seatGradients ??= this.#seated.map(({ gradient }) => gradient.flat);
+    return this.#seatGradients ??= this.#seated.map(({ memory }) => memory.gradient);
   }
 
   /**
@@ -223,75 +149,154 @@ export class ExpertStore implements Disposable {
     const groups = ReplicaGroups.of(this.#options.comm);
     await groups.open(this.#holders);
     const works: Work[] = [];
-    for (const { id, gradient } of this.#byId()) {
+    for (const { id, memory } of this.#byId()) {
       const holders = this.#holders[id];
       if (holders.length > 1) {
-        works.push(groups.get(holders)!.allReduce(gradient.flat));
+        works.push(groups.get(holders)!.allReduce(memory.gradient));
       }
     }
     for (const work of works) await work.wait(this.#options.device.stream);
   }
 
+  /** Bytes of an expert of this layer: weights, gradient, and moments, if a trainer wants them. */
+  get expertBytes(): {
+    /** Of the weights. */
+    readonly weights: number;
+    /** Of the gradient. */
+    readonly gradient: number;
+    /** Of AdamW's moments and what the weights lack of their masters. */
+    readonly moments: number;
+  } {
+    const { size, dtype, gradientDtype } = this.#memory;
+    return {
+      weights: size * bytesOf(dtype),
+      gradient: size * bytesOf(gradientDtype),
+      moments: momentLayout(size, dtype).bytes,
+    };
+  }
+
+  /** How many experts of this rank have their moments in host memory: those of the last seats. */
+  get offloaded(): number {
+    return this.#holdsMoments ? Math.min(this.#offloaded, this.#seated.length) : 0;
+  }
+
   /**
-   * Seats the experts anew: weights and moments of an expert that a rank did not hold come from one that did, gradients there begin at
-   * zero. All ranks call it together, between steps. Experts that stay keep their memory; `parameters` changes.
+   * Seats the experts anew, as {@linkcode ExpertStore.moveAll} does.
    *
    * @param seats Experts of each rank from now on.
    * @throws {RangeError} If the seats are not valid; nothing has moved then.
    */
   async moveTo(seats: PlacementPlan["seats"]): Promise<void> {
-    const { comm, experts, device } = this.#options;
+    await ExpertStore.moveAll([{ store: this, seats }]);
+  }
+
+  /**
+   * Seats the experts of some layers anew: weights and moments of an expert that a rank did not hold come from one that did, all by one
+   * all-to-all, and gradients there begin at zero. All ranks call it together, between steps. Experts that stay keep their memory, those that leave give
+   * theirs back; `parameters` changes.
+   *
+   * All or nothing: every rank takes the memory that it needs before anything travels, and if one lacks it, all throw. What is there
+   * goes only when all has arrived; a collective that fails half-way leaves every expert where it was.
+   *
+   * @param moves The stores of layers on the same ranks; their new seats; and how many experts of this rank, those of the last seats, have their
+   * moments in host memory from then on (as before, if that is not given).
+   * @param options `staging_bytes`: size of each of the exchange's two buffers. @default {{staging_bytes: 32 MiB}}
+   * @returns Bytes that this rank has sent.
+   * @throws {RangeError} If seats are not valid.
+   * @throws {OutOfMemoryError} If the memory of this rank does not suffice; an Error where it is another's.
+   */
+  static async moveAll(
+    moves: readonly {
+      readonly store: ExpertStore;
+      readonly seats: PlacementPlan["seats"];
+      readonly offload?: number;
+    }[],
+    options: { readonly staging_bytes?: number } = {},
+  ): Promise<number> {
+    if (moves.length === 0) return 0;
+    const { comm, device } = moves[0].store.#options;
+    const seatings = moves.map(({ store, seats, offload }) => store.#plan(seats, offload));
+    using taken = new DisposableStack();
+    let failure: unknown = null, exchange: StateExchange | null = null;
+    try {
+      for (const seating of seatings) seating.takeMemory(taken);
+      const transfers = seatings.flatMap((seating) => seating.transfers());
+      exchange = new StateExchange(comm, device, transfers, options.staging_bytes);
+    } catch (error) {
+      failure = error;
+    }
+    using exchanges = exchange;
+    await agree(comm, failure);
+    await exchanges!.run();
+    for (const seating of seatings) await seating.convert();
+    taken.move(); // what was taken is the experts' from here on
+    moves.forEach(({ store, seats, offload }, i) => store.#settle(seatings[i], seats, offload));
+    return exchanges!.bytes;
+  }
+
+  #plan(seats: PlacementPlan["seats"], offload: number = this.#offloaded): Seating {
+    const { comm, experts } = this.#options;
     checkSeats(seats, comm.size);
-    const holders = holdersOf(seats, experts);
-    const held = new Map(this.#seated.map((expert) => [expert.id, expert]));
-    const works: Work[] = [];
-    // One order on all ranks: by expert, then by new holder; old holders take turns as the source.
-    for (let e = 0; e < experts; e++) {
-      const old = this.#holders[e];
-      holders[e].filter((rank) => !old.includes(rank)).forEach((rank, i) => {
-        const source = old[i % old.length];
-        if (comm.rank === source) {
-          for (const tensor of stateOf(held.get(e)!)) {
-            works.push(comm.send(tensor, rank, { tag: e }));
-          }
-        } else if (comm.rank === rank) {
-          const expert = this.#seat(e, this.#allocate());
-          held.set(e, expert);
-          for (const tensor of stateOf(expert)) works.push(comm.recv(tensor, source, { tag: e }));
-        }
-      });
-    }
-    for (const work of works) await work.wait(device.stream);
-    for (const expert of held.values()) {
-      if (!seats[comm.rank].includes(expert.id)) freeSeat(expert);
-    }
+    return new Seating({
+      rank: comm.rank,
+      memory: this.#memory,
+      held: new Map(this.#seated.map(({ id, memory }) => [id, memory])),
+      before: this.#holders,
+      after: holdersOf(seats, experts),
+      seats,
+      holdsMoments: this.#holdsMoments,
+      offload: checkOffload(offload),
+    });
+  }
+
+  #settle(
+    seating: Seating,
+    seats: PlacementPlan["seats"],
+    offload: number = this.#offloaded,
+  ): void {
     this.#seats = seats;
-    this.#holders = holders;
-    this.#sit(seats[comm.rank].map((id) => held.get(id)!));
+    this.#holders = holdersOf(seats, this.#options.experts);
+    this.#offloaded = offload;
+    this.#sit([...seating.finish()].map(([id, memory]) => this.#seat(id, memory)));
   }
 
   /**
    * Makes the experts hold AdamW's moments, from zero, and take them along when they move; or frees them. All ranks call it together.
    *
    * @param hold Whether they shall. `parameters` changes.
+   * @param options `offload`: how many experts of this rank, those of the last seats, have them in host memory. @default {{offload: 0}}
    */
-  holdMoments(hold: boolean): void {
-    using scope = new TensorScope();
-    const seated = this.#seated.map(({ id, weights, gradient }) => {
-      const moments = hold ? createMoments(weights.flat) : null;
-      return this.#seat(id, { weights, gradient, moments });
+  holdMoments(hold: boolean, options: { readonly offload?: number } = {}): void {
+    const offloaded = checkOffload(options.offload ?? 0);
+    using undo = new DisposableStack();
+    const made = this.#seated.map(({ memory }, seat) => {
+      if (!hold) return null;
+      const onHost = seat >= this.#seated.length - offloaded;
+      const moments = undo.use(memory.takeMoments(onHost ? "host" : "device"));
+      moments.clear();
+      return moments;
     });
-    for (const { moments } of this.#seated) if (moments) freeMoments(moments);
+    undo.move();
+    this.#seated.forEach(({ memory }, seat) => {
+      memory.moments?.[Symbol.dispose]();
+      memory.moments = made[seat];
+    });
     this.#holdsMoments = hold;
-    this.#sit(scope.keep(seated));
+    this.#offloaded = offloaded;
+    this.#sit(this.#seated.map(({ id, memory }) => this.#seat(id, memory)));
+  }
+
+  /** Resolves once no copy to or from host memory is under way: before moments there are freed. */
+  async settle(): Promise<void> {
+    for (const { memory: { moments } } of this.#seated) {
+      if (moments?.place === "host") await moments.settle();
+    }
   }
 
   /** Frees what the experts hold. Communicators of replicas end with the world. */
   [Symbol.dispose](): void {
-    this.#seated.forEach(freeSeat);
+    for (const { memory } of this.#seated) memory[Symbol.dispose]();
     this.#sit([]);
-    this.#weightPool[Symbol.dispose]();
-    this.#gradientPool[Symbol.dispose]();
   }
 
   #sit(seated: readonly SeatedExpert[]): void {
@@ -308,53 +313,52 @@ export class ExpertStore implements Disposable {
     return [...this.#seated].sort((a, b) => a.id - b.id);
   }
 
-  #allocate(): ExpertMemory {
-    const { comm } = this.#options;
-    const count = () => this.#seats[comm.rank].length;
-    const weights = this.#weightPool.take(count());
-    const moments = this.#holdsMoments ? createMoments(weights.flat) : null;
-    const gradient = new Gradient(() => this.#gradientPool.take(count()));
-    return { weights, gradient, moments };
-  }
-
   #seat(id: number, memory: ExpertMemory): SeatedExpert {
     const { layer, width, hidden, activation } = this.#options;
-    const { weights, gradient, moments } = memory;
+    const { weights, moments } = memory;
     const rows = activation === "swiglu" ? 2 * hidden : hidden;
+    const middle = rows * width;
     const matricesOf = (flat: Tensor): ExpertMatrices => ({
-      up: flat.rows(0, rows * width).reshape(rows, width),
-      down: flat.rows(rows * width, flat.size).reshape(width, hidden),
+      up: flat.rows(0, middle).reshape(rows, width),
+      down: flat.rows(middle, flat.size).reshape(width, hidden),
     });
-    const matrices = matricesOf(weights.flat);
-    const first = moments && matricesOf(moments.moment1);
-    const second = moments && matricesOf(moments.moment2);
-    const residual = moments?.residual && matricesOf(moments.residual);
-    const parameter = (part: string, matrix: "up" | "down", start: number, end: number) => ({
-      name: `model.layers.${layer}.block_sparse_moe.experts.${id}.${part}.weight`,
-      value: matrices[matrix].rows(start, end),
-      get grad() {
-        return matricesOf(gradient.flat)[matrix].rows(start, end);
-      },
-      overwrites: true,
-      group: "replicas" as const,
-      expert: { layer, id },
-      decay: true,
-      moments: first && second
-        ? {
-          moment1: first[matrix].rows(start, end),
-          moment2: second[matrix].rows(start, end),
-          residual: residual ? residual[matrix].rows(start, end) : null,
-        }
-        : undefined,
-    });
+    const matrices = matricesOf(weights);
+    const resident = moments?.place === "device" ? moments.tensors : null;
+    const first = resident && matricesOf(resident.moment1);
+    const second = resident && matricesOf(resident.moment2);
+    const residual = resident?.residual && matricesOf(resident.residual);
+    const parameter = (part: string, matrix: "up" | "down", start: number, end: number) => {
+      const columns = matrix === "up" ? width : hidden, before = matrix === "up" ? 0 : middle;
+      return {
+        name: `model.layers.${layer}.block_sparse_moe.experts.${id}.${part}.weight`,
+        value: matrices[matrix].rows(start, end),
+        get grad() {
+          return matricesOf(memory.gradient)[matrix].rows(start, end);
+        },
+        overwrites: true,
+        group: "replicas" as const,
+        expert: { layer, id },
+        decay: true,
+        moments: first && second
+          ? {
+            moment1: first[matrix].rows(start, end),
+            moment2: second[matrix].rows(start, end),
+            residual: residual ? residual[matrix].rows(start, end) : null,
+          }
+          : undefined,
+        offloaded: moments?.place === "host"
+          ? { memory, start: before + start * columns, end: before + end * columns }
+          : undefined,
+      };
+    };
     const parameters = [parameter("w2", "down", 0, width), parameter("w1", "up", 0, hidden)];
     if (activation === "swiglu") parameters.push(parameter("w3", "up", hidden, 2 * hidden));
     return {
       id,
-      ...memory,
+      memory,
       matrices,
       get gradients() {
-        return matricesOf(gradient.flat);
+        return matricesOf(memory.gradient);
       },
       parameters,
     };
@@ -379,15 +383,23 @@ function checkSeats(seats: PlacementPlan["seats"], ranks: number): void {
   }
 }
 
-/** What moves with an expert. */
-function stateOf({ weights, moments }: ExpertMemory): Tensor[] {
-  if (!moments) return [weights.flat];
-  const { moment1, moment2, residual } = moments;
-  return [weights.flat, moment1, moment2, ...(residual ? [residual] : [])];
+function checkOffload(experts: number): number {
+  if (Number.isSafeInteger(experts) && experts >= 0) return experts;
+  throw new RangeError(
+    `Cannot keep moments in host memory as the number of experts must be a whole number >= 0: current value is ${experts}`,
+  );
 }
 
-function freeSeat({ weights, gradient, moments }: ExpertMemory): void {
-  weights[Symbol.dispose]();
-  gradient[Symbol.dispose]();
-  if (moments) freeMoments(moments);
+/** All ranks go on, or all throw. */
+async function agree(comm: Communicator, failure: unknown): Promise<void> {
+  const failed = Float64Array.of(failure === null ? 0 : 1);
+  if (comm.size > 1) await comm.allReduce(failed);
+  if (failure !== null) throw failure;
+  if (failed[0] > 0) {
+    throw new Error(
+      `Cannot move experts as every rank must have memory for those that come: current value is ${
+        failed[0]
+      } without; nothing has moved`,
+    );
+  }
 }

@@ -1,10 +1,13 @@
 // AdamW with decoupled decay, the learning rate's course, and clipping by the global norm. Each rank updates the parameters that it
 // holds: replicated ones alike on all ranks, an expert where it sits now. Moments of experts are the expert store's, and move with them.
 
-import type { AdamWUpdate } from "../tensor/device.ts";
+import type { AdamWUpdate, Stream } from "../tensor/device.ts";
 import * as ops from "../tensor/ops.ts";
 import { type Tensor, TensorScope } from "../tensor/tensor.ts";
+import type { CheckpointTensor } from "./checkpoint.ts";
+import { OffloadedUpdates, offloadStreams } from "./offload.ts";
 import { createMoments, freeMoments, type Moments, type Parameter } from "./parameter.ts";
+import { namedTensor } from "./weights.ts";
 
 /** Course of the learning rate: a linear warm-up, then half a cosine down to a floor. */
 export interface LearningRateOptions {
@@ -70,6 +73,9 @@ export class AdamW implements Disposable {
   #gradients: readonly Tensor[] = [];
   #overwritten: readonly AdamWUpdate[] = [];
   #added: readonly AdamWUpdate[] = [];
+  /** Experts whose moments are in host memory; null if there are none. */
+  #offloaded: OffloadedUpdates | null = null;
+  #streams: [Stream, Stream] | null = null;
 
   /**
    * Makes moments of zeros for the parameters that bring none.
@@ -81,8 +87,8 @@ export class AdamW implements Disposable {
     this.#parameters = parameters;
     this.#settings = { beta1: 0.9, beta2: 0.95, eps: 1e-8, weightDecay: 0.1, ...settings };
     using scope = new TensorScope();
-    for (const { name, value, moments } of parameters()) {
-      if (!moments) this.#moments.set(name, createMoments(value));
+    for (const { name, value, moments, offloaded } of parameters()) {
+      if (!moments && !offloaded) this.#moments.set(name, createMoments(value));
     }
     scope.keep(this);
   }
@@ -92,7 +98,7 @@ export class AdamW implements Disposable {
    *
    * @param parameter One of those that are updated.
    * @returns Its moments.
-   * @throws {Error} If it came later and brought none.
+   * @throws {Error} If it came later and brought none, or has them in host memory.
    */
   momentsOf({ name, moments }: Parameter): Moments {
     const found = moments ?? this.#moments.get(name);
@@ -100,6 +106,34 @@ export class AdamW implements Disposable {
       throw new Error(`Cannot update ${name} as it must have moments: current value has none`);
     }
     return found;
+  }
+
+  /**
+   * The moments of a parameter for a checkpoint, wherever they are.
+   *
+   * @param parameter One of those that are updated.
+   * @param owner The rank that writes them.
+   * @returns `<name>.moment1`, `<name>.moment2` and, for bf16 weights, `<name>.residual`.
+   */
+  tensorsOf(parameter: Parameter, owner: number): CheckpointTensor[] {
+    const { name, offloaded, value: { shape } } = parameter;
+    if (!offloaded) {
+      return Object.entries(this.momentsOf(parameter)).flatMap(([kind, tensor]) =>
+        tensor ? [namedTensor(`${name}.${kind}`, tensor, owner)] : []
+      );
+    }
+    const { memory: { moments }, start, end } = offloaded;
+    if (moments?.place !== "host") {
+      throw new Error(`Cannot read the moments of ${name} as its experts have moved since`);
+    }
+    return moments.layout.parts.map(({ kind, dtype }) => ({
+      name: `${name}.${kind}`,
+      owner,
+      dtype,
+      shape,
+      read: async () => (await moments.read(kind, start, end))!,
+      write: (array) => moments.write(kind, start, array),
+    }));
   }
 
   /**
@@ -114,8 +148,10 @@ export class AdamW implements Disposable {
     const { beta1, beta2, eps } = this.#settings;
     this.#prepare();
     const options = { lr, beta1, beta2, eps, step, gradScale };
+    this.#offloaded?.begin();
     ops.adamW(this.#overwritten, { ...options, zeroGradient: false });
     ops.adamW(this.#added, { ...options, zeroGradient: true });
+    this.#offloaded?.run((update) => ops.adamW([update], { ...options, zeroGradient: false }));
   }
 
   /**
@@ -136,7 +172,9 @@ export class AdamW implements Disposable {
     if (parameters === last) return;
     if (parameters.length === last.length && parameters.every((p, i) => p === last[i])) return;
     const updates = (overwrites: boolean) =>
-      parameters.filter((parameter) => parameter.overwrites === overwrites).map((parameter) => ({
+      parameters.filter((parameter) => {
+        return parameter.overwrites === overwrites && !parameter.offloaded;
+      }).map((parameter) => ({
         parameter: parameter.value,
         gradient: parameter.grad,
         ...this.momentsOf(parameter),
@@ -145,11 +183,23 @@ export class AdamW implements Disposable {
     this.#overwritten = updates(true);
     this.#added = updates(false);
     this.#gradients = parameters.map(({ grad }) => grad);
+    this.#prepareOffloaded(parameters);
     this.#updated = parameters;
+  }
+
+  #prepareOffloaded(parameters: readonly Parameter[]): void {
+    const experts = [...new Set(parameters.flatMap(({ offloaded }) => offloaded?.memory ?? []))];
+    this.#offloaded?.[Symbol.dispose]();
+    this.#offloaded = null;
+    if (experts.length === 0) return;
+    this.#streams ??= offloadStreams(experts[0].weights.device);
+    this.#offloaded = new OffloadedUpdates(experts, this.#settings.weightDecay, this.#streams);
   }
 
   /** Frees the moments, but for those that are the parameters' own. */
   [Symbol.dispose](): void {
+    this.#offloaded?.[Symbol.dispose]();
+    this.#offloaded = null;
     this.#moments.forEach(freeMoments);
   }
 }

@@ -3,6 +3,7 @@
 import { type DType, wideDtype } from "../tensor/dtype.ts";
 import type { Device } from "../tensor/device.ts";
 import { empty, type Shape, type Tensor, zeros } from "../tensor/tensor.ts";
+import type { ExpertMemory } from "./expert_memory.ts";
 import { normalKey } from "./init.ts";
 
 /** What AdamW keeps of a parameter between steps; same shape as it. */
@@ -36,6 +37,15 @@ export interface Parameter {
   readonly decay: boolean;
   /** The moments, where they move with the parameter, as an expert's do; those of others are the optimizer's. */
   readonly moments?: Moments;
+  /** Where the moments are instead, if they stay in host memory: elements `start` to `end` of an expert's. */
+  readonly offloaded?: {
+    /** The expert's memory, its moments among it. */
+    readonly memory: ExpertMemory;
+    /** First element. */
+    readonly start: number;
+    /** Element after the last. */
+    readonly end: number;
+  };
 }
 
 /** What {@linkcode createParameter} makes. */

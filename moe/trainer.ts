@@ -25,7 +25,7 @@ import { seatGradients } from "./seats.ts";
 import { OptimizerShards } from "./shards.ts";
 import { plainStep } from "./step.ts";
 import type { TrainingData } from "./training_data.ts";
-import { namedTensor, parameterTensors } from "./weights.ts";
+import { parameterTensors } from "./weights.ts";
 
 /** What {@linkcode Trainer} works with. */
 export interface TrainerOptions {
@@ -52,6 +52,11 @@ export interface TrainerOptions {
    * reduce-scattered and weights all-gathered. Losses are the same, and so are checkpoints. @default {false}
    */
   readonly shardOptimizer?: boolean;
+  /**
+   * How many experts of each layer of a rank have AdamW's moments in host memory instead of the device's, through which they pass at the
+   * update; the same bits. All of them if it is more than there are; alike on all ranks. @default {0}
+   */
+  readonly offloadExperts?: number;
 }
 
 /** What a step has shown, alike on all ranks but for the times, which are this rank's. */
@@ -128,6 +133,7 @@ export class Trainer implements AsyncDisposable {
       clip: 1,
       scheduler: new Fifo(),
       shardOptimizer: false,
+      offloadExperts: 0,
       ...options,
     };
     if (!(Number.isSafeInteger(full.accumulate) && full.accumulate >= 1)) {
@@ -159,7 +165,7 @@ export class Trainer implements AsyncDisposable {
     using undo = new DisposableStack();
     for (const { store } of model.moeLayers) {
       undo.defer(() => store.holdMoments(false));
-      store.holdMoments(true);
+      store.holdMoments(true, { offload: options.offloadExperts });
     }
     this.#reduced = reduced;
     this.#shards = options.shardOptimizer && world.size > 1
@@ -218,16 +224,30 @@ export class Trainer implements AsyncDisposable {
    * ranks call it together, between steps.
    *
    * @param placement Where experts sit from now on.
-   * @throws {RangeError} If its seats are not valid, or a sharded optimizer would have to be cut otherwise; the trainer makes no more steps then.
+   * @param options `offload`: as `TrainerOptions.offloadExperts`, from now on. @default {{offload: as before}}
+   * @returns Bytes that this rank has sent.
+   * @throws {RangeError} If its seats are not valid: then nothing has changed; or if a sharded optimizer would have to be cut otherwise: then
+   * the trainer makes no more steps.
+   * @throws {OutOfMemoryError} If this rank's memory does not suffice, an Error if it is another's: then nothing has changed.
    */
-  async moveExperts(placement: ExpertPlacement): Promise<void> {
+  async moveExperts(
+    placement: ExpertPlacement,
+    options: { readonly offload?: number } = {},
+  ): Promise<number> {
     this.#checkBetweenSteps();
+    progress();
+    const before_us = recorder.total("allToAll");
+    const bytes = await this.#options.model.moveExperts(placement, options);
     this.#failed = true;
-    await this.#options.model.moveExperts(placement);
     const reduced = await reduction(this.#options, this.#gradients, this.#reduced.scheduler);
     this.#checkShards(reduced);
     this.#reduced = reduced;
     this.#failed = false;
+    // The exchange is none of the next step's.
+    if (bytes > 0) await this.#options.device.stream.synchronize();
+    progress();
+    this.#allToAll_us += recorder.total("allToAll") - before_us;
+    return bytes;
   }
 
   #checkShards(reduced: Reduced): void {
@@ -437,23 +457,19 @@ export class Trainer implements AsyncDisposable {
   #moments(sharded: readonly CheckpointTensor[] | undefined): CheckpointTensor[] {
     const { model } = this.#options;
     const whole = model.parameters.filter(({ group }) => !sharded || group === "replicas");
-    const own = whole.flatMap((parameter) => {
-      const { moment1, moment2, residual } = this.optimizer.momentsOf(parameter);
-      const owner = model.ownerOf(parameter);
-      const tensors = [
-        namedTensor(`${parameter.name}.moment1`, moment1, owner),
-        namedTensor(`${parameter.name}.moment2`, moment2, owner),
-      ];
-      if (residual) tensors.push(namedTensor(`${parameter.name}.residual`, residual, owner));
-      return tensors;
-    });
+    const own = whole.flatMap((parameter) =>
+      this.optimizer.tensorsOf(parameter, model.ownerOf(parameter))
+    );
     return sharded ? [...sharded, ...own] : own;
   }
 
   /** Frees the optimizer's moments and the gradients' communicator. */
   async [Symbol.asyncDispose](): Promise<void> {
     this.optimizer[Symbol.dispose]();
-    for (const layer of this.#options.model.moeLayers) layer.store.holdMoments(false);
+    for (const { store } of this.#options.model.moeLayers) {
+      await store.settle();
+      store.holdMoments(false);
+    }
     this.#sums[Symbol.dispose]();
     this.#gradScale[Symbol.dispose]();
     await this.#gradients[Symbol.asyncDispose]();

@@ -10,6 +10,7 @@ import { empty, fromArray, type Tensor, TensorScope } from "../tensor/tensor.ts"
 import { Block, type BlockSaved, type Recompute } from "./block.ts";
 import type { CheckpointTensor } from "./checkpoint.ts";
 import { type ModelConfig, modelDescription } from "./config.ts";
+import { ExpertStore } from "./expert_store.ts";
 import { FeedForward } from "./feed_forward.ts";
 import type { StepOutline } from "./graph.ts";
 import type { ExpertPlacement } from "./hooks.ts";
@@ -222,11 +223,27 @@ export class Transformer implements Disposable {
    * Seats the experts of all layers as another placement has them, and uses it from now on. All ranks call it together, between steps; `parameters`
    * changes.
    *
+   * All layers' experts go by one exchange; if one rank has no memory for them, all ranks throw, and nothing has moved.
+   *
    * @param placement Where experts sit from now on.
+   * @param options `offload`: how many experts of each layer of a rank, those of the last seats, have their moments in host memory from then on.
+   * @default {{offload: as before}}
+   * @returns Bytes that this rank has sent.
    * @throws {RangeError} If its seats are not valid.
+   * @throws {OutOfMemoryError} If this rank's memory does not suffice; an Error where it is another's.
    */
-  async moveExperts(placement: ExpertPlacement): Promise<void> {
-    for (const layer of this.moeLayers) await layer.moveExperts(placement);
+  async moveExperts(
+    placement: ExpertPlacement,
+    options: { readonly offload?: number } = {},
+  ): Promise<number> {
+    const { experts } = this.config;
+    const moves = this.moeLayers.map(({ layer, store }) => {
+      const context = { layer, experts, ranks: store.seats.length, counts: null };
+      return { store, seats: placement.plan(context).seats, offload: options.offload };
+    });
+    const bytes = await ExpertStore.moveAll(moves);
+    for (const layer of this.moeLayers) layer.placement = placement;
+    return bytes;
   }
 
   /**
