@@ -1,7 +1,7 @@
 // Two schedules of the same training: `fifo` reduces a bucket of gradients as soon as it is full, `lina` one micro-op at a time while no
 // all-to-all runs or is about to. The model learns the same under both, to the last bit. Times differ from machine to machine, and inside one
 // machine links are fast: so the last two lines put the step that was measured on links of 1 Gbit/s, on a virtual clock. All-to-alls are
-// shorter under `lina`, and what is possible is nearer; each small gradient is a reduction of its own there, which costs a latency.
+// shorter under `lina`; but each of the many small gradients of so small a model is a reduction of its own there, which costs a latency.
 //
 //   deno run -A launch.ts -n 2 examples/07_schedule.ts
 //

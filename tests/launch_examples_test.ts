@@ -16,3 +16,15 @@ for (const name of ["01_hello", "02_pi", "03_ring", "04_all_to_all", "05_split",
     assert.equal(result.code, 0);
   });
 }
+
+Deno.test("examples/07_schedule.ts prints what it says, but for times and numbers", async () => {
+  const url = new URL("../examples/07_schedule.ts", import.meta.url);
+  const code = await Deno.readTextFile(url);
+  const words = (lines: readonly string[]) =>
+    lines.map((line) => line.replaceAll(/\d+(\.\d+)?/g, "#"));
+  const expected = [...code.matchAll(/^\/\/ {3}(\[\d+\] .*)$/gm)].map((match) => match[1]);
+  const { stdout, stderr, code: exit } = await launch(["-n", "2", url.href]);
+  assert.equal(stderr, "");
+  assert.equal(exit, 0);
+  assert.deepEqual(words(stdout.trimEnd().split("\n")), words(expected)); // "same bits: true" among them
+});
