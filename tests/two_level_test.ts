@@ -5,8 +5,10 @@ import assert from "node:assert/strict";
 import { buildEmulator } from "./emulator/build.ts";
 import { buildNccl } from "./emulator/nccl.ts";
 import { type RunOptions, runRanks } from "./_ranks.ts";
+import type { TrainArgs, TrainResult } from "./_train_ranks.ts";
 
 const program = new URL("./_two_level_ranks.ts", import.meta.url);
+const trainings = new URL("./_schedule_ranks.ts", import.meta.url);
 const emulator = await buildEmulator();
 const library = emulator && await buildNccl(false);
 if (library === null) {
@@ -139,4 +141,23 @@ Deno.test("two levels: the watchdog names the message that never came", async ()
       /^Cannot complete allToAllV 0 of world\/two-level on rank \d: .*(recv|send) .* within 600 ms/,
     );
   }
+});
+
+Deno.test({
+  name:
+    "two levels: training over NCCL learns the bits of direct all-to-alls, in slices and paced by the device",
+  ignore,
+  fn: async () => {
+    const model = { experts: 4, width: 16, headDim: 8, heads: 2, hidden: 16, layers: 1 };
+    const common: TrainArgs = { steps: 2, batch: 4, sequence: 8, schedule: "lina", model };
+    const args = [{}, { perHost: 2 }].map((more) => ({ ...common, chunks: 2, ...more }));
+    const env = { ...NCCL, LINA_EMULATOR_STREAMS: "asynchronous" };
+    const options = { args, env, timeout_ms: 120_000 };
+    for (const { result } of await runRanks<TrainResult[]>(trainings, 4, options)) {
+      const [direct, levels] = result!;
+      assert.equal(direct.loss.length, 2);
+      assert.deepEqual(levels.loss, direct.loss);
+      assert.deepEqual(levels.gradNorm, direct.gradNorm);
+    }
+  },
 });
