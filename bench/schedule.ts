@@ -136,6 +136,9 @@ function progress(text: string): void {
   console.error(`${seconds} s  ${text}`);
 }
 
+/** Shapes that are left to be measured, for all numbers of ranks. */
+let left = ranksList.length * shapes.length;
+
 let alive: Ranks | null = null;
 for (const signal of ["SIGINT", "SIGTERM"] as const) {
   Deno.addSignalListener(signal, () => alive ? alive.end() : Deno.exit(1)); // what waits for ranks throws
@@ -156,8 +159,13 @@ async function launch(ranks: number, mbit: number): Promise<void> {
       rates: [mbit, ...(box ? otherRates : [])],
     };
     for (const shape of shapes) {
-      if (performance.now() > asked.end_ms) return;
-      for await (const part of measureShape(running, plan, shape)) {
+      const now_ms = performance.now();
+      if (now_ms > asked.end_ms) return;
+      // What is left of the time is shared among what is left to be measured.
+      const share_ms = (asked.end_ms - now_ms) / left--;
+      for await (
+        const part of measureShape(running, { ...plan, end_ms: now_ms + share_ms }, shape)
+      ) {
         results.rows.push(...part.rows.map((row) => ({ ...row, ...about })));
         (results.timelines as object[]).push(...part.timelines);
         (results.slowdowns as object[]).push(...part.slowdowns);
