@@ -10,7 +10,8 @@
 import type { Communicator, Work } from "../collectives/types.ts";
 import type { Activation, Device } from "../tensor/device.ts";
 import { bytesOf, type DType } from "../tensor/dtype.ts";
-import { type Tensor, TensorScope } from "../tensor/tensor.ts";
+import * as ops from "../tensor/ops.ts";
+import { type Tensor, TensorScope, zeros } from "../tensor/tensor.ts";
 import { ExpertMemory, type ExpertMemoryOptions, momentLayout } from "./expert_memory.ts";
 import { StateExchange } from "./expert_moves.ts";
 import { type ExpertLists, type ExpertMatrices, listsOf } from "./experts.ts";
@@ -217,6 +218,7 @@ export class ExpertStore implements Disposable {
     const { comm, device } = moves[0].store.#options;
     const seatings = moves.map(({ store, seats, offload }) => store.#plan(seats, offload));
     using taken = new DisposableStack();
+    using failed = zeros(device, [1], "f64"); // taken before memory may be short
     let failure: unknown = null, exchange: StateExchange | null = null;
     try {
       for (const seating of seatings) seating.takeMemory(taken);
@@ -226,7 +228,7 @@ export class ExpertStore implements Disposable {
       failure = error;
     }
     using exchanges = exchange;
-    await agree(comm, failure);
+    await agree(comm, failure, failed);
     await exchanges!.run();
     for (const seating of seatings) await seating.convert();
     taken.move(); // what was taken is the experts' from here on
@@ -390,16 +392,17 @@ function checkOffload(experts: number): number {
   );
 }
 
-/** All ranks go on, or all throw. */
-async function agree(comm: Communicator, failure: unknown): Promise<void> {
-  const failed = Float64Array.of(failure === null ? 0 : 1);
-  if (comm.size > 1) await comm.allReduce(failed);
+/** All ranks go on, or all throw; `failed` is where they meet, f64 [1]. */
+async function agree(comm: Communicator, failure: unknown, failed: Tensor): Promise<void> {
+  if (comm.size > 1) {
+    ops.fill(failed, failure === null ? 0 : 1);
+    await comm.allReduce(failed).wait(failed.device.stream);
+  }
   if (failure !== null) throw failure;
-  if (failed[0] > 0) {
+  const [count] = await failed.toArray();
+  if (Number(count) > 0) {
     throw new Error(
-      `Cannot move experts as every rank must have memory for those that come: current value is ${
-        failed[0]
-      } without; nothing has moved`,
+      `Cannot move experts as every rank must have memory for those that come: current value is ${count} without; nothing has moved`,
     );
   }
 }
