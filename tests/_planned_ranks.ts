@@ -80,7 +80,7 @@ async function run(comm: Communicator, device: Device, args: PlannedArgs): Promi
     const planned = new Planned({ profile, costs, chunks: args.chunks });
     await trainer.reschedule(planned);
     plan = JSON.stringify([trainer.schedule, [...trainer.schedule.chunks]]);
-    predicted_us = planned.predict(trainer.graph)!.end_us;
+    predicted_us = planned.predict(trainer.graph)!;
   }
   for (let i = 0; i < 4; i++) losses.push((await trainer.step()).loss);
   return { losses, plan, predicted_us };

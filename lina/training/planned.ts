@@ -1,41 +1,48 @@
 // One static interleaving of gradients and all-to-alls, planned from measured times: how long each piece of computation takes (profile.ts) and what
 // the link costs (links.ts) say when the link is idle between two all-to-alls, and gradients are cut to fit there. All ranks plan from the same
 // numbers, so all launch alike: nobody looks at a clock, nothing is polled, and no order of ranks can deadlock. It measures nothing itself.
+//
+// Several plans are made and run on the timeline's virtual clock, and the fastest is taken: gaps filled with small and with large micro-ops, and what
+// the other schedulers would launch, written down. So by its own model it is never slower than those.
 
-import { reducedGradients } from "../../moe/graph.ts";
+import { Fifo } from "../../moe/fifo.ts";
 import type {
   Boundary,
   CollectiveScheduler,
-  GradientNode,
   LaunchState,
-  MicroOp,
-  NodeId,
   Schedule,
   StepGraph,
 } from "../../moe/hooks.ts";
-import { type StepCosts, timeAlone } from "./links.ts";
+import { boundaryKey, QuietStep } from "./filling.ts";
+import { Lina } from "./lina.ts";
+import type { StepCosts } from "./links.ts";
 import { Outside } from "./outside.ts";
-import { PART_ALIGNMENT, partition } from "./partition.ts";
-import { type Timeline, timeline } from "./timeline.ts";
+import { type ProfiledTimes, profiledTimes, type StepProfile } from "./profile.ts";
+import { simulate, type Timeline, timeline } from "./timeline.ts";
 
 /** Options of {@linkcode Planned}. */
 export interface PlannedOptions {
-  /** Times of the step's computation in µs, by node, alike on all ranks; without it, or with one of another step, it acts as `outside`. */
-  readonly profile?: { readonly compute_us: ReadonlyMap<NodeId, number> };
+  /** Times of the step, alike on all ranks; without it, or with one of another step, it acts as `outside`. */
+  readonly profile?: StepProfile;
   /** Costs of the step's collectives, alike on all ranks; without them it acts as `outside`. */
   readonly costs?: StepCosts;
-  /** Part of the time between two all-to-alls that is left free, as times vary: 0 to less than 1. @default {0.05} */
+  /**
+   * Part of the time between two all-to-alls that is left free, as times vary: 0 to less than 1.
+   * @default {twice the profile's jitter, 0.02 at least and 0.2 at most; 0.05 if it has none}
+   */
   readonly margin?: number;
   /** Slices of every layer's all-to-alls, or several such numbers, of which the best by prediction is taken. @default {1} */
   readonly chunks?: number | readonly number[];
-  /** Bytes of a bucket while it acts as `outside`. @default {26_214_400} */
+  /** Bytes of a bucket while it acts as `outside`, and of the buckets that its plans are compared with. @default {26_214_400} */
   readonly bucketBytes?: number;
 }
 
-/** Gradients that take less than this many latencies of a reduction share one, by copies. */
-const SMALL_LATENCIES = 2;
-/** A reduction between all-to-alls takes the link for at least this many latencies, or it waits. */
-const LEAST_LATENCIES = 0.5;
+/** Least link time of what is put between all-to-alls, in latencies of a reduction: the plans that are compared. */
+const LEAST_LATENCIES: readonly number[] = [0.5, 2, 8];
+/** Link times of `lina`'s micro-ops that are compared, in µs: its own size, and others. */
+const MICRO_OPS_US: readonly number[] = [2400, 600, 1200, 4800];
+/** A plan is better than another if it is shorter by more than rounding. */
+const ROUNDING = 1e-9;
 
 /** A schedule with how many micro-ops are launched by which boundary. */
 interface Plan {
@@ -60,7 +67,8 @@ export class Planned implements CollectiveScheduler {
    * @throws {RangeError} If the margin is not in [0, 1), or slices are not whole numbers >= 1.
    */
   constructor(options: PlannedOptions = {}) {
-    const { margin = 0.05, chunks = 1, bucketBytes } = options;
+    const { profile, chunks = 1, bucketBytes } = options;
+    const { margin = marginOf(profile) } = options;
     if (!(margin >= 0 && margin < 1)) {
       throw new RangeError(
         `Cannot plan a step as "margin" must be at least 0 and below 1: current value is ${margin}`,
@@ -84,20 +92,23 @@ export class Planned implements CollectiveScheduler {
    * Plans the step: pure, and alike on all ranks whose options are.
    *
    * @param graph The step.
-   * @returns Micro-ops in the order in which they are launched; all-to-alls come after those before them.
+   * @returns Micro-ops in the order in which they are launched. All-to-alls come after those before them, unless a plan that shares the link is
+   * faster.
    */
   plan(graph: StepGraph): Schedule {
-    const costs = this.#costsOf(graph);
-    if (!costs) {
+    const times = this.#timesOf(graph);
+    if (!times) {
       return { ...this.#outside.plan(graph), chunks: chunksOf(graph, this.#chunks[0]) };
     }
     let best: Plan | null = null, least_us = Infinity;
-    for (const chunks of this.#chunks) {
-      const plan = fill(graph, { ...costs, chunks: chunksOf(graph, chunks), margin: this.#margin });
-      const { end_us } = timeline(graph, following(plan), costs);
-      if (best && end_us >= least_us) continue;
-      best = plan;
-      least_us = end_us;
+    for (const count of this.#chunks) {
+      for (const plan of this.#candidates(graph, times, chunksOf(graph, count))) {
+        const options = { ...times, schedule: plan.schedule, quiet: true };
+        const { end_us } = simulate(graph, following(plan), options);
+        if (best && end_us >= least_us * (1 - ROUNDING)) continue;
+        best = plan;
+        least_us = end_us;
+      }
     }
     this.#launched.set(best!.schedule, best!.launched);
     return best!.schedule;
@@ -118,167 +129,92 @@ export class Planned implements CollectiveScheduler {
   }
 
   /**
-   * What the plan is expected to take.
+   * What the plan is expected to take, from the begin of the pass that reduces to the end of the last reduction.
    *
    * @param graph The step.
-   * @returns The step's course on a virtual clock; null if there is no profile of this step, or no costs.
+   * @returns Time in µs; null if there is no profile of this step, or no costs.
    */
-  predict(graph: StepGraph): Timeline | null {
-    const costs = this.#costsOf(graph);
-    return costs && timeline(graph, this, costs);
+  predict(graph: StepGraph): number | null {
+    return this.course(graph)?.end_us ?? null;
+  }
+
+  /**
+   * The course that the plan is expected to take.
+   *
+   * @param graph The step.
+   * @returns The step on a virtual clock; null if there is no profile of this step, or no costs.
+   */
+  course(graph: StepGraph): Timeline | null {
+    const times = this.#timesOf(graph);
+    return times && timeline(graph, this, times);
   }
 
   /** Durations and costs, where they are known of all of the step. */
-  #costsOf(graph: StepGraph): Times | null {
+  #timesOf(graph: StepGraph): ProfiledTimes | null {
     const { profile, costs } = this.#options;
-    if (!profile || !costs) return null;
-    for (const node of graph.nodes) {
-      if (node.kind === "compute" && !profile.compute_us.has(node.id)) return null;
+    return profile && costs ? profiledTimes(graph, profile, costs) : null;
+  }
+
+  /** Plans to compare; of those that take as long, the first is taken. */
+  *#candidates(
+    graph: StepGraph,
+    times: ProfiledTimes,
+    chunks: ReadonlyMap<number, number>,
+  ): Generator<Plan> {
+    const quiet = new QuietStep(graph, { ...times, chunks });
+    const filled = LEAST_LATENCIES.map((least) => {
+      const { microOps, launched } = quiet.fill({ margin: this.#margin, least });
+      return { schedule: { microOps, chunks, exclusive: true }, launched };
+    });
+    yield* filled;
+    const { bucketBytes } = this.#options;
+    const written = (scheduler: CollectiveScheduler) => writeDown(graph, scheduler, times, chunks);
+    yield written(this.#outside);
+    const rate = times.costs.allToAll(2 ** 20), bytes_per_us = rate.bytes / rate.link_us;
+    const shared: Plan[] = [written(new Fifo({ bucketBytes }))];
+    if (bytes_per_us > 0 && bytes_per_us < Infinity) {
+      for (const micro_us of MICRO_OPS_US) {
+        const microOpBytes = Math.max(64, Math.round(micro_us * bytes_per_us));
+        yield written(new Outside({ bucketBytes: microOpBytes }));
+        const plan = written(new Lina({ microOpBytes }));
+        yield { ...plan, schedule: { ...plan.schedule, exclusive: true } };
+        shared.push(plan);
+      }
     }
-    return { compute_us: ({ id }) => profile.compute_us.get(id)!, costs };
+    for (const plan of filled) {
+      shared.push({ ...plan, schedule: { ...plan.schedule, exclusive: false } });
+    }
+    yield* shared;
   }
 }
 
-interface Times {
-  compute_us(node: { readonly id: NodeId }): number;
-  readonly costs: StepCosts;
+/** A margin that covers what steps were seen to vary by. */
+function marginOf(profile: StepProfile | undefined): number {
+  const jitter = profile?.jitter;
+  return jitter === undefined ? 0.05 : Math.min(0.2, Math.max(0.02, 2 * jitter));
 }
 
-/** Fills the time between all-to-alls with what is ready then; the rest follows the last of them. */
-function fill(
+/** What a scheduler launches in the step as it is known, boundary by boundary. What runs as another ends is launched with that, behind it. */
+function writeDown(
   graph: StepGraph,
-  options: Times & { readonly chunks: ReadonlyMap<number, number>; readonly margin: number },
+  scheduler: CollectiveScheduler,
+  times: ProfiledTimes,
+  chunks: ReadonlyMap<number, number>,
 ): Plan {
-  const { chunks, margin } = options;
-  // The step as it is with nothing to reduce before its end: what is filled in delays no all-to-all.
-  const quiet = { microOps: partition(reducedGradients(graph), Infinity), chunks, exclusive: true };
-  const { boundaries, spans } = timeline(graph, {
-    name: "quiet",
-    plan: () => quiet,
-    launch: ({ kind }, { ready }) => kind === "stepEnds" ? ready : 0,
-  }, options);
-  const ends = spans.filter(({ lane }) => lane === "allToAll").map(({ end_us }) => end_us);
-  const starts = boundaries.filter(({ boundary }) => boundary.kind === "allToAllStarts");
-  const pool = new Pool(graph, options.costs);
-  const microOps: MicroOp[] = [], launched = new Map<string, number>();
-  let started = 0, free_us = 0;
-  for (const { boundary, at_us } of boundaries) {
-    if (boundary.kind === "gradientReady") pool.add(boundary.gradient);
-    if (boundary.kind === "allToAllStarts") started++; // nothing goes before it, as it would wait
-    else {
-      const next_us = starts.at(started)?.at_us ?? Infinity;
-      const until_us = next_us === Infinity ? Infinity : next_us - margin * (next_us - at_us);
-      free_us = Math.max(free_us, at_us, started > 0 ? ends[started - 1] : 0);
-      const last = boundary.kind === "stepEnds";
-      for (;;) {
-        const microOp = pool.take(until_us - free_us, last);
-        if (!microOp) break;
-        microOps.push(microOp);
-        free_us += pool.timeOf(microOp);
-      }
-    }
-    launched.set(keyOf(boundary), microOps.length);
-  }
-  return { schedule: { microOps, chunks, exclusive: true }, launched };
-}
-
-/** Gradients that are ready and not planned: large ones in order, and small ones that share a reduction. */
-class Pool {
-  readonly #graph: StepGraph;
-  readonly #costs: StepCosts;
-  /** Latency of a reduction, and time of the link per byte, by group. */
-  readonly #links = new Map<string, { readonly latency_us: number; readonly byte_us: number }>();
-  readonly #large: { readonly node: GradientNode; start: number }[] = [];
-  /** By group and element size. */
-  readonly #small = new Map<string, GradientNode[]>();
-
-  constructor(graph: StepGraph, costs: StepCosts) {
-    this.#graph = graph;
-    this.#costs = costs;
-  }
-
-  /** Time of a micro-op that has the link for itself. */
-  timeOf({ bytes, parts }: MicroOp): number {
-    const { group } = this.#gradient(parts[0].gradient);
-    return timeAlone(this.#costs.reduction(bytes, group));
-  }
-
-  /** A gradient is ready. */
-  add(id: NodeId): void {
-    const node = this.#gradient(id), { elements, bytes, group } = node;
-    if (elements === 0) return;
-    const { latency_us, byte_us } = this.#link(group);
-    if (bytes * byte_us >= SMALL_LATENCIES * latency_us) {
-      this.#large.push({ node, start: 0 });
-      return;
-    }
-    const kind = `${group} ${bytes / elements}`, alike = this.#small.get(kind);
-    if (alike) alike.push(node);
-    else this.#small.set(kind, [node]);
-  }
-
-  /** The next micro-op that takes so long at most; null if there is none, or it would not pay yet. With `last`, everything pays. */
-  take(most_us: number, last: boolean): MicroOp | null {
-    return this.#takeLarge(most_us, last) ?? this.#takeSmall(most_us, last);
-  }
-
-  #takeLarge(most_us: number, last: boolean): MicroOp | null {
-    const first = this.#large[0];
-    if (!first) return null;
-    const { node, start } = first, elementBytes = node.bytes / node.elements;
-    const left = (node.elements - start) * elementBytes;
-    const most = last ? left : Math.min(left, this.#bytesIn(most_us, node.group));
-    const bytes = most === left ? left : most - most % PART_ALIGNMENT;
-    if (bytes <= 0 || (!last && bytes < left && !this.#pays(bytes, node.group))) return null;
-    const end = start + bytes / elementBytes;
-    if (end === node.elements) this.#large.shift();
-    else first.start = end;
-    return { parts: [{ gradient: node.id, start, end }], bytes };
-  }
-
-  #takeSmall(most_us: number, last: boolean): MicroOp | null {
-    for (const nodes of this.#small.values()) {
-      if (nodes.length === 0) continue;
-      const { group } = nodes[0], most = last ? Infinity : this.#bytesIn(most_us, group);
-      let bytes = 0, count = 0;
-      while (count < nodes.length && bytes + nodes[count].bytes <= most) {
-        bytes += nodes[count++].bytes;
-      }
-      if (count === 0 || (!last && !this.#pays(bytes, group))) continue;
-      const parts = nodes.splice(0, count).map(({ id, elements }) => {
-        return { gradient: id, start: 0, end: elements };
-      });
-      return { parts, bytes };
-    }
-    return null;
-  }
-
-  /** Most bytes that are reduced in some time. */
-  #bytesIn(time_us: number, group: GradientNode["group"]): number {
-    const { latency_us, byte_us } = this.#link(group), left_us = time_us - latency_us;
-    if (left_us < 0) return 0;
-    return byte_us === 0 ? Infinity : Math.floor(left_us / byte_us);
-  }
-
-  /** Whether a reduction of so many bytes saves more than its latency costs. */
-  #pays(bytes: number, group: GradientNode["group"]): boolean {
-    const { latency_us, byte_us } = this.#link(group);
-    return bytes * byte_us >= LEAST_LATENCIES * latency_us;
-  }
-
-  #link(group: GradientNode["group"]): { readonly latency_us: number; readonly byte_us: number } {
-    const known = this.#links.get(group);
-    if (known) return known;
-    const sample = 2 ** 20, { latency_us } = this.#costs.reduction(0, group);
-    const byte_us = this.#costs.reduction(sample, group).link_us / sample;
-    const link = { latency_us, byte_us };
-    this.#links.set(group, link);
-    return link;
-  }
-
-  #gradient(id: NodeId): GradientNode {
-    return this.#graph.nodes[id] as GradientNode;
-  }
+  const schedule = { ...scheduler.plan(graph), chunks }, launched = new Map<string, number>();
+  let key = "", count = 0;
+  simulate(graph, {
+    name: scheduler.name,
+    pace: scheduler.pace,
+    plan: () => schedule,
+    launch: (boundary, state) => {
+      if (boundary.kind !== "microOpEnds") key = boundaryKey(boundary);
+      const now = scheduler.launch(boundary, state);
+      launched.set(key, count += now);
+      return now;
+    },
+  }, { ...times, schedule, endsTold: "at once", quiet: true });
+  return { schedule, launched };
 }
 
 /** A scheduler that follows a plan. */
@@ -298,22 +234,7 @@ function dueAt(
   boundary: Boundary,
   { next, ready }: LaunchState,
 ): number {
-  return Math.max(0, Math.min(ready, (launched.get(keyOf(boundary)) ?? 0) - next));
-}
-
-function keyOf(boundary: Boundary): string {
-  switch (boundary.kind) {
-    case "gradientReady":
-      return `gradient ${boundary.gradient}`;
-    case "allToAllStarts":
-    case "allToAllEnds":
-      return `${boundary.kind} ${boundary.node} ${boundary.chunk}`;
-    case "combineBackwardStarts":
-    case "layerBackwardEnds":
-      return `${boundary.kind} ${boundary.layer}`;
-    default:
-      return boundary.kind;
-  }
+  return Math.max(0, Math.min(ready, (launched.get(boundaryKey(boundary)) ?? 0) - next));
 }
 
 /** The same number of slices for every layer that has all-to-alls. */
