@@ -2,7 +2,7 @@
 // measured step is the schedule's fault. Plain arithmetic on one rank that stands for all; runs no scheduler.
 
 import { groupOf } from "../../moe/graph.ts";
-import type { ComputeNode, NodeId, Schedule, StepGraph } from "../../moe/hooks.ts";
+import type { ComputeNode, GradientNode, NodeId, Schedule, StepGraph } from "../../moe/hooks.ts";
 import { type StepCosts, timeAlone } from "./links.ts";
 
 /** What a step takes, and what its class of schedules allows. */
@@ -12,6 +12,11 @@ export interface BoundOptions {
    * @param node The piece.
    */
   compute_us(node: ComputeNode): number;
+  /**
+   * How long before the end of the computation that it follows a gradient is ready, in µs. @default {0}
+   * @param gradient The gradient.
+   */
+  lead_us?(gradient: GradientNode): number;
   /** Costs of the collectives. */
   readonly costs: StepCosts;
   /**
@@ -119,6 +124,9 @@ export function stepBounds(
       if (node.phase === "backward") inside = true;
     }
     ends[node.id] = start_us + duration_us;
+    if (node.kind === "gradient") {
+      ends[node.id] = Math.max(0, start_us - (options.lead_us?.(node) ?? 0));
+    }
     closed[node.id] = closed_us;
     path_us = Math.max(path_us, ends[node.id]);
   }
