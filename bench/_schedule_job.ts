@@ -8,11 +8,16 @@ import { stepBounds } from "../lina/training/bounds.ts";
 import { type StepCosts, stepCosts } from "../lina/training/links.ts";
 import { computing } from "../lina/training/measures.ts";
 import { measureLinks } from "../lina/training/measure_links.ts";
-import { agreeProfile, readProfile, type StepProfile } from "../lina/training/profile.ts";
+import {
+  agreeProfile,
+  profiledTimes,
+  readProfile,
+  type StepProfile,
+} from "../lina/training/profile.ts";
 import { createScheduler } from "../lina/training/schedulers.ts";
 import { timeline } from "../lina/training/timeline.ts";
 import type { Mark } from "../moe/gradients.ts";
-import type { CollectiveScheduler, ComputeNode } from "../moe/hooks.ts";
+import type { CollectiveScheduler } from "../moe/hooks.ts";
 import { replicatedPlacement, staticPlacement } from "../moe/placement.ts";
 import type { AllToAllPlace } from "../moe/step.ts";
 import { Trainer } from "../moe/trainer.ts";
@@ -204,16 +209,16 @@ export class Job implements AsyncDisposable {
   #describe(scheduler: CollectiveScheduler, policy: Policy, training: Training): PlanReply {
     const { trainer } = training, { schedule, graph } = trainer;
     const profile = training.profiles.get(policy.experts), costs = this.#costs(policy.experts);
-    const compute_us = (node: ComputeNode) => profile!.compute_us.get(node.id) ?? 0;
     const shown = {
       microOps: schedule.microOps.length,
       microOpBytes: schedule.microOps.reduce((most, { bytes }) => Math.max(most, bytes), 0),
       chunks: [...schedule.chunks.values()].reduce((most, count) => Math.max(most, count), 1),
     };
-    if (!profile || !costs) return { ...shown, bounds: null };
+    const times = profile && costs ? profiledTimes(graph, profile, costs) : null;
+    if (!times) return { ...shown, bounds: null };
     const outside = policy.name === "outside";
-    const bounds = stepBounds(graph, schedule, { compute_us, costs, outside });
-    const { end_us } = timeline(graph, scheduler, { compute_us, costs, endsTold: "at once" });
+    const bounds = stepBounds(graph, schedule, { ...times, outside });
+    const { end_us } = timeline(graph, scheduler, { ...times, endsTold: "at once" });
     return { ...shown, bounds: { ...bounds, predicted_us: end_us } };
   }
 
