@@ -33,6 +33,10 @@ export interface TrainArgs {
   readonly replicas?: number;
   /** After every step experts move on: to other ranks, or to more ranks and back. */
   readonly moves?: "turn" | "replicate";
+  /** After a step each expert goes to sit on so many ranks. */
+  readonly packs?: readonly { readonly after: number; readonly replicas: number }[];
+  /** After a step another scheduler takes over. */
+  readonly reschedules?: readonly { readonly after: number; readonly schedule: SchedulerName }[];
   /** Bytes of a bucket of gradients. */
   readonly bucketBytes?: number;
   /** In place of buckets: parts of at most 300 elements, launched while no all-to-all runs, or all at the step's end. */
@@ -175,12 +179,20 @@ export async function train(
   const launched: number[] = [];
   let nodes: string[] = [];
   const { bucketBytes = 4000 } = args;
+  const named = (name: SchedulerName) =>
+    createScheduler(name, {
+      bucketBytes,
+      microOpBytes: args.microOpBytes ?? 1000,
+      ...(name.endsWith("+pipeline") && { chunks: args.chunks }),
+    });
   const whole: CollectiveScheduler = args.policy
     ? parts(args.policy)
     : args.schedule
-    ? createScheduler(args.schedule, { bucketBytes, microOpBytes: args.microOpBytes ?? 1000 })
+    ? named(args.schedule)
     : new Fifo({ bucketBytes });
-  const inner = args.chunks === undefined ? whole : pipelined(whole, args.chunks);
+  const inner = args.chunks === undefined || args.schedule?.endsWith("+pipeline")
+    ? whole
+    : pipelined(whole, args.chunks);
   const scheduler: CollectiveScheduler = {
     name: "watched",
     pace: inner.pace,
@@ -236,6 +248,12 @@ export async function train(
     if (seatings.length > 1) {
       seating = (seating + 1) % seatings.length;
       for (const layer of model.moeLayers) await layer.store.moveTo(seatings[seating].seats);
+    }
+    for (const { after, replicas } of args.packs ?? []) {
+      if (after === row.step) await trainer.moveExperts(replicatedPlacement(replicas));
+    }
+    for (const { after, schedule } of args.reschedules ?? []) {
+      if (after === row.step) await trainer.reschedule(named(schedule));
     }
     if (args.saveAt === row.step) await trainer.save(args.directory!, { state: { mark: 1 } });
   }

@@ -84,6 +84,7 @@ test("every kernel of the contract is there", (cuda) => {
     placeRows: true,
     spreadRows: true,
     majorOrders: true,
+    countSlices: true,
   };
   for (const name of Object.keys(routing)) assert.ok(Object.hasOwn(cuda.routing, name), name);
 });
