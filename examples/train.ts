@@ -102,6 +102,7 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
     accumulate: number("accumulate"),
     clip: number("clip"),
     shardOptimizer: has("shard-optimizer"),
+    offloadExperts: options.offload === "auto" ? 0 : options.offload,
     scheduler: options.scheduler,
   });
   const keeps = has("resume") || await continues(world, directory);
@@ -136,6 +137,7 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
       policy,
       packing: packing === "auto" ? packing : undefined,
       leastRanks: number("expert-ranks"),
+      offloadExperts: options.offload === "auto" ? options.offload : undefined,
       log: (line) => world.rank === 0 && progress.message(line),
     })
     : null;

@@ -288,6 +288,11 @@ Deno.test("train.ts: bad input ends with an error that names it", async () => {
         ["--device", "cpu", "--dtype", "bf16"],
         /dtype must be f32 or f64 on .*current value is bf16/,
       ],
+      [["--all-to-all", "best"], /--all-to-all must be direct, two-level or auto: .* best/],
+      [["--pack", "0"], /--pack must be auto or a whole number >= 1: current value is 0/],
+      [["--pack", "2", "--replicas", "2"], /--replicas must be left out where --pack is given/],
+      [["--offload-experts", "auto"], /must be a whole number >= 0, or auto beside --pack auto/],
+      [["--chunks", "2"], /--chunks must go with --schedule lina\+pipeline or planned/],
       [["--schedule", "best"], /--schedule must be fifo, .* or [a-z+]+: current value is best/],
       [["--micro-op-mb", "3"], /--micro-op-mb must go with --schedule lina: .* is fifo/],
       [

@@ -101,6 +101,12 @@ const FLAGS: readonly Flag[] = [
     "ranks that --pack auto leaves at least in a group that holds all experts",
   ],
   [
+    "offload-experts",
+    "K",
+    "0",
+    "experts of a layer and rank whose AdamW moments lie in the host's memory; auto: as many as --pack auto needs",
+  ],
+  [
     "all-to-all",
     "NAME",
     "direct",
@@ -216,6 +222,8 @@ export interface TrainOptions {
   readonly schedule: { readonly name: SchedulerName } & SchedulerOptions;
   /** Times as many experts on each rank as without packing; `auto` measures. */
   readonly packing: number | "auto";
+  /** Experts of a layer and rank whose moments lie in the host's memory; `auto`, as many as packing needs. */
+  readonly offload: number | "auto";
   /** How tokens go to other ranks. */
   readonly exchange: typeof EXCHANGES[number];
   /** A flag's text, if it was given or has a default. */
@@ -315,6 +323,7 @@ export function parseTrainOptions(args: readonly string[]): TrainOptions {
     optional,
   );
   const packing = packingOf(text("pack")!, number("replicas"));
+  const offload = offloadOf(text("offload-experts")!, packing);
   const exchange = oneOf("all-to-all", text("all-to-all"), EXCHANGES)!;
   if (given.demo && given.run === undefined) given.overwrite = true;
   return {
@@ -324,6 +333,7 @@ export function parseTrainOptions(args: readonly string[]): TrainOptions {
     scheduler: createScheduler(schedule.name, schedule),
     schedule,
     packing,
+    offload,
     exchange,
     text,
     number,
@@ -375,6 +385,14 @@ function scheduleOf(
     ...(link_Mbit !== undefined && { linkBytesPerSecond: link_Mbit * 1e6 / 8 }),
     ...(chunks !== undefined && { chunks }),
   };
+}
+
+function offloadOf(offload: string, packing: number | "auto"): number | "auto" {
+  if (offload === "auto" && packing === "auto") return offload;
+  if (/^\d+$/.test(offload)) return Number(offload);
+  throw new TypeError(
+    `Cannot train as --offload-experts must be a whole number >= 0, or auto beside --pack auto: current value is ${offload}`,
+  );
 }
 
 function packingOf(pack: string, replicas: number): TrainOptions["packing"] {
