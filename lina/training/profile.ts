@@ -260,7 +260,7 @@ export function decodeProfile(graph: StepGraph, data: unknown): StepProfile {
     const times = new Map<NodeId, number>();
     for (const pair of Array.isArray(pairs) ? pairs : []) {
       const [id, time] = Array.isArray(pair) ? pair : [];
-      if (graph.nodes[id]?.kind !== kind || !(time >= 0 && time < Infinity)) {
+      if (graph.nodes[id]?.kind !== kind || !isTime(time)) {
         throw new RangeError(
           `Cannot take a profile as it must have times of ${kind} nodes of the step: current value is ${
             JSON.stringify(pair)
@@ -278,7 +278,7 @@ export function decodeProfile(graph: StepGraph, data: unknown): StepProfile {
       `Cannot take a profile as it must have all compute nodes of the step: current value lacks node ${missing.id}`,
     );
   }
-  if (jitter !== undefined && !(jitter >= 0 && jitter < Infinity)) {
+  if (jitter !== undefined && !isTime(jitter)) {
     throw new RangeError(
       `Cannot take a profile as "jitter" must be at least 0: current value is ${jitter}`,
     );
@@ -289,6 +289,10 @@ export function decodeProfile(graph: StepGraph, data: unknown): StepProfile {
     lead_us: read("gradient", lead_us),
     ...(jitter !== undefined && { jitter }),
   };
+}
+
+function isTime(value: unknown): boolean {
+  return typeof value === "number" && value >= 0 && value < Infinity;
 }
 
 function median(numbers: readonly number[]): number {

@@ -2,7 +2,17 @@ import assert from "node:assert/strict";
 import { buildStepGraph, type GradientOutline } from "../../moe/graph.ts";
 import type { Mark } from "../../moe/gradients.ts";
 import { computing } from "./measures.ts";
-import { agreeProfile, readProfile } from "./profile.ts";
+import type { CollectiveScheduler, StepGraph } from "../../moe/hooks.ts";
+import { stepCosts, timeAlone } from "./links.ts";
+import {
+  agreeProfile,
+  decodeProfile,
+  encodeProfile,
+  profiledTimes,
+  readProfile,
+} from "./profile.ts";
+import { createScheduler } from "./schedulers.ts";
+import { timeline, type TimelineOptions } from "./timeline.ts";
 import { createCommunicator } from "../../collectives/communicator.ts";
 import { openSelf } from "../../collectives/self.ts";
 
@@ -73,6 +83,89 @@ Deno.test("profile: ranks agree on medians of steps", async () => {
   const experts = GRAPH.nodes.find((node) => node.kind === "compute" && node.name === "experts")!;
   assert.equal(compute_us.get(experts.id), 20);
   await assert.rejects(agreeProfile(comm, []), /there must be one: current value is none/);
+});
+
+/** Marks of a step on the virtual clock, as an engine would set them, on a clock of its own. */
+function marksFrom(graph: StepGraph, scheduler: CollectiveScheduler, options: TimelineOptions) {
+  const { boundaries } = timeline(graph, scheduler, options);
+  const at = (boundary: Mark["boundary"], at_us: number): Mark => {
+    return { boundary, event: { done: () => true, time: () => 5000 + at_us } };
+  };
+  return [
+    at({ kind: "passBegins" }, 0),
+    ...boundaries.filter(({ boundary }) => boundary.kind !== "stepEnds")
+      .map(({ boundary, at_us }) => at(boundary, at_us)),
+    at({ kind: "passEnds" }, boundaries.at(-1)!.at_us),
+  ];
+}
+
+Deno.test("profile: a simulated step gives its own times back, whatever reduced its gradients", () => {
+  const costs = stepCosts({ alpha_us: 20, bytes_per_us: 0.1 }, { ranks: 4 });
+  const options: TimelineOptions = {
+    compute_us: ({ id }) => 100 + 7 * id,
+    lead_us: ({ id }) => id % 3 * 10,
+    costs,
+  };
+  for (const name of ["fifo", "outside", "lina"] as const) {
+    const profile = readProfile(GRAPH, marksFrom(GRAPH, createScheduler(name), options));
+    for (const node of GRAPH.nodes) {
+      if (node.kind === "allToAll") {
+        assert.ok(
+          Math.abs(profile.allToAll_us!.get(node.id)! - timeAlone(costs.allToAll(100))) < 1e-6,
+        );
+      } else if (node.kind === "compute" && node.phase === "backward" && node.layer >= 0) {
+        // Nothing marks the end of what follows the last gradient of the first layer.
+        if (node.layer === 0 && node.name === "attention") continue;
+        assert.ok(Math.abs(profile.compute_us.get(node.id)! - options.compute_us(node)) < 1e-6);
+      } else if (node.kind === "gradient" && /gate|qkv1/.test(node.name)) {
+        assert.ok(
+          Math.abs(profile.lead_us!.get(node.id)! - options.lead_us!(node)) < 1e-6,
+          node.name,
+        );
+      }
+    }
+    // And the model of what was read takes as long as the step did, under any scheduler.
+    const known = profiledTimes(GRAPH, profile, costs)!;
+    for (const other of ["fifo", "outside", "lina"] as const) {
+      const end_us = timeline(GRAPH, createScheduler(other), known).end_us;
+      const want_us = timeline(GRAPH, createScheduler(other), options).end_us;
+      assert.ok(Math.abs(end_us / want_us - 1) < 0.01, `${name}, ${other}: ${end_us}, ${want_us}`);
+    }
+  }
+});
+
+Deno.test("profile: an all-to-all that takes longer than the balanced one does so in slices, too", () => {
+  const costs = stepCosts({ alpha_us: 20, bytes_per_us: 1 }, { ranks: 2 });
+  const profile = readProfile(GRAPH, marksOf(() => 10));
+  const node = GRAPH.nodes.find((node) => node.kind === "allToAll")!;
+  const known = profiledTimes(
+    GRAPH,
+    { ...profile, allToAll_us: new Map([[node.id, 170]]) },
+    costs,
+  )!;
+  assert.equal(timeAlone(known.costs.allToAll(100, node)), 170);
+  assert.equal(timeAlone(known.costs.allToAll(50, node)), 20 + 75);
+  assert.equal(timeAlone(known.costs.allToAll(100)), 120);
+  assert.equal(profiledTimes(GRAPH, { compute_us: new Map() }, costs), null);
+});
+
+Deno.test("profile: plain data and back", () => {
+  const profile = { ...readProfile(GRAPH, marksOf((id) => id)), jitter: 0.03 };
+  const data = JSON.parse(JSON.stringify(encodeProfile(profile)));
+  assert.deepEqual(decodeProfile(GRAPH, data), profile);
+  assert.throws(() => decodeProfile(GRAPH, null), /lacks node 0/);
+  const [first, ...rest] = data.compute_us;
+  assert.throws(() => decodeProfile(GRAPH, { ...data, compute_us: rest }), /lacks node 0/);
+  for (const wrong of [[first[0], -1], [first[0], "1"], [9999, 1], "x"]) {
+    assert.throws(
+      () => decodeProfile(GRAPH, { ...data, compute_us: [wrong, ...rest] }),
+      /must have times of compute nodes of the step: current value is /,
+    );
+  }
+  assert.throws(
+    () => decodeProfile(GRAPH, { ...data, jitter: NaN }),
+    /"jitter" must be at least 0/,
+  );
 });
 
 Deno.test("measures: the compute stream works but for its waits", () => {

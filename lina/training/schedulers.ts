@@ -39,7 +39,7 @@ export interface SchedulerOptions extends FifoOptions, LinaOptions {
   readonly costs?: PlannedOptions["costs"];
   /** Part of the time between two all-to-alls that `planned` leaves free. @default {0.05} */
   readonly margin?: number;
-  /** Slices of every all-to-all of `+pipeline`. @default {2} */
+  /** Slices of every all-to-all of `+pipeline`. @default {2; `planned+pipeline` takes 1 where that is faster by its prediction} */
   readonly chunks?: number;
 }
 
@@ -85,7 +85,7 @@ export function createScheduler(
     case "planned":
       return new Planned({ ...options, chunks: 1 });
     case "planned+pipeline":
-      return new Planned({ ...options, chunks: options.chunks ?? CHUNKS });
+      return new Planned({ ...options, chunks: options.chunks ?? [CHUNKS, 1] });
     default:
       throw new RangeError(
         `Cannot schedule gradients as the name must be one of ${
