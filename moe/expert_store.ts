@@ -11,6 +11,7 @@ import type { Communicator, Work } from "../collectives/types.ts";
 import type { Activation, Device } from "../tensor/device.ts";
 import { bytesOf, type DType } from "../tensor/dtype.ts";
 import * as ops from "../tensor/ops.ts";
+import { OutOfMemoryError } from "../tensor/memory_error.ts";
 import { type Tensor, TensorScope, zeros } from "../tensor/tensor.ts";
 import { ExpertMemory, type ExpertMemoryOptions, momentLayout } from "./expert_memory.ts";
 import { StateExchange } from "./expert_moves.ts";
@@ -204,7 +205,7 @@ export class ExpertStore implements Disposable {
    * @param options `staging_bytes`: size of each of the exchange's two buffers. @default {{staging_bytes: 32 MiB}}
    * @returns Bytes that this rank has sent.
    * @throws {RangeError} If seats are not valid.
-   * @throws {OutOfMemoryError} If the memory of this rank does not suffice; an Error where it is another's.
+   * @throws {OutOfMemoryError} On all ranks, if the memory of one does not suffice.
    */
   static async moveAll(
     moves: readonly {
@@ -401,7 +402,7 @@ async function agree(comm: Communicator, failure: unknown, failed: Tensor): Prom
   if (failure !== null) throw failure;
   const [count] = await failed.toArray();
   if (Number(count) > 0) {
-    throw new Error(
+    throw new OutOfMemoryError(
       `Cannot move experts as every rank must have memory for those that come: current value is ${count} without; nothing has moved`,
     );
   }

@@ -228,7 +228,7 @@ export class Trainer implements AsyncDisposable {
    * @returns Bytes that this rank has sent.
    * @throws {RangeError} If its seats are not valid: then nothing has changed; or if a sharded optimizer would have to be cut otherwise: then
    * the trainer makes no more steps.
-   * @throws {OutOfMemoryError} If this rank's memory does not suffice, an Error if it is another's: then nothing has changed.
+   * @throws {OutOfMemoryError} On all ranks, if the memory of one does not suffice: then nothing has changed.
    */
   async moveExperts(
     placement: ExpertPlacement,

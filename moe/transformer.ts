@@ -230,7 +230,7 @@ export class Transformer implements Disposable {
    * @default {{offload: as before}}
    * @returns Bytes that this rank has sent.
    * @throws {RangeError} If its seats are not valid.
-   * @throws {OutOfMemoryError} If this rank's memory does not suffice; an Error where it is another's.
+   * @throws {OutOfMemoryError} On all ranks, if the memory of one does not suffice.
    */
   async moveExperts(
     placement: ExpertPlacement,

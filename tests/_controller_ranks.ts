@@ -19,6 +19,9 @@ export interface ControllerArgs {
   readonly shardOptimizer?: boolean;
   /** Ranks that hold all experts between them, at least. */
   readonly leastRanks?: number;
+  readonly offloadExperts?: number | "auto";
+  /** What the device says is free. */
+  readonly free_bytes?: number;
   /** Trains without a controller. */
   readonly alone?: boolean;
 }
@@ -29,6 +32,8 @@ export interface ControllerResult {
   /** Experts of this rank after each step. */
   readonly packed: readonly number[];
   readonly log: readonly string[];
+  readonly decisions: readonly object[];
+  readonly offloaded: number;
   readonly chunks: number;
   readonly microOps: number;
 }
@@ -54,6 +59,9 @@ await rankMain(async ({ comm, args: given, device: found }) => {
     scheduler: createScheduler(policy, options),
     shardOptimizer: args.shardOptimizer,
   });
+  const { free_bytes } = args, { memory } = device;
+  if (free_bytes !== undefined) device.memory = () => ({ ...memory.call(device), free_bytes });
+  const decisions: object[] = [];
   const log: string[] = [], loss: number[] = [], packed: number[] = [];
   const controller = args.alone ? null : await TrainingController.create({
     ...options,
@@ -64,7 +72,11 @@ await rankMain(async ({ comm, args: given, device: found }) => {
     packing: args.packing,
     leastRanks: args.leastRanks,
     from: 3,
-    log: (line) => log.push(line),
+    offloadExperts: args.offloadExperts,
+    log(line, decision) {
+      log.push(line);
+      decisions.push(decision);
+    },
   });
   for (let step = 0; step < steps; step++) {
     const row = await trainer.step();
@@ -72,6 +84,14 @@ await rankMain(async ({ comm, args: given, device: found }) => {
     await controller?.afterStep(row);
     packed.push(model.moeLayers[0].store.seats[comm.rank].length);
   }
-  const { chunks } = controller?.state ?? { chunks: 1 };
-  return { loss, packed, log, chunks, microOps: trainer.schedule.microOps.length };
+  const { chunks, offloaded } = controller?.state ?? { chunks: 1, offloaded: 0 };
+  return {
+    loss,
+    packed,
+    log,
+    decisions,
+    offloaded,
+    chunks,
+    microOps: trainer.schedule.microOps.length,
+  };
 });

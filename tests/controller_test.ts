@@ -44,6 +44,23 @@ Deno.test("controller: packs experts of a running training, in steps of two, and
   assert.ok(fixed[0].packed.every((count) => count === 2));
 });
 
+Deno.test("controller: experts that do not fit have their moments in host memory; what fits nowhere stays", async () => {
+  const common = { policy: "lina", steps: 8 } as const;
+  const [alone] = await train({ ...common, alone: true });
+  // An expert's weights and gradient take 6144 bytes, its moments as many; 18,432 more must be had with two in host memory.
+  for (const [free_bytes, offloaded] of [[1e6, 0], [21_000, 2]] as const) {
+    const results = await train({ ...common, packing: 2, offloadExperts: "auto", free_bytes });
+    assertAlike(results, alone);
+    assert.deepEqual(results.map((result) => result.offloaded), Array(4).fill(offloaded));
+  }
+  const fixed = await train({ ...common, offloadExperts: 1 });
+  assertAlike(fixed, alone);
+  assert.equal(fixed[0].offloaded, 1);
+  const full = await train({ ...common, packing: "auto", leastRanks: 1, free_bytes: 100 });
+  assertAlike(full, alone);
+  assert.ok(full[0].packed.every((count) => count === 1));
+});
+
 Deno.test("controller: plans a running training, and learns the same", async () => {
   const [alone] = await train({ policy: "outside", steps: 9, alone: true });
   for (const policy of ["planned", "planned+pipeline"] as const) {

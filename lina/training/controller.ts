@@ -9,10 +9,11 @@ import { replicatedPlacement } from "../../moe/placement.ts";
 import { regularReplicas } from "../../moe/plan.ts";
 import type { Trainer } from "../../moe/trainer.ts";
 import type { Device } from "../../tensor/device.ts";
+import { OutOfMemoryError } from "../../tensor/memory_error.ts";
 import { now } from "../../trace/mod.ts";
 import { stepCosts } from "./links.ts";
 import { type MeasuredLinks, measureLinks } from "./measure_links.ts";
-import { type ChunkTimes, chunkTimes, median, Packing } from "./packing.ts";
+import { type ChunkTimes, chunkTimes, median, packedBytes, Packing } from "./packing.ts";
 import { agreeProfile, readProfile, type StepProfile } from "./profile.ts";
 import { createScheduler, type SchedulerName, type SchedulerOptions } from "./schedulers.ts";
 import { timesOf } from "./measures.ts";
@@ -31,13 +32,29 @@ export interface TrainingControllerOptions extends SchedulerOptions {
   readonly packing?: number | "auto";
   /** Ranks that hold all experts between them, at least, for packing `auto`. @default {2} */
   readonly leastRanks?: number;
+  /**
+   * How many experts of each layer of a rank have AdamW's moments in host memory; `auto`: as few as let packed experts fit, none if all do.
+   * @default {as the trainer has it}
+   */
+  readonly offloadExperts?: number | "auto";
   /** Steps before anything is measured: routers settle meanwhile. @default {10} */
   readonly from?: number;
   /**
    * Told what has been decided, on every rank.
    * @param line For readers.
+   * @param decision The same as plain data, for a line of JSON.
    */
-  readonly log?: (line: string) => void;
+  readonly log?: (line: string, decision: Decision) => void;
+}
+
+/** What has been decided after a step: what for, and the numbers behind it. */
+export interface Decision {
+  /** Steps that the controller has seen. */
+  readonly step: number;
+  /** What was decided. */
+  readonly decision: "pack" | "no room" | "plan" | "plan anew";
+  /** Times in ms or µs, by their names, and what is in force from now on. */
+  readonly [name: string]: string | number;
 }
 
 /** What is in force, for tables. */
@@ -46,6 +63,8 @@ export interface ControllerState {
   readonly policy: string;
   /** Experts that this rank holds, of each layer. */
   readonly experts_per_device: number;
+  /** Experts of this rank, of each layer, whose moments are in host memory. */
+  readonly offloaded: number;
   /** Most slices of a layer's tokens. */
   readonly chunks: number;
   /** Largest micro-op. */
@@ -84,6 +103,7 @@ export class TrainingController {
   #replanned = false;
   #links: MeasuredLinks | null = null;
   #plan_ms: number | undefined;
+  #host_us = 0;
 
   /**
    * Takes control: replaces the scheduler and, with a number, seats the experts. All ranks call it together, between steps.
@@ -95,9 +115,12 @@ export class TrainingController {
   static async create(options: TrainingControllerOptions): Promise<TrainingController> {
     const controller = new TrainingController(options);
     await options.trainer.reschedule(createScheduler(options.policy, options));
-    const { packing } = options;
-    if (typeof packing === "number" && packing !== controller.#replicas) {
-      await options.trainer.moveExperts(replicatedPlacement(packing));
+    const { packing, offloadExperts } = options;
+    const replicas = typeof packing === "number" ? packing : controller.#replicas;
+    const moves = replicas !== controller.#replicas || typeof offloadExperts === "number";
+    if (moves && options.trainer.model.moeLayers.length > 0) {
+      const offload = await controller.#room(replicas);
+      await options.trainer.moveExperts(replicatedPlacement(replicas), { offload: offload ?? 0 });
     }
     return controller;
   }
@@ -124,6 +147,7 @@ export class TrainingController {
     return {
       policy,
       experts_per_device: layer?.store.seats[world.rank].length ?? 0,
+      offloaded: layer?.store.offloaded ?? 0,
       chunks: Math.max(1, ...schedule.chunks.values()),
       micro_op_bytes: Math.max(0, ...schedule.microOps.map(({ bytes }) => bytes)),
       ...(this.#plan_ms !== undefined && { plan_ms: this.#plan_ms }),
@@ -136,6 +160,17 @@ export class TrainingController {
    * @param row What the step has shown.
    */
   async afterStep(row: { readonly step_ms: number }): Promise<void> {
+    const start = now();
+    await this.#after(row);
+    this.#host_us += now() - start;
+  }
+
+  /** Time of the host in ms that this controller has taken so far, moves of experts and the wait for other ranks included. */
+  get host_ms(): number {
+    return this.#host_us / 1000;
+  }
+
+  async #after(row: { readonly step_ms: number }): Promise<void> {
     const { from = 10, policy, trainer } = this.#options;
     this.#steps++;
     this.#times.push(row.step_ms);
@@ -174,7 +209,11 @@ export class TrainingController {
     if (!plans) return;
     const expected_ms = this.#expected_ms ??= step_ms;
     if (Math.abs(step_ms - expected_ms) <= DRIFT * expected_ms) return;
-    this.#log(`steps take ${step_ms.toFixed(1)} ms, not ${expected_ms.toFixed(1)}: planned anew`);
+    this.#log(
+      `steps take ${step_ms.toFixed(1)} ms, not ${expected_ms.toFixed(1)}: planned anew`,
+      "plan anew",
+      { step_ms, expected_ms },
+    );
     this.#wanted = PROFILED;
     this.#expected_ms = null;
     this.#replanned = true;
@@ -206,35 +245,64 @@ export class TrainingController {
     const why = `a chunk's all-to-all takes ${allToAll_us.toFixed(0)} us, its experts ${
       experts_us.toFixed(0)
     } us`;
-    if (replicas > packing.replicas && !await this.#hasRoom(replicas / packing.replicas)) {
+    const numbers = { all_to_all_us: allToAll_us, experts_us };
+    const offload = await this.#room(replicas);
+    if (offload === null) {
       packing.refuse(replicas);
-      this.#log(`${why}: no memory for more experts on a device`);
+      this.#log(`${why}: no memory for more experts on a device`, "no room", numbers);
       return false;
     }
+    const start = now();
     // A plan is for the step as it was.
     await trainer.reschedule(createScheduler(policy, this.#options));
-    await trainer.moveExperts(replicatedPlacement(replicas));
+    let sent_bytes: number;
+    try {
+      sent_bytes = await trainer.moveExperts(replicatedPlacement(replicas), { offload });
+    } catch (error) {
+      if (!(error instanceof OutOfMemoryError)) throw error;
+      packing.refuse(replicas); // all ranks have it, and nothing has moved
+      this.#log(`${why}: no memory for more experts on a device`, "no room", numbers);
+      return true;
+    }
     packing.replicas = replicas;
     this.#expected_ms = null;
-    this.#log(`${why}: ${packing.expertsPerDevice} experts per device from now on`);
+    const { expertsPerDevice } = packing, move_ms = (now() - start) / 1000;
+    this.#log(
+      `${why}: ${expertsPerDevice} experts per device from now on${
+        offload > 0 ? `, moments of ${offload} in host memory` : ""
+      }`,
+      "pack",
+      { ...numbers, experts_per_device: expertsPerDevice, offloaded: offload, move_ms, sent_bytes },
+    );
     return true;
   }
 
-  /** Whether every rank has memory for so many times as many experts. */
-  async #hasRoom(times: number): Promise<boolean> {
-    const { trainer: { model }, world, device } = this.#options;
-    let bytes = 0;
-    for (const { store } of model.moeLayers) {
-      for (const { value, grad, moments } of store.parameters) {
-        const { moment1, moment2, residual } = moments ?? {};
-        bytes += value.bytes + grad.bytes + (moment1?.bytes ?? 0) + (moment2?.bytes ?? 0) +
-          (residual?.bytes ?? 0);
-      }
+  /**
+   * How many experts of each layer are to have their moments in host memory for so many copies to fit on every rank; null if they do not. All
+   * ranks call it together.
+   */
+  async #room(replicas: number): Promise<number | null> {
+    const { trainer: { model }, world, device, offloadExperts } = this.#options;
+    const [{ store }] = model.moeLayers;
+    const { experts } = model.config;
+    const seats = (copies: number) => Math.ceil(experts * copies / world.size);
+    const before = Math.max(...store.seats.map((held) => held.length));
+    const all = Float64Array.of(device.memory().free_bytes, -store.offloaded);
+    await world.allReduce(all, { op: "min" }); // ranks may hold one expert less
+    const offloaded = -all[1];
+    const fixed = offloadExperts === "auto" ? null : offloadExperts ?? offloaded;
+    const after = seats(replicas), most = fixed ?? after;
+    for (let offload = fixed ?? 0; offload <= most; offload++) {
+      const more_bytes = packedBytes({
+        layers: model.moeLayers.length,
+        expert: store.expertBytes,
+        before: { experts: before, offloaded },
+        after: { experts: after, offloaded: Math.min(offload, after) },
+      });
+      const fits = more_bytes <= 0 || more_bytes <= ROOM * all[0];
+      if (fits || (fixed !== null && after <= before)) return Math.min(offload, after);
     }
-    const fits = (times - 1) * bytes <= ROOM * device.memory().free_bytes;
-    const all = Float64Array.of(fits ? 1 : 0);
-    await world.allReduce(all, { op: "min" });
-    return all[0] === 1;
+    return null;
   }
 
   /** Plans the step's collectives from profiles. */
@@ -266,6 +334,8 @@ export class TrainingController {
     const told = predicted_ms === null ? "" : `, ${predicted_ms.toFixed(1)} ms predicted`;
     this.#log(
       `planned in ${this.#plan_ms.toFixed(1)} ms: the passes took ${pass_ms.toFixed(1)} ms${told}`,
+      "plan",
+      { plan_ms: this.#plan_ms, pass_ms, ...(predicted_ms !== null && { predicted_ms }) },
     );
   }
 
@@ -285,8 +355,12 @@ export class TrainingController {
     return [...all];
   }
 
-  #log(line: string): void {
-    this.#options.log?.(line);
+  #log(
+    line: string,
+    decision: Decision["decision"],
+    numbers: Readonly<Record<string, number>>,
+  ): void {
+    this.#options.log?.(line, { step: this.#steps, decision, ...numbers });
   }
 }
 

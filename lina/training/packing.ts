@@ -101,6 +101,41 @@ export class Packing {
   }
 }
 
+/** Experts of a layer on a device. */
+export interface Held {
+  /** How many. */
+  readonly experts: number;
+  /** How many of them have their moments in host memory. */
+  readonly offloaded: number;
+}
+
+/** Buffers on the device for moments that pass through: those of moe/offload.ts. */
+const BUFFERS = 3;
+
+/**
+ * Memory that a device needs more of for another packing.
+ *
+ * @param change The number of layers; bytes of an expert, as `ExpertStore.expertBytes` has them; and what each layer holds and shall hold.
+ * @returns Bytes; below 0 if less is needed.
+ */
+export function packedBytes(change: {
+  readonly layers: number;
+  readonly expert: {
+    readonly weights: number;
+    readonly gradient: number;
+    readonly moments: number;
+  };
+  readonly before: Held;
+  readonly after: Held;
+}): number {
+  const { layers, expert } = change;
+  const bytes = ({ experts, offloaded }: Held) => {
+    const resident = layers * (experts - offloaded) + Math.min(BUFFERS, layers * offloaded);
+    return layers * experts * (expert.weights + expert.gradient) + resident * expert.moments;
+  };
+  return bytes(change.after) - bytes(change.before);
+}
+
 /**
  * Times of a chunk, from the marks of a step: medians over layers and chunks of the forward half. The all-to-all is that of a layer's first chunk,
  * behind which the device waits at once; where shared experts work meanwhile, it seems to last as long as they do at least.
