@@ -3,7 +3,7 @@ import fc from "fast-check";
 import type { Mark } from "../../moe/gradients.ts";
 import { buildStepGraph } from "../../moe/graph.ts";
 import type { Boundary } from "../../moe/hooks.ts";
-import { chunkTimes, Packing } from "./packing.ts";
+import { chunkTimes, packedBytes, Packing } from "./packing.ts";
 
 /** What a device shows whose experts and links do so much per chunk with one copy of each. */
 function shown(replicas: number, ranks: number, experts_us: number, allToAll_us: number) {
@@ -88,4 +88,42 @@ Deno.test("packing: times of chunks are read from the forward half's marks", () 
   }
   assert.deepEqual(chunkTimes(graph, marks), { allToAll_us: 105.5, experts_us: 35 });
   assert.equal(chunkTimes(graph, marks.slice(0, 2)), null);
+});
+
+Deno.test("packing: memory that is needed more; three experts' moments pass through buffers", () => {
+  const expert = { weights: 2, gradient: 4, moments: 10 };
+  const bytes = (before: [number, number], after: [number, number]) =>
+    packedBytes({
+      layers: 2,
+      expert,
+      before: { experts: before[0], offloaded: before[1] },
+      after: { experts: after[0], offloaded: after[1] },
+    });
+  assert.equal(bytes([1, 0], [2, 0]), 2 * 16);
+  assert.equal(bytes([2, 0], [1, 0]), -2 * 16);
+  assert.equal(bytes([1, 0], [2, 2]), 2 * 6 - 2 * 10 + 3 * 10);
+  assert.equal(bytes([8, 0], [8, 8]), -16 * 10 + 3 * 10);
+  assert.equal(bytes([3, 3], [3, 3]), 0);
+});
+
+Deno.test("packing: times that shake around a load do not move experts to and fro", () => {
+  const input = fc.record({
+    experts_us: fc.integer({ min: 10, max: 1000 }),
+    allToAll_us: fc.integer({ min: 10, max: 1000 }),
+    noise: fc.array(fc.double({ min: 0.96, max: 1.04, noNaN: true }), {
+      minLength: 60,
+      maxLength: 60,
+    }),
+  });
+  fc.assert(fc.property(input, ({ experts_us, allToAll_us, noise }) => {
+    const packing = new Packing({ experts: 8, ranks: 8, leastRanks: 1 });
+    let moves = 0;
+    for (const factor of noise) {
+      const times = shown(packing.replicas, 8, experts_us * factor, allToAll_us);
+      const next = packing.next(times);
+      if (next !== packing.replicas) moves++;
+      packing.replicas = next;
+    }
+    assert.ok(moves <= 3, `${moves} moves`);
+  }));
 });
