@@ -17,6 +17,7 @@ import { boundaryKey, QuietStep } from "./filling.ts";
 import { Lina } from "./lina.ts";
 import type { StepCosts } from "./links.ts";
 import { Outside } from "./outside.ts";
+import { Priority } from "./priority.ts";
 import { type ProfiledTimes, profiledTimes, type StepProfile } from "./profile.ts";
 import { simulate, type Timeline, timeline } from "./timeline.ts";
 
@@ -176,10 +177,12 @@ export class Planned implements CollectiveScheduler {
       for (const micro_us of MICRO_OPS_US) {
         const microOpBytes = Math.max(64, Math.round(micro_us * bytes_per_us));
         yield written(new Outside({ bucketBytes: microOpBytes }));
-        const plan = written(new Lina({ microOpBytes }));
-        yield { ...plan, schedule: { ...plan.schedule, exclusive: true } };
-        shared.push(plan);
+        shared.push(written(new Lina({ microOpBytes })));
       }
+    }
+    shared.push(written(new Priority()));
+    for (const plan of shared) {
+      yield { ...plan, schedule: { ...plan.schedule, exclusive: true } };
     }
     for (const plan of filled) {
       shared.push({ ...plan, schedule: { ...plan.schedule, exclusive: false } });

@@ -9,6 +9,7 @@ import { stepBounds } from "./bounds.ts";
 import { type StepCosts, stepCosts, timeAlone } from "./links.ts";
 import { Outside } from "./outside.ts";
 import { Lina } from "./lina.ts";
+import { Priority } from "./priority.ts";
 import { Planned, type PlannedOptions } from "./planned.ts";
 import { boundaryKey, QuietStep } from "./filling.ts";
 import { timeline, type TimelineOptions } from "./timeline.ts";
@@ -87,14 +88,19 @@ Deno.test("planned: what fills the gaps delays no all-to-all", () => {
   );
 });
 
-Deno.test("planned: never later than outside, fifo and lina, nor before its bound", () => {
+Deno.test("planned: never later than outside, fifo, priority and lina, nor before its bound", () => {
   fc.assert(
     fc.property(randomGraph, randomOptions, fc.constantFrom(1, 2), (graph, options, chunks) => {
       const planned = informed(graph, options, { chunks }), schedule = planned.plan(graph);
       const end_us = planned.predict(graph)!;
       const rate = options.costs.allToAll(1e6);
       const microOpBytes = Math.max(64, Math.round(2400 * rate.bytes / rate.link_us) || 64);
-      const others: CollectiveScheduler[] = [new Outside(), new Fifo(), new Lina({ microOpBytes })];
+      const others: CollectiveScheduler[] = [
+        new Outside(),
+        new Fifo(),
+        new Priority(),
+        new Lina({ microOpBytes }),
+      ];
       for (const other of others) {
         const cut: CollectiveScheduler = {
           name: other.name,

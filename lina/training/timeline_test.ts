@@ -153,6 +153,36 @@ Deno.test("timeline: chunks leave at once, and each returns behind its experts",
   ]);
 });
 
+Deno.test("timeline: a gradient that leads is launched before its computation has ended", () => {
+  const options = { ...LAYER_OPTIONS, compute_us: () => 100, lead_us: () => 30 };
+  const { spans, boundaries } = timeline(LAYER, new Fifo(), options);
+  const head = spans.find(({ name }) => name === "backward head")!;
+  const [reduction] = lane(spans, "gradients");
+  assert.deepEqual([reduction.start_us, head.end_us - head.start_us], [head.end_us - 30, 100]);
+  const ready = boundaries.find(({ boundary }) => boundary.kind === "gradientReady")!;
+  assert.equal(ready.at_us, head.end_us - 30);
+  assert.equal(boundaries.at(-1)!.boundary.kind, "stepEnds");
+  // Never before the computation begins.
+  const early = timeline(LAYER, new Fifo(), { ...options, lead_us: () => 1e6 });
+  assert.equal(lane(early.spans, "gradients")[0].start_us, head.start_us);
+});
+
+Deno.test("timeline: what is told through a pump comes late, and an all-to-all of one's own may have begun by then", () => {
+  const told = (pump_us: number) =>
+    backward("lina", { microOpBytes: 64, pump_us })
+      .filter(([lane]) => lane === "gradients").map(([, start]) => start);
+  assert.deepEqual(told(0)[0], 0);
+  assert.deepEqual(
+    told(0),
+    backward("lina", { microOpBytes: 64, endsTold: "at once" })
+      .filter(([lane]) => lane === "gradients").map(([, start]) => start),
+  );
+  // Told 20 us late of the gradient, of the all-to-all's end and of each micro-op's.
+  assert.deepEqual(told(20).slice(0, 3), [20, 320, 404]);
+  const { end_us } = timeline(LAYER, new Fifo(), { ...LAYER_OPTIONS, pump_us: 1000 });
+  assert.equal(end_us, timeline(LAYER, new Fifo(), LAYER_OPTIONS).end_us, "not with pace program");
+});
+
 Deno.test("timeline: what ends together with a piece of computation has ended at its boundary", () => {
   const graph = buildStepGraph({
     layers: [{ feedForward: [gradient("b", 50)], attention: [] }],
