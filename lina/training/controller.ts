@@ -14,9 +14,10 @@ import { now } from "../../trace/mod.ts";
 import { stepCosts } from "./links.ts";
 import { type MeasuredLinks, measureLinks } from "./measure_links.ts";
 import { type ChunkTimes, chunkTimes, median, packedBytes, Packing } from "./packing.ts";
-import { agreeProfile, readProfile, type StepProfile } from "./profile.ts";
+import { agreeProfile, profiledTimes, readProfile, type StepProfile } from "./profile.ts";
 import { createScheduler, type SchedulerName, type SchedulerOptions } from "./schedulers.ts";
 import { timesOf } from "./measures.ts";
+import { timeline } from "./timeline.ts";
 
 /** What a {@linkcode TrainingController} works with; all but trainer, device and outputs is alike on all ranks. */
 export interface TrainingControllerOptions extends SchedulerOptions {
@@ -91,6 +92,8 @@ export class TrainingController {
   readonly #options: TrainingControllerOptions;
   readonly #packing: Packing | null;
   readonly #samples: Sample[] = [];
+  /** The scheduler in force. */
+  #scheduler: CollectiveScheduler;
   /** Steps to come that are profiled. */
   #wanted = 0;
   #marks: Mark[] | null = null;
@@ -114,7 +117,7 @@ export class TrainingController {
    */
   static async create(options: TrainingControllerOptions): Promise<TrainingController> {
     const controller = new TrainingController(options);
-    await options.trainer.reschedule(createScheduler(options.policy, options));
+    await controller.#reschedule(controller.#scheduler);
     const { packing, offloadExperts } = options;
     const replicas = typeof packing === "number" ? packing : controller.#replicas;
     const moves = replicas !== controller.#replicas || typeof offloadExperts === "number";
@@ -127,6 +130,7 @@ export class TrainingController {
 
   private constructor(options: TrainingControllerOptions) {
     this.#options = options;
+    this.#scheduler = createScheduler(options.policy, options);
     const { trainer: { model }, world, leastRanks } = options;
     const { experts } = model.config;
     const packs = options.packing === "auto" && model.moeLayers.length > 0 && world.size > 1;
@@ -254,7 +258,7 @@ export class TrainingController {
     }
     const start = now();
     // A plan is for the step as it was.
-    await trainer.reschedule(createScheduler(policy, this.#options));
+    await this.#reschedule(createScheduler(policy, this.#options));
     let sent_bytes: number;
     try {
       sent_bytes = await trainer.moveExperts(replicatedPlacement(replicas), { offload });
@@ -305,6 +309,11 @@ export class TrainingController {
     return null;
   }
 
+  async #reschedule(scheduler: CollectiveScheduler): Promise<void> {
+    await this.#options.trainer.reschedule(scheduler);
+    this.#scheduler = scheduler;
+  }
+
   /** Plans the step's collectives from profiles. */
   async #plan(samples: readonly Sample[]): Promise<void> {
     const { trainer, world, device, policy } = this.#options;
@@ -319,7 +328,11 @@ export class TrainingController {
     });
     const known = { ...this.#options, profile, costs };
     const scheduler = createScheduler(policy, known);
-    await trainer.reschedule(scheduler);
+    // What the model makes of the step as it is: what it lacks, the optimizer above all, stays the same.
+    const times = profiledTimes(trainer.graph, profile, costs);
+    const modelled_ms = times &&
+      timeline(trainer.graph, this.#scheduler, { ...times, endsTold: "at once" }).end_us / 1000;
+    await this.#reschedule(scheduler);
     this.#plan_ms = (now() - start) / 1000;
     const [step_ms, pass_ms] = await this.#agree([
       median(this.#times),
@@ -327,9 +340,9 @@ export class TrainingController {
     ]);
     const predicted_ms = predict(scheduler, trainer.graph);
     this.#times = [];
-    // What is not in the graph, the optimizer above all, stays as it is. A prediction that was wrong once is not believed again.
-    const believes = predicted_ms !== null && !this.#replanned;
-    this.#expected_ms = believes ? predicted_ms + step_ms - pass_ms : null;
+    // A prediction that was wrong once is not believed again.
+    const believes = predicted_ms !== null && modelled_ms !== null && !this.#replanned;
+    this.#expected_ms = believes ? predicted_ms + step_ms - modelled_ms : null;
     this.#replanned = false;
     const told = predicted_ms === null ? "" : `, ${predicted_ms.toFixed(1)} ms predicted`;
     this.#log(
