@@ -129,6 +129,15 @@ export type { Routed } from "./moe/router_host.ts";
 export { type AllToAllPlace, plainStep, type Step } from "./moe/step.ts";
 export { normal, type Random, random } from "./moe/init.ts";
 export type { Moments, Parameter } from "./moe/parameter.ts";
+export type {
+  ExpertMemory,
+  ExpertMemoryOptions,
+  ExpertMoments,
+  HostedMoments,
+  MomentKind,
+  MomentLayout,
+  ResidentMoments,
+} from "./moe/expert_memory.ts";
 export type { ExpertStore } from "./moe/expert_store.ts";
 export type { ExpertLists, ExpertMatrices, ExpertsSaved } from "./moe/experts.ts";
 export type { FeedForwardSaved } from "./moe/feed_forward.ts";
@@ -235,6 +244,8 @@ export { Lina, type LinaOptions } from "./lina/training/lina.ts";
 export { Planned, type PlannedOptions } from "./lina/training/planned.ts";
 export {
   type ControllerState,
+  type Decision,
+  type Decision,
   TrainingController,
   type TrainingControllerOptions,
 } from "./lina/training/controller.ts";
@@ -268,6 +279,7 @@ export {
   type TimelineSpan,
 } from "./lina/training/timeline.ts";
 export { agreeProfile, readProfile, type StepProfile } from "./lina/training/profile.ts";
+export type { ExpertMemory } from "./moe/expert_memory.ts";
 export type { Mark } from "./moe/reduction.ts";
 
 // What happened when: spans of this rank, and a file for Perfetto.
