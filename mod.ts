@@ -245,7 +245,6 @@ export { Planned, type PlannedOptions } from "./lina/training/planned.ts";
 export {
   type ControllerState,
   type Decision,
-  type Decision,
   TrainingController,
   type TrainingControllerOptions,
 } from "./lina/training/controller.ts";
@@ -279,7 +278,6 @@ export {
   type TimelineSpan,
 } from "./lina/training/timeline.ts";
 export { agreeProfile, readProfile, type StepProfile } from "./lina/training/profile.ts";
-export type { ExpertMemory } from "./moe/expert_memory.ts";
 export type { Mark } from "./moe/reduction.ts";
 
 // What happened when: spans of this rank, and a file for Perfetto.
