@@ -36,7 +36,8 @@ export interface ProfileData {
 
 /**
  * Reads the marks of one step. Time between two marks belongs to the compute node that the program was at: the last one before what the second mark
- * is about. Nodes between which there is no mark share theirs: the last of them has all of it.
+ * is about. Nodes between which there is no mark share theirs: the last of them has all of it. What is computed again in the backward pass (blocks whose
+ * activations were dropped) belongs to the node of the backward pass that it comes before; its all-to-alls are left out.
  *
  * @param graph The step.
  * @param marks Its marks, in order; the step has ended.
@@ -81,8 +82,16 @@ export function readProfile(graph: StepGraph, marks: readonly Mark[]): StepProfi
   /** When each compute node was last seen to be at work. */
   const ends = new Map<NodeId, number>(), cut = new Set<NodeId>();
   const started = new Map<NodeId, number>();
+  /** Whether the backward pass has begun, and the time of forward passes that were run again in it. */
+  let begun = false, again_us = 0;
   for (let i = 1; i < marks.length; i++) {
-    const { boundary } = marks[i];
+    const { boundary } = marks[i], passed_us = Math.max(0, times[i] - times[i - 1]);
+    begun ||= boundary.kind === "gradientReady" || boundary.kind === "combineBackwardStarts";
+    const exchange = "node" in boundary ? graph.nodes[boundary.node] : undefined;
+    if (begun && exchange?.kind === "allToAll" && exchange.phase === "forward") {
+      if (boundary.kind === "allToAllStarts") again_us += passed_us;
+      continue;
+    }
     if (boundary.kind === "allToAllStarts") {
       if (boundary.chunk > 0) cut.add(boundary.node);
       else if (!started.has(boundary.node)) started.set(boundary.node, times[i]);
@@ -102,7 +111,8 @@ export function readProfile(graph: StepGraph, marks: readonly Mark[]): StepProfi
         }`,
       );
     }
-    compute_us.set(node!, known + Math.max(0, times[i] - times[i - 1]));
+    compute_us.set(node!, known + passed_us + again_us);
+    again_us = 0;
     ends.set(node!, times[i]);
   }
   for (const node of graph.nodes) {

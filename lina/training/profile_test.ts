@@ -149,6 +149,42 @@ Deno.test("profile: an all-to-all that takes longer than the balanced one does s
   assert.equal(profiledTimes(GRAPH, { compute_us: new Map() }, costs), null);
 });
 
+Deno.test("profile: what is computed again belongs to the backward pass", () => {
+  const marks = marksOf(() => 10), plain = readProfile(GRAPH, marks);
+  const at = marks.findIndex(({ boundary }) =>
+    boundary.kind === "combineBackwardStarts" && boundary.layer === 0
+  );
+  const before = marks[at].event.time();
+  // Layer 0 runs again before its combine's backward: 3 us, an all-to-all of 50 us, and 4 us more.
+  const forward = GRAPH.nodes.find((node) => node.kind === "allToAll")!.id;
+  const late = (mark: Mark, by: number): Mark => {
+    const time = mark.event.time() + by;
+    return { ...mark, event: { done: () => true, time: () => time } };
+  };
+  const again = (kind: "allToAllStarts" | "allToAllEnds", time: number): Mark => {
+    return {
+      boundary: { kind, node: forward, chunk: 0 },
+      event: { done: () => true, time: () => before + time },
+    };
+  };
+  const repeated = readProfile(GRAPH, [
+    ...marks.slice(0, at),
+    again("allToAllStarts", 3),
+    again("allToAllEnds", 53),
+    ...marks.slice(at).map((mark) => late(mark, 57)),
+  ]);
+  const attention =
+    GRAPH.nodes.find((node) =>
+      node.kind === "compute" && node.phase === "backward" && node.layer === 1 &&
+      node.name === "attention"
+    )!.id;
+  assert.equal(repeated.compute_us.get(attention), plain.compute_us.get(attention)! + 7);
+  assert.deepEqual(repeated.allToAll_us, plain.allToAll_us);
+  for (const [id, time] of plain.compute_us) {
+    if (id !== attention) assert.equal(repeated.compute_us.get(id), time);
+  }
+});
+
 Deno.test("profile: plain data and back", () => {
   const profile = { ...readProfile(GRAPH, marksOf((id) => id)), jitter: 0.03 };
   const data = JSON.parse(JSON.stringify(encodeProfile(profile)));
