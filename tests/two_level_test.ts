@@ -135,6 +135,16 @@ Deno.test("two levels: in debug mode a rank whose counts differ is named", async
 
 Deno.test("two levels: the watchdog names the message that never came", async () => {
   const results = await run<string>("hang", 4, 2, { env: { LINA_TIMEOUT_MS: "600" } });
+  const messages = results.slice(0, 3).map(({ result }) => result!);
+  for (const message of messages) {
+    // One whose time is over leaves; a slower one may see that first.
+    assert.match(
+      message,
+      /^Cannot complete allToAllV 0 of world\/two-level on rank \d: .*(within 600 ms|take part)/,
+    );
+  }
+  assert(messages.some((message) => /(recv|send) .* within 600 ms/.test(message)));
+});
   for (const { result } of results.slice(0, 3)) {
     assert.match(
       result!,
