@@ -185,8 +185,12 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
       }
       const peak_bytes = gpu ? row.peak_bytes : undefined;
       await controller?.afterStep(row);
-      const schedule = policy === "fifo" ? undefined : policy;
-      progress.update({ ...row, schedule, peak_bytes, total: budget.steps });
+      progress.update({
+        ...row,
+        schedule: scheduleShown(row, options),
+        peak_bytes,
+        total: budget.steps,
+      });
     },
   });
   const val_loss = data.validation.length > 0 ? await trainer.validate() : NaN;
@@ -222,6 +226,14 @@ async function main(options: TrainOptions, begun: () => void): Promise<void> {
       console.log(`\nreplayed routing: loss ${given.toFixed(6)}, of its own ${own.toFixed(6)}`);
     }
   }
+}
+
+/** How a step's collectives were scheduled, for the progress line; nothing where all is plain. */
+function scheduleShown({ schedule }: MetricsRow, { packing }: TrainOptions): string | undefined {
+  if (!schedule || (schedule.policy === "fifo" && packing === 1)) return undefined;
+  const slices = Number(schedule.chunks) > 1 ? ` ${schedule.chunks} slices` : "";
+  const held = packing === 1 ? "" : `, ${schedule.experts_per_device} experts a rank`;
+  return `${schedule.policy}${slices}${held}`;
 }
 
 /** Device times for the trace, on a GPU. */

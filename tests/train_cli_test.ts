@@ -292,6 +292,13 @@ Deno.test("train.ts: bad input ends with an error that names it", async () => {
       [["--pack", "0"], /--pack must be auto or a whole number >= 1: current value is 0/],
       [["--pack", "2", "--replicas", "2"], /--replicas must be left out where --pack is given/],
       [["--offload-experts", "auto"], /must be a whole number >= 0, or auto beside --pack auto/],
+      [["--pack", "3"], /--pack must divide the number of ranks, which is 4: .* is 3/, 4],
+      [["--schedule", "lina+pipeline", "--chunks", "0"], /--chunks must be at least 1: .* is 0/],
+      [["--link-mbit", "100"], /--link-mbit must go with --schedule lina: .* is fifo/],
+      [
+        ["--schedule", "lina", "--link-mbit", "100", "--micro-op-mb", "1"],
+        /^error: .*--link-mbit must be left out where --micro-op-mb is given: .* is 100$/m,
+      ],
       [["--chunks", "2"], /--chunks must go with --schedule lina\+pipeline or planned/],
       [["--schedule", "best"], /--schedule must be fifo, .* or [a-z+]+: current value is best/],
       [["--micro-op-mb", "3"], /--micro-op-mb must go with --schedule lina: .* is fifo/],
