@@ -122,3 +122,18 @@ Deno.test({
     await run(2, randomMoves(2, "bf16", 3), NCCL);
   },
 });
+
+Deno.test({
+  name: "moves: a training over NCCL that packs and unpacks offloaded experts learns the same",
+  ignore: !library,
+  fn: async () => {
+    const replicas = [1, 2, 2, 1];
+    const [plain] = await run(2, { train: { replicas } }, NCCL);
+    const [offloaded] = await run(2, { train: { replicas, offload: 3 } }, NCCL);
+    const [still] = await run(2, { train: { replicas: [1, 1, 1, 1] } }, NCCL);
+    assert.deepEqual(offloaded.trained!.losses, plain.trained!.losses);
+    plain.trained!.losses.forEach((loss, i) => {
+      assert.ok(Math.abs(loss - still.trained!.losses[i]) <= 1e-5 * loss, `step ${i}: ${loss}`);
+    });
+  },
+});
