@@ -145,13 +145,6 @@ Deno.test("two levels: the watchdog names the message that never came", async ()
   }
   assert(messages.some((message) => /(recv|send) .* within 600 ms/.test(message)));
 });
-  for (const { result } of results.slice(0, 3)) {
-    assert.match(
-      result!,
-      /^Cannot complete allToAllV 0 of world\/two-level on rank \d: .*(recv|send) .* within 600 ms/,
-    );
-  }
-});
 
 Deno.test({
   name:
