@@ -277,7 +277,16 @@ export {
   type TimelineOptions,
   type TimelineSpan,
 } from "./lina/training/timeline.ts";
-export { agreeProfile, readProfile, type StepProfile } from "./lina/training/profile.ts";
+export {
+  agreeProfile,
+  decodeProfile,
+  encodeProfile,
+  type ProfileData,
+  type ProfiledTimes,
+  profiledTimes,
+  readProfile,
+  type StepProfile,
+} from "./lina/training/profile.ts";
 export type { Mark } from "./moe/reduction.ts";
 
 // What happened when: spans of this rank, and a file for Perfetto.
